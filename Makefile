@@ -1,0 +1,34 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CXX_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+.PHONY: demo test lint bench clean
+
+# Train on real images with torch.optim and with fused_opt, side by side.
+demo: $(VENV)/installed
+	$(BIN)/python examples/digits.py
+
+# Everything that CI runs: the linters, the C++ tests under sanitizers (tests/test_cpp.py), the doctests, the tests.
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+# Every figure of docs/performance.md, against torch.optim, interleaved in one run.
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks
+
+$(VENV)/installed: requirements-dev.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
+	$(BIN)/python -m fused_opt
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info fused_opt/backends/_native*.so

@@ -1,0 +1,21 @@
+"""``python -m fused_opt``: which backends run on this machine, and in words why the others do not."""
+
+from . import __version__, backends
+from .backends import native
+
+
+def main() -> None:
+    """Print one line for every backend and device."""
+    import torch
+
+    print(f"fused_opt {__version__}, torch {torch.__version__}")
+    for name, reason in backends.available().items():
+        print(f"{name:10} {'ready' if reason is None else 'not here: ' + reason}")
+        if name == "native" and reason is None:
+            print(
+                f"{'':10}   cpu: ready, instruction set {native.instruction_set()}, {torch.get_num_threads()} threads"
+            )
+
+
+if __name__ == "__main__":
+    main()

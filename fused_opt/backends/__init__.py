@@ -1,0 +1,33 @@
+"""Who applies a rule to tensors. Siblings with the same interface, tried in this order by ``backend="auto"``.
+
+A backend is a module with
+
+- ``unavailable() -> None or the reason in words``: whether it can run on this machine at all;
+- ``unsupported(rule, tensors) -> None or the reason in words``: whether it can step one parameter, whose ``tensors``
+  are the parameter, then its gradient and states where it has them;
+- ``Bucket(rule, members, param_groups, state)``: the parameters it was given, prepared for many steps.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+BACKENDS = ("native", "reference")
+
+
+def get(name: str) -> ModuleType:
+    """The backend of that name; a ValueError names the ones there are."""
+    if name not in BACKENDS:
+        raise ValueError(f"Invalid backend: {name!r}; there are 'auto', {', '.join(map(repr, BACKENDS))}")
+    return import_module(f".{name}", __name__)
+
+
+def available() -> dict[str, str | None]:
+    """Every backend with None where it can run on this machine, or the reason why it cannot.
+
+    Example:
+        >>> fused_opt.backends.available()["reference"] is None
+        True
+    """
+    return {name: get(name).unavailable() for name in BACKENDS}

@@ -1,0 +1,81 @@
+"""The native backend: csrc/ through pybind11 and DLPack, one call a step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..plan import Member
+from ..rule import Rule
+
+try:
+    from . import _native  # type: ignore[attr-defined]
+
+    _native.connect(torch.Tensor)
+    _reason = None
+except ImportError as error:
+    _reason = f"its compiled core is not installed ({error}); reinstall where a C++ compiler is found"
+except AttributeError:
+    _reason = f"torch {torch.__version__} has no DLPack C exchange API; torch 2.10 or newer has"
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Only these two reach a raw pointer: what a subclass's data pointer means is its own business (DTensor, FakeTensor).
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def unavailable() -> str | None:
+    """Why the compiled core cannot run here, or None."""
+    return _reason
+
+
+def unsupported(rule: Rule, tensors: Sequence[Tensor]) -> str | None:
+    """Why a parameter, its gradient or its states cannot be stepped here, or None."""
+    if _reason:
+        return _reason
+    for tensor in tensors:
+        if type(tensor) not in PLAIN:
+            return f"{type(tensor).__name__} is a tensor subclass; it steps torch.Tensor and torch.nn.Parameter"
+        if tensor.layout != torch.strided:
+            return f"a {tensor.layout} tensor; it steps strided ones"
+        if tensor.device.type != "cpu":
+            return f"a tensor on {tensor.device}; it was built for the CPU"
+        if tensor.dtype not in DTYPES:
+            return f"a {tensor.dtype} tensor; it steps {', '.join(str(dtype) for dtype in DTYPES)}"
+        if tensor.is_neg():
+            return "a tensor with a lazy negation"
+    return None
+
+
+class Bucket:
+    """The parameters as a plan in C++."""
+
+    def __init__(
+        self,
+        rule: Rule,
+        members: Sequence[Member],
+        param_groups: list[dict[str, Any]],
+        state: Mapping[Tensor, Any],
+    ) -> None:
+        rows = [(m.tensor, m.tensor.grad, m.group, m.fresh, m.states, m.step) for m in members]
+        self.core = _native.Plan(rule.name, os.environ.get("FUSED_OPT_CPU"), rows, param_groups, state)
+        for index, member in enumerate(members):
+            self.core.scale(index, member.lr_scale, member.decay_scale)
+        # The gradient's edge refers to the parameter from C++, which makes looking at the parameter three times cheaper
+        # (see Held in bindings.cpp) and, unlike other references, is one that torch.utils.swap_tensors allows.
+        self.edges = [torch.autograd.graph.get_gradient_edge(m.tensor) for m in members if m.tensor.requires_grad]
+        self.gather = self.core.gather
+
+    def run(self, rows: Sequence[Sequence[float]]) -> None:
+        """Step every parameter that has a gradient, on torch's threads."""
+        self.core.run(rows, torch.get_num_threads())
+        # Raw pointers tell autograd nothing; without this a backward through the old weights would pass unnoticed.
+        torch.autograd.graph.increment_version(self.core.touched())
+
+
+def instruction_set() -> str:
+    """The instruction set that steps on this CPU use: FUSED_OPT_CPU if set, else the widest that the processor has."""
+    return os.environ.get("FUSED_OPT_CPU") or _native.instruction_sets()[0]

@@ -1,0 +1,1 @@
+"""The optimizers, one page each: formula, coefficients, mathematics in plain PyTorch, class."""

@@ -1,0 +1,181 @@
+"""Every rule on every backend against torch.optim and against the truth in float64."""
+
+import pytest
+import torch
+from conftest import clones, layouts, set_gradients
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+import fused_opt
+
+CONFIGURATIONS = [
+    ("SGD", {"lr": 0.1}),
+    ("SGD", {"lr": 0.1, "weight_decay": 0.1, "maximize": True}),
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    ("Adam", {"lr": 0.01, "weight_decay": 0.1}),
+    ("Adam", {"lr": 0.01, "amsgrad": True, "maximize": True}),
+    ("AdamW", {"lr": 0.01, "weight_decay": 0.3}),
+    ("AdamW", {"lr": 0.01, "amsgrad": True}),
+]
+
+
+def distance(a, b):
+    """Largest difference over all tensors, relative to the largest value."""
+    scale = max(x.abs().max().item() for x in b if x.numel()) or 1.0
+    return max((x.double() - y.double()).abs().max().item() for x, y in zip(a, b) if x.numel()) / scale
+
+
+def train(optimizer, parameters, steps=4):
+    for step in range(steps):
+        set_gradients(parameters, step)
+        optimizer.step()
+
+
+def states(optimizer, parameters):
+    return [value for p in parameters for value in optimizer.state.get(p, {}).values()]
+
+
+hyper_parameters = {
+    "SGD": st.fixed_dictionaries(
+        {"lr": st.floats(0, 1), "weight_decay": st.floats(0, 0.5), "maximize": st.booleans()},
+        optional={"momentum": st.floats(0, 0.99), "dampening": st.floats(0, 1)},
+    )
+    | st.fixed_dictionaries({"lr": st.floats(0, 1), "momentum": st.floats(0.01, 0.99), "nesterov": st.just(True)}),
+    "Adam": st.fixed_dictionaries(
+        {
+            "lr": st.floats(0, 0.1),
+            "betas": st.tuples(st.floats(0, 0.99), st.floats(0.5, 0.9999)),
+            "eps": st.floats(1e-8, 1e-2),
+            "weight_decay": st.floats(0, 0.5),
+            "amsgrad": st.booleans(),
+            "maximize": st.booleans(),
+        }
+    ),
+}
+hyper_parameters["AdamW"] = hyper_parameters["Adam"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", hyper_parameters)
+def test_equals_torch_over_random_hyper_parameters(name, dtype, backend):
+    @settings(max_examples=15, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @given(hyper_parameters[name])
+    def check(options):
+        ours = layouts(dtype, chunk=300)
+        theirs = clones(ours)
+        optimizer = getattr(fused_opt, name)(ours, backend=backend, **options)
+        oracle = getattr(torch.optim, name)(theirs, foreach=False, **options)
+        train(optimizer, ours, 3)
+        train(oracle, theirs, 3)
+        bound = 2e-6 if dtype == torch.float32 else 1e-13
+        assert distance(ours, theirs) <= bound
+        for a, b in zip(states(optimizer, ours), states(oracle, theirs), strict=True):
+            assert a.dtype == b.dtype
+            assert a.shape == b.shape
+            assert not a.numel() or distance([a], [b]) <= bound
+
+    check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
+def test_no_worse_than_pytorch(name, options, dtype, backend):
+    """Truth: float64. Baseline: plain PyTorch in the tested dtype. At most 1.1 of its error, plus one unit in the last place."""
+
+    def run(dtype_of_run, backend_of_run):
+        parameters = clones(layouts(dtype), dtype_of_run)
+        optimizer = getattr(fused_opt, name)(parameters, backend=backend_of_run, **options)
+        for step in range(4):
+            generator = torch.Generator().manual_seed(step)
+            for p in parameters:
+                g = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(dtype)
+                p.grad = torch.empty_like(p).copy_(g)
+            optimizer.step()
+        return parameters
+
+    truth = run(torch.float64, "reference")
+    baseline = distance(run(dtype, "reference"), truth)
+    assert distance(run(dtype, backend), truth) <= 1.1 * baseline + torch.finfo(dtype).eps
+    assert baseline < (1e-6 if dtype == torch.float32 else 3e-2)
+
+
+@pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
+def test_gradient_of_another_layout(name, options, backend):
+    """What torch's fused CPU step gets wrong."""
+    ours = [
+        torch.nn.Parameter(torch.randn(6, 4)),
+        torch.nn.Parameter(torch.randn(5)),
+        torch.nn.Parameter(torch.ones(3, 7)),
+    ]
+    theirs = clones(ours)
+    optimizer = getattr(fused_opt, name)(ours, backend=backend, **options)
+    oracle = getattr(torch.optim, name)(theirs, foreach=False, **options)
+    for _ in range(3):
+        gradients = [torch.randn(4, 6).t(), torch.randn(()).expand(5), torch.randn(9, 9)[::3, 1:8]]
+        for parameters in (ours, theirs):
+            for p, gradient in zip(parameters, gradients):
+                p.grad = gradient
+        optimizer.step()
+        oracle.step()
+        assert distance(ours, theirs) <= 2e-6
+
+
+def test_expanded_gradient_of_a_sum(backend):
+    p = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
+    p.sum().backward()
+    p.grad = torch.ones(()).expand(2, 3)
+    fused_opt.SGD([p], lr=0.5, backend=backend).step()
+    assert torch.equal(p, torch.arange(6.0).reshape(2, 3) - 0.5)
+
+
+@pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
+def test_metamorphic(name, options, backend):
+    """Splitting a tensor, permuting parameters, and stepping them one by one change no bit."""
+    whole = torch.randn(40000, generator=torch.Generator().manual_seed(0))
+    gradients = torch.randn(3, 40000, generator=torch.Generator().manual_seed(1))
+
+    def run(cuts, order=None, together=True):
+        parameters = [torch.nn.Parameter(part.clone()) for part in whole.tensor_split(cuts)]
+        order = order or range(len(parameters))
+        lists = [[parameters[i] for i in order]] if together else [[parameters[i]] for i in order]
+        optimizers = [getattr(fused_opt, name)(some, backend=backend, **options) for some in lists]
+        for gradient in gradients:
+            for p, part in zip(parameters, gradient.tensor_split(cuts)):
+                p.grad = part.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        return torch.cat([p.detach() for p in parameters])
+
+    expected = run([])
+    for cuts in ([1, 17, 16384, 30001], [20000], list(range(1, 40000, 4999))):
+        assert torch.equal(run(cuts), expected)
+    assert torch.equal(run([100, 20000], order=[2, 0, 1]), expected)
+    assert torch.equal(run([100, 20000], together=False), expected)
+
+
+@pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
+def test_same_bits_with_any_number_of_threads(name, options, backend):
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            parameters = [torch.nn.Parameter(p.detach()) for p in layouts(seed=3, chunk=60000)]
+            train(getattr(fused_opt, name)(parameters, backend=backend, **options), parameters)
+            results.append(parameters)
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_non_finite_gradients_stay_in_their_element(backend):
+    for bad in (float("nan"), float("inf")):
+        p = torch.nn.Parameter(torch.ones(100))
+        optimizer = fused_opt.AdamW([p], lr=0.1, backend=backend)
+        p.grad = torch.ones(100)
+        p.grad[42] = bad
+        optimizer.step()
+        assert not p[42].isfinite()
+        assert p.isfinite().sum() == 99
