@@ -80,7 +80,15 @@ class View {
 
   int64_t numel() const { return std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, std::multiplies<>()); }
 
-  // Whether the elements fill one stretch of memory, in whatever order.
+  // Whether the elements fill one stretch of memory: in row-major order, or in whatever order.
+  bool contiguous() const {
+    int64_t expected = 1;
+    for (size_t d = sizes.size(); d-- > 0;) {
+      if (sizes[d] != 1 && strides[d] != expected) return false;
+      expected *= sizes[d];
+    }
+    return true;
+  }
   bool dense() const {
     std::vector<size_t> order(sizes.size());
     std::iota(order.begin(), order.end(), 0);
@@ -127,17 +135,40 @@ struct Parameter {
   bool fresh;  // its states were made for the coming step
   View p;
   std::vector<Held> states;
-  std::optional<Held> step;
+  std::optional<Held> step, average;
   std::optional<View> g;  // none: it had no gradient when the plan was made
   double count = 0;
+  int64_t version = -1;  // autograd's count of writes, as the last step left it
 };
+
+Group read_row(const py::tuple& row) {
+  Group group;
+  group.lr = row[0].cast<double>();
+  group.grad_scale = row[1].cast<double>();
+  const auto rule = row[2].cast<std::vector<double>>();
+  if (rule.size() > kMaxCoefficients) throw py::value_error("more coefficients than a rule can have");
+  std::copy(rule.begin(), rule.end(), group.rule);
+  if (!row[3].is_none()) {
+    const auto ratio = row[3].cast<std::tuple<int, double, double, double, int>>();
+    group.ratio = static_cast<Ratio>(std::get<0>(ratio));
+    std::tie(std::ignore, group.coefficient, group.cap, group.eps, group.exempt) = ratio;
+  }
+  if (!row[4].is_none())
+    std::tie(group.sigma, group.relative, group.seed, group.t) =
+        row[4].cast<std::tuple<double, bool, uint64_t, uint32_t>>();
+  if (!row[5].is_none())
+    std::tie(group.add, group.share, group.fresh, group.write_back) =
+        row[5].cast<std::tuple<double, double, bool, bool>>();
+  return group;
+}
 
 class Plan {
  public:
-  // parameters: (tensor, gradient or None, group, fresh, states or None, step tensor or None), in the rule's order of
-  // states.
+  // parameters: tuples of tensor, gradient or None, group, fresh, states in the rule's order or None, step tensor or
+  // None, average or None, index of the parameter, multipliers of learning rate and weight decay. `ordered`: the noise
+  // counts elements in row-major order, and so must whoever walks them.
   Plan(const std::string& rule, const std::optional<std::string>& instruction_set, const py::list& parameters,
-       const py::list& param_groups, const py::dict& state) {
+       const py::list& param_groups, const py::dict& state, bool ordered) {
     const cpu::InstructionSet* set = cpu::choose(instruction_set ? instruction_set->c_str() : nullptr);
     if (!set) throw py::value_error("this processor does not run the instruction set '" + *instruction_set + "'");
     kernel_ = set->find(rule.c_str());
@@ -145,11 +176,17 @@ class Plan {
     parameters_.reserve(parameters.size());
     for (const auto& item : parameters) {
       const auto row = py::cast<py::tuple>(item);
-      Parameter parameter{row[0], row[2].cast<int>(), row[3].cast<bool>(), View(row[0]), {}, {}, {}};
+      Parameter parameter{row[0], row[2].cast<int>(), row[3].cast<bool>(), View(row[0]), {}, {}, {}, {}};
       if (!row[4].is_none())
         for (const auto& s : row[4]) parameter.states.emplace_back(s);
       if (!row[5].is_none()) parameter.step.emplace(row[5]);
+      if (!row[6].is_none()) parameter.average.emplace(row[6]);
       if (!row[1].is_none()) parameter.g.emplace(row[1]);
+      Layer layer;
+      layer.index = row[7].cast<uint32_t>();
+      layer.lr_scale = row[8].cast<double>();
+      layer.decay_scale = row[9].cast<double>();
+      table_.layers.push_back(layer);
       parameters_.push_back(std::move(parameter));
     }
     for (const Parameter& parameter : parameters_) {
@@ -158,17 +195,17 @@ class Plan {
       tensor.numel = parameter.p.numel();
       tensor.ndim = static_cast<int32_t>(parameter.p.sizes.size());
       tensor.sizes = parameter.p.sizes.data();
-      tensor.flat = parameter.p.dense();
+      tensor.flat = ordered ? parameter.p.contiguous() : parameter.p.dense();
       const auto add = [&](const View& view) {
         tensor.flat &= view.strides == parameter.p.strides;
         return view.operand();
       };
       for (size_t s = 0; s < parameter.states.size(); ++s) tensor.states[s] = add(parameter.states[s].view);
+      if (parameter.average) tensor.average = add(parameter.average->view);
       if (parameter.g) tensor.g = add(*parameter.g);
       table_.tensors.push_back(tensor);
       everything_.append(parameter.tensor);
     }
-    table_.layers.resize(parameters_.size());
     table_.cut();
     visit(param_groups, state, [&](PyObject* object) {
       seen_.push_back(py::reinterpret_borrow<py::object>(object));
@@ -184,21 +221,32 @@ class Plan {
         param_groups, state, [&](PyObject* object) { return next < seen_.size() && seen_[next++].ptr() == object; });
     if (!unchanged || next != seen_.size()) return py::none();
     static PyObject* const grad_name = PyUnicode_InternFromString("grad");
+    static PyObject* const version_name = PyUnicode_InternFromString("_version");
     keys_.clear();
     active_ = 0;
+    // Writes through p.data leave no trace, so every norm is summed anew from time to time.
+    const bool refresh = ++steps_ % kRefresh == 0;
     for (size_t t = 0; t < parameters_.size(); ++t) {
       Parameter& parameter = parameters_[t];
       Tensor& tensor = table_.tensors[t];
       const auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(parameter.tensor.ptr(), grad_name));
       if (!grad) throw py::error_already_set();
+      Layer& layer = table_.layers[t];
+      layer.grad_norm2 = layer.part_norms = -1;
       tensor.active = !grad.is_none();
       if (!tensor.active) continue;
       ++active_;
+      if (layer.weight_norm2 >= 0) {
+        const auto version = py::reinterpret_steal<py::object>(PyObject_GetAttr(parameter.tensor.ptr(), version_name));
+        if (!version) throw py::error_already_set();
+        if (refresh || PyLong_AsLongLong(version.ptr()) != parameter.version) layer.weight_norm2 = -1;
+      }
       if (!parameter.g || !parameter.g->matches(grad.ptr(), &tensor.g.data) ||
           !parameter.p.unmoved(parameter.tensor.ptr()))
         return py::none();
       for (const Held& held : parameter.states)
         if (!held.unmoved()) return py::none();
+      if (parameter.average && !parameter.average->unmoved()) return py::none();
       if (parameter.step) {
         if (!parameter.step->unmoved()) return py::none();
         const View& view = parameter.step->view;
@@ -217,28 +265,39 @@ class Plan {
     return py::cast(keys_);
   }
 
-  // rows: for every pair that `gather` returned: learning rate, gradient scale, the rule's coefficients.
+  // What is known of the gradients before anybody reads them: for every parameter None, or the sum of the norms of its
+  // parts and the squared norm of their sum, -1 where it is not known.
+  void know(const py::list& norms) {
+    for (size_t t = 0; t < parameters_.size(); ++t)
+      if (const py::object known = norms[t]; !known.is_none())
+        std::tie(table_.layers[t].part_norms, table_.layers[t].grad_norm2) = known.cast<std::pair<double, double>>();
+  }
+
+  // The sum of squares of all gradients, as they lie in memory.
+  double grad_norm2(int threads) {
+    py::gil_scoped_release unlocked;
+    return cpu::grad_norm2(*kernel_, table_, threads);
+  }
+
+  // rows: for every pair that `gather` returned, what read_row() reads.
   void run(const py::list& rows, int threads) {
-    if (rows.size() != keys_.size())
-      throw py::value_error("one row of coefficients for every pair that gather() returned");
-    table_.groups.assign(rows.size(), Group{});
-    for (size_t r = 0; r < rows.size(); ++r) {
-      const auto row = py::cast<std::vector<double>>(rows[r]);
-      if (row.size() < 2 || row.size() > 2 + kMaxCoefficients)
-        throw py::value_error("a row of coefficients of the wrong length");
-      Group& group = table_.groups[r];
-      group.lr = row[0];
-      group.grad_scale = row[1];
-      std::copy(row.begin() + 2, row.end(), group.rule);
-    }
+    if (rows.size() != keys_.size()) throw py::value_error("one row for every pair that gather() returned");
+    table_.groups.clear();
+    for (const auto& row : rows) table_.groups.push_back(read_row(py::reinterpret_borrow<py::tuple>(row)));
     {
       py::gil_scoped_release unlocked;
       cpu::step(*kernel_, table_, threads);
     }
+    static PyObject* const version_name = PyUnicode_InternFromString("_version");
     for (size_t t = 0; t < parameters_.size(); ++t) {
       if (!table_.tensors[t].active) continue;
       Parameter& parameter = parameters_[t];
       parameter.fresh = false;
+      if (table_.layers[t].weight_norm2 >= 0) {
+        const auto version = py::reinterpret_steal<py::object>(PyObject_GetAttr(parameter.tensor.ptr(), version_name));
+        if (!version) throw py::error_already_set();
+        parameter.version = PyLong_AsLongLong(version.ptr()) + 1;  // the step's own write is counted after this
+      }
       if (!parameter.step) continue;
       const View& view = parameter.step->view;
       if (view.dtype == DType::kFloat64)
@@ -257,9 +316,16 @@ class Plan {
     return list;
   }
 
-  void scale(size_t index, double lr, double weight_decay) { table_.layers.at(index) = {lr, weight_decay}; }
+  // The trust ratio of every parameter in the last step.
+  std::vector<double> ratios() const {
+    std::vector<double> ratios;
+    for (const Layer& layer : table_.layers) ratios.push_back(layer.ratio);
+    return ratios;
+  }
 
  private:
+  static constexpr uint64_t kRefresh = 64;  // steps after which a carried norm is summed anew
+
   // Calls f on every object whose replacement would make the plan stale, until it returns false.
   template <class F>
   static bool visit(const py::list& param_groups, const py::dict& state, const F& f) {
@@ -286,8 +352,27 @@ class Plan {
   std::vector<py::object> seen_;
   std::vector<std::pair<int, double>> keys_;
   size_t active_ = 0;
+  uint64_t steps_ = 0;
   py::list everything_;
 };
+
+// total += part (or nothing, where total is None), with the sums of squares of the part and of the new total.
+std::pair<double, double> accumulate(const py::object& total, const py::object& part, int threads) {
+  const View g(part);
+  const View p(total.is_none() ? part : total);
+  Tensor tensor;
+  tensor.g = g.operand();
+  tensor.p = p.operand();
+  if (total.is_none()) tensor.p.data = nullptr;
+  tensor.numel = g.numel();
+  tensor.ndim = static_cast<int32_t>(g.sizes.size());
+  tensor.sizes = g.sizes.data();
+  tensor.flat = g.dense() && g.strides == p.strides;
+  const cpu::InstructionSet* set = cpu::choose();
+  py::gil_scoped_release unlocked;
+  const cpu::Sums sums = cpu::accumulate(*set, tensor, threads);
+  return {sums.part2, sums.total2};
+}
 
 }  // namespace
 }  // namespace fused_opt
@@ -302,12 +387,14 @@ PYBIND11_MODULE(_native, m) {
       if (set.runs_here()) names.emplace_back(set.name);
     return names;
   });
-  m.def("dense", [](const py::object& tensor) { return View(tensor).dense(); });
+  m.def("accumulate", accumulate);
   py::class_<Plan>(m, "Plan")
       .def(py::init<const std::string&, const std::optional<std::string>&, const py::list&, const py::list&,
-                    const py::dict&>())
+                    const py::dict&, bool>())
       .def("gather", &Plan::gather)
       .def("run", &Plan::run)
       .def("touched", &Plan::touched)
-      .def("scale", &Plan::scale);
+      .def("know", &Plan::know)
+      .def("grad_norm2", &Plan::grad_norm2)
+      .def("ratios", &Plan::ratios);
 }

@@ -2,11 +2,11 @@
 // tensors (when something moved), layers (when somebody writes to them), groups (every step).
 #pragma once
 #include <cstdint>
-#include <limits>
 
 namespace fused_opt {
 
 enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+enum class Ratio : uint8_t { kNone, kLARS, kCLARS, kLAMB };
 
 constexpr int kMaxStates = 3;
 constexpr int kMaxCoefficients = 8;
@@ -22,7 +22,7 @@ struct Operand {
 };
 
 struct Tensor {
-  Operand p, g, states[kMaxStates];
+  Operand p, g, states[kMaxStates], average;
   int64_t numel = 0;
   // Flat: element i of every operand is at data[i]. Otherwise element i is the i-th in row-major order of `sizes`.
   bool flat = true;
@@ -32,15 +32,42 @@ struct Tensor {
   bool active = false;  // has a gradient this step
 };
 
+// Norms are squared; a negative one is not known.
 struct Layer {
   double lr_scale = 1;
   double decay_scale = 1;
+  uint32_t index = 0;          // which parameter of the optimizer: a key of its noise
+  double weight_norm2 = -1;    // carried from the step that wrote the weights to the next one
+  double grad_norm2 = -1;      // of the gradient as it lies in memory
+  double part_norms = -1;      // sum of the norms (not squared) of the parts that the gradient is a sum of
+  double direction_norm2 = 0;  // LAMB's
+  double ratio = 1;
 };
 
 struct Group {
   double lr = 0;
   double grad_scale = 1;               // multiplies every gradient: sign, unscaling and clipping in one factor
   double rule[kMaxCoefficients] = {};  // in the order of the rule's members in rules.h; the first is the weight decay
+
+  Ratio ratio = Ratio::kNone;
+  double coefficient = 1, cap = 0, eps = 0;
+  int32_t exempt = 1;  // tensors of at most this many dimensions keep ratio 1
+
+  double sigma = 0;  // of the noise
+  bool relative = false;
+  uint64_t seed = 0;
+  uint32_t t = 0;
+
+  // The average: v <- (fresh ? 0 : v) + add * (p - share * v), and then p <- v where it is written back.
+  double add = 0, share = 0;
+  bool fresh = false, write_back = false;
 };
+
+inline bool has_ratio(const Tensor& tensor, const Group& group) {
+  return group.ratio != Ratio::kNone && tensor.ndim > group.exempt;
+}
+inline bool carries_norm(const Tensor& tensor, const Group& group) {
+  return has_ratio(tensor, group) || (group.relative && group.sigma > 0);
+}
 
 }  // namespace fused_opt

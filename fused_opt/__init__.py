@@ -2,8 +2,41 @@
 
 from . import backends
 from ._version import __version__
+from .batch_size import CyclicalBatchSampler, CyclicalBatchSize, MicroBatch, accumulate, by_update
+from .gradinit import GradInitIteration, GradInitResult, gradinit
 from .optimizer import FusedOptimizer
 from .rules.adam import Adam, AdamW
+from .rules.lamb import LAMB
+from .rules.lars import CLARS, LARS
 from .rules.sgd import SGD
+from .snapshots import Snapshots, average_predictions
+from .step import EMA, PSWA, PSWM, PWALKS, SWM, TrustRatio, WeightNoise
 
-__all__ = ["SGD", "Adam", "AdamW", "FusedOptimizer", "__version__", "backends"]
+__all__ = [
+    "CLARS",
+    "EMA",
+    "LAMB",
+    "LARS",
+    "PSWA",
+    "PSWM",
+    "PWALKS",
+    "SGD",
+    "SWM",
+    "Adam",
+    "AdamW",
+    "CyclicalBatchSampler",
+    "CyclicalBatchSize",
+    "FusedOptimizer",
+    "GradInitIteration",
+    "GradInitResult",
+    "MicroBatch",
+    "Snapshots",
+    "TrustRatio",
+    "WeightNoise",
+    "__version__",
+    "accumulate",
+    "average_predictions",
+    "backends",
+    "by_update",
+    "gradinit",
+]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeAlias, TypedDict
 
 import torch
@@ -10,8 +12,13 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import backends
-from .plan import Plan, name_of
+from .plan import AVERAGE, Plan, Row, Shape, name_of
 from .rule import Rule
+from .step import TrustRatio, WeightNoise, pack, unpack
+from .step.averaging import Averaging, Fold
+from .step.parts import Microbatches
+
+COUNTS = ("steps", "samples", "periods", "skipped_steps")
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -19,6 +26,11 @@ ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tupl
 class Extras(TypedDict, total=False):
     """What every optimizer of the package takes beyond torch.optim's arguments."""
 
+    trust_ratio: TrustRatio | None
+    noise: WeightNoise | None
+    averaging: Averaging | None
+    max_grad_norm: float | None
+    nonfinite: str
     state_dtype: torch.dtype | None
     backend: str
 
@@ -52,13 +64,26 @@ def check_switches(options: Mapping[str, Any]) -> None:
 class FusedOptimizer(torch.optim.Optimizer):
     """What the optimizers of this package have in common.
 
+    Everything but ``state_dtype`` and ``backend`` is in ``param_groups``, where it can be read, changed between steps, and
+    (``trust_ratio``, ``noise``, ``averaging``) set for single groups.
+
     Args:
         params: as torch.optim takes them.
         defaults: the hyper-parameters of a group that does not set its own.
-        state_dtype: dtype of the states; None: the parameter's, as torch keeps it. ``torch.float32`` keeps the states
-            of bfloat16 and float16 parameters in full, also through ``load_state_dict``.
+        trust_ratio: a :class:`TrustRatio`, or None.
+        noise: a :class:`WeightNoise`, or None.
+        averaging: :class:`PSWA`, :class:`PWALKS`, :class:`PSWM`, :class:`SWM` or :class:`EMA`, or None.
+        max_grad_norm: clip the norm of all gradients together to this, as torch.nn.utils.clip_grad_norm_ before the step
+            would, without writing the gradients; the norm is then ``grad_norm``.
+        nonfinite: what to do when a gradient is not finite: ``"pass"`` it on as torch.optim does, ``"skip"`` the step
+            (nothing changes; ``skipped_steps`` counts), or ``"raise"`` a RuntimeError that names the parameter.
+        state_dtype: dtype of the states; None: the parameter's, as torch keeps it. ``torch.float32`` keeps the states of
+            bfloat16 and float16 parameters in full, also through ``load_state_dict``.
         backend: ``"auto"`` takes for every parameter the first of :func:`fused_opt.backends.available` that can step
             it; a named one steps it or raises with the reason.
+
+    A step in which every group's learning rate is 0 counts for neither noise nor averaging and makes none: such steps are
+    how torch.distributed.checkpoint creates the states that it loads.
     """
 
     # torch.amp.GradScaler leaves these two on the instance for the duration of a step.
@@ -66,11 +91,19 @@ class FusedOptimizer(torch.optim.Optimizer):
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
+    #: Norm of all gradients in the last step, where ``max_grad_norm`` or ``nonfinite`` wanted it; before clipping.
+    grad_norm: float | None = None
+
     def __init__(
         self,
         params: ParamsT,
         defaults: dict[str, Any],
         *,
+        trust_ratio: TrustRatio | None = None,
+        noise: WeightNoise | None = None,
+        averaging: Averaging | None = None,
+        max_grad_norm: float | None = None,
+        nonfinite: str = "pass",
         state_dtype: torch.dtype | None = None,
         backend: str = "auto",
     ) -> None:
@@ -78,23 +111,48 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise RuntimeError(f"backend {backend!r} cannot run here: {reason}. backend='auto' takes one that can")
         if state_dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"Invalid state_dtype: {state_dtype}; None, torch.float32 and torch.float64 are known")
-        self._check(defaults)
+        extras = {
+            "trust_ratio": trust_ratio,
+            "noise": noise,
+            "averaging": averaging,
+            "max_grad_norm": max_grad_norm,
+            "nonfinite": nonfinite,
+        }
+        # Plain numbers in the groups: load_state_dict would cast tensors in the state to the parameter's dtype.
+        counts = dict.fromkeys(COUNTS, 0)
+        defaults = {**defaults, **extras, **counts}
+        self._check_all(defaults)
         self.backend = backend
         self.state_dtype = state_dtype
         self._scales: dict[Tensor, tuple[float, float]] = {}
         self._plan: Plan | None = None
+        self._parts: Microbatches | None = None
+        self._last: Plan | None = None  # the plan of the last step
         super().__init__(params, defaults)
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
         raise TypeError(f"{type(self).__name__} is not an optimizer by itself; fused_opt.SGD is one")
 
     def _check(self, options: Mapping[str, Any]) -> None:
-        """Raise if a hyper-parameter is out of its range."""
+        """Raise if a hyper-parameter of the rule is out of its range."""
+
+    def _check_all(self, options: Mapping[str, Any]) -> None:
+        self._check(options)
+        for name, kind in (("trust_ratio", TrustRatio), ("noise", WeightNoise), ("averaging", Averaging)):
+            if not isinstance(options[name], kind | None):
+                raise TypeError(f"{name} takes a fused_opt.{kind.__name__} or None, not {options[name]!r}")
+        limit = options["max_grad_norm"]
+        if limit is not None and not limit > 0:
+            raise ValueError(f"Invalid max_grad_norm: {limit}; it must be positive, or None for no clipping")
+        if options["nonfinite"] not in ("pass", "skip", "raise"):
+            raise ValueError(f"Invalid nonfinite: {options['nonfinite']!r}; there are 'pass', 'skip' and 'raise'")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch.optim does, after its hyper-parameters were found in range."""
         if isinstance(param_group, dict):
-            self._check({**self.defaults, **param_group})
+            self._check_all({**self.defaults, **param_group})
+            if self.param_groups:  # it joins the others' count of steps
+                param_group.update({name: self.param_groups[0][name] for name in ("steps", "skipped_steps")})
         super().add_param_group(param_group)
 
     def scale_layers(
@@ -163,45 +221,183 @@ class FusedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if self.found_inf is not None and self.found_inf.item():
             return loss
-        grad_scale = 1.0 if self.grad_scale is None else 1.0 / self.grad_scale.item()
+        scale = 1.0 if self.grad_scale is None else 1.0 / self.grad_scale.item()
 
         groups, state, plan = self.param_groups, self.state, self._plan
         lrs = [float(group["lr"]) for group in groups]
         if any(lr != lr for lr in lrs):
             raise ValueError("Invalid learning rate: nan")
+        shapes = [Shape(self._rule(g), g["noise"] is not None, g["averaging"] is not None) for g in groups]
         keys = None
-        if plan is not None and plan.rules == [self._rule(group) for group in groups]:
+        if plan is not None and plan.shapes == shapes:
             keys = plan.gather(groups, state)
         if plan is None or keys is None:
+            self._plan = None
             with torch.no_grad():
-                plan = Plan(groups, state, self._rule, self.backend, self.state_dtype, self._scales)
+                plan = Plan(groups, state, shapes, self.backend, self.state_dtype, self._scales)
                 keys = plan.gather(groups, state)
                 assert keys is not None
-            self._plan = plan if plan.lasting else None
-        signs = [-grad_scale if group["maximize"] else grad_scale for group in groups]
-        rows = [
-            [(lrs[g], signs[g], *plan.rules[g].coefficients(groups[g], t)) for g, t in of_bucket] for of_bucket in keys
-        ]
-        for bucket, of_bucket in zip(plan.buckets, rows):
-            bucket.run(of_bucket)
+        if self._parts is not None:
+            for bucket in plan.buckets:
+                bucket.know([self._parts.norms(member.tensor) for member in bucket.members])
+
+        clip = self._clip(plan, scale)
+        if clip is None:
+            plan.undo(state)
+            return loss
+        stepping = any(lrs)
+        extras = [self._extras(group, lr) if stepping else (None, None, None) for group, lr in zip(groups, lrs)]
+        scales = [-scale * clip if group["maximize"] else scale * clip for group in groups]
+        plan.run(
+            [
+                [Row(lrs[g], scales[g], shapes[g].rule.coefficients(groups[g], t), *extras[g]) for g, t in of_bucket]
+                for of_bucket in keys
+            ]
+        )
+        self._plan = plan if plan.lasting else None
+        self._last = plan
+        if stepping:
+            self._count(extras)
+        if self._parts is not None:
+            self._parts.reset()
         return loss
 
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
+
+    def _clip(self, plan: Plan, scale: float) -> float | None:
+        """The factor that clips the gradients, 1 where nobody asks; None: they are not finite, and the step is skipped."""
+        first = self.param_groups[0]
+        limit, nonfinite = first["max_grad_norm"], first["nonfinite"]
+        if limit is None and nonfinite == "pass":
+            return 1.0
+        if any(g["max_grad_norm"] != limit or g["nonfinite"] != nonfinite for g in self.param_groups):
+            raise ValueError(
+                "max_grad_norm and nonfinite are about all gradients together: set them alike in every group"
+            )
+        self.grad_norm = norm = scale * math.sqrt(sum(bucket.grad_norm2() for bucket in plan.buckets))
+        if nonfinite != "pass" and not math.isfinite(norm):
+            if nonfinite == "skip":
+                for group in self.param_groups:
+                    group["skipped_steps"] += 1
+                return None
+            plan.undo(self.state)
+            members = [m for b in plan.buckets for m in b.members if m.tensor.grad is not None]
+            bad = [m.name for m in members if not m.tensor.grad.isfinite().all()]
+            raise RuntimeError(
+                f"the gradient of parameter {', '.join(bad)} is not finite, and nonfinite='raise' was asked for; "
+                f"nonfinite='skip' leaves out such steps"
+            )
+        if limit is None:
+            return 1.0
+        clip = limit / (norm + 1e-6)
+        return 1.0 if clip > 1 else clip  # a NaN stays one, as in torch.nn.utils.clip_grad_norm_
+
+    @staticmethod
+    def _extras(group: dict[str, Any], lr: float) -> tuple[Any, Any, Any]:
+        """The rest of a group's row: trust ratio, noise, average."""
+        ratio, noise, averaging, t = group["trust_ratio"], group["noise"], group["averaging"], group["steps"]
+        return (
+            None if ratio is None else ratio.row(),
+            None if noise is None else (noise.sigma(t, lr), noise.relative, noise.seed, t),
+            None if averaging is None else averaging.fold(t + 1, group["samples"], group["periods"]),
+        )
+
+    def _count(self, extras: list[tuple[Any, Any, Fold | None]]) -> None:
+        for group, (_, _, fold) in zip(self.param_groups, extras):
+            group["steps"] += 1
+            if fold is None:
+                continue
+            group["samples"] += fold.add > 0
+            if fold.write_back:
+                group["samples"] = 0
+                group["periods"] += 1
+                if group["averaging"].on_write_back == "zero":
+                    rule = self._rule(group)
+                    for p in group["params"]:
+                        for slot in (*rule.states, "step"):
+                            self.state[p].pop(slot, None)
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps ``nonfinite="skip"`` has left out."""
+        return self.param_groups[0]["skipped_steps"]
+
+    def trust_ratios(self) -> dict[str, float]:
+        """The trust ratio of every parameter in the last step, by name (its place in the groups where it has none)."""
+        if self._last is None:
+            return {}
+        return {m.name: ratio for b in self._last.buckets for m, ratio in zip(b.members, b.ratios())}
+
+    def track_parts(self, kind: str = "microbatch") -> Microbatches:
+        """Take the norms of the parts that the gradients are sums of, for CLARS; ``.remove()`` on the result ends it.
+
+        Args:
+            kind: ``"microbatch"``: every ``backward()`` between two steps is a part, whether or not the loss is divided by
+                their number.
+
+        Raises:
+            ValueError: for another kind, or where parts are tracked already.
+        """
+        if kind != "microbatch":
+            raise ValueError(f"Invalid kind of parts: {kind!r}; there is 'microbatch'")
+        if self._parts is not None and self._parts.active:
+            raise ValueError("parts are tracked already; remove() what track_parts returned first")
+        self._parts = Microbatches(p for group in self.param_groups for p in group["params"])
+        return self._parts
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within the block the parameters hold their averages; afterwards what they held before, whatever happens.
+
+        Parameters of which no sample was taken yet keep their weights. BatchNorm's running statistics belong to the
+        weights they were made with: estimate them anew within the block with torch.optim.swa_utils.update_bn.
+
+        Raises:
+            RuntimeError: where no group has an averaging.
+        """
+        averaged = [group for group in self.param_groups if group["averaging"] is not None]
+        if not averaged:
+            raise RuntimeError("no group of this optimizer has averaging=; fused_opt.EMA(beta) is one")
+        before = []
+        try:
+            with torch.no_grad():
+                for group in averaged:
+                    samples, periods = group["samples"], group["periods"]
+                    factor = group["averaging"].normalizer(group["steps"], samples, periods)
+                    for p in group["params"] if samples or periods else ():
+                        if (average := self.state.get(p, {}).get(AVERAGE)) is not None:
+                            before.append((p, p.detach().clone()))
+                            p.copy_(average * factor)
+            yield
+        finally:
+            with torch.no_grad():
+                for p, weights in before:
+                    p.copy_(weights)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"backend": self.backend, "state_dtype": self.state_dtype, "_scales": self._scales}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._plan = None
+        self._plan = self._last = None
+        self.__dict__.setdefault("_parts", None)
         super().__setstate__(state)
         for group in self.param_groups:
+            for key, value in group.items():
+                group[key] = unpack(value)
             for key, value in self.defaults.items():  # a checkpoint of torch.optim, or one older than the key
                 group.setdefault(key, value)
             for p in group["params"]:
                 step = self.state[p].get("step") if p in self.state else None
                 if step is not None and not isinstance(step, Tensor):
                     self.state[p]["step"] = torch.tensor(float(step))
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's, in plain types: ``torch.load(weights_only=True)`` reads it, and so does torch.optim."""
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            group.update({key: pack(value) for key, value in group.items()})
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this class or of torch.optim's class of the same name.
@@ -219,7 +415,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         slots = {slot for group in self.param_groups for slot in self._rule(group).states}
         saved = [(p, name, state_dict["state"].get(index, {})) for (p, name), index in zip(named, saved_ids)]
         for p, name, of_p in saved:
-            for slot in slots:
+            for slot in (*slots, AVERAGE):
                 value = of_p.get(slot)
                 if isinstance(value, Tensor) and value.shape != p.shape:
                     raise ValueError(
@@ -227,8 +423,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                         f"and the parameter {tuple(p.shape)}; load the state of a model of the same shapes"
                     )
         super().load_state_dict(state_dict)
-        if self.state_dtype is not None:  # torch has cast the states to the parameter's dtype
-            for p, _, of_p in saved:
-                for slot in slots:
-                    if isinstance(of_p.get(slot), Tensor):
-                        self.state[p][slot] = of_p[slot].to(device=p.device, dtype=self.state_dtype)
+        for p, _, of_p in saved:  # torch has cast them to the parameter's dtype
+            for slot in slots if self.state_dtype is not None else ():
+                if isinstance(of_p.get(slot), Tensor):
+                    self.state[p][slot] = of_p[slot].to(device=p.device, dtype=self.state_dtype)
+            if isinstance(of_p.get(AVERAGE), Tensor):
+                self.state[p][AVERAGE] = of_p[AVERAGE].to(device=p.device)

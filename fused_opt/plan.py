@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from . import backends
 from .rule import Rule
 
+AVERAGE = "average"  # the slot in a parameter's state
 _said: set[str] = set()
 
 
@@ -23,14 +24,36 @@ def warn_once(message: str) -> None:
         warnings.warn(message, stacklevel=4)
 
 
+class Shape(NamedTuple):
+    """What of a group's hyper-parameters decides how its parameters are stepped."""
+
+    rule: Rule
+    noisy: bool
+    averaged: bool
+
+
+class Row(NamedTuple):
+    """What a step does to the parameters of one group that have taken equally many steps."""
+
+    lr: float
+    grad_scale: float
+    coefficients: Sequence[float]
+    ratio: tuple[int, float, float, float, int] | None = None  # TrustRatio.row()
+    noise: tuple[float, bool, int, int] | None = None  # sigma, relative, seed, t
+    average: tuple[float, float, bool, bool] | None = None  # averaging.Fold
+
+
 @dataclass
 class Member:
     """One parameter of a bucket."""
 
     tensor: Tensor
     group: int
+    index: int  # in the optimizer
+    name: str
     states: list[Tensor] | None  # None until its first gradient
     step: Tensor | None
+    average: Tensor | None
     fresh: bool  # its states were made for the coming step
     lr_scale: float = 1.0
     decay_scale: float = 1.0
@@ -47,9 +70,9 @@ class Member:
 
 
 def name_of(group: Mapping[str, Any], group_index: int, index: int) -> str:
-    """What to call a parameter in an error."""
+    """What to call a parameter."""
     names = group.get("param_names")
-    return f"{names[index]!r}" if names else f"{index} of group {group_index}"
+    return names[index] if names else f"{index} of group {group_index}"
 
 
 def _check(name: str, what: str, found: Tensor, p: Tensor) -> None:
@@ -74,64 +97,58 @@ class Plan:
         param_groups: the optimizer's groups.
         state: the optimizer's state; missing states of parameters that have a gradient are created, after every check
             has passed.
-        rule_of: the rule of a group.
+        shapes: of every group.
         backend: ``"auto"`` or a backend's name.
         state_dtype: dtype of new states; None: the parameter's.
         scales: multipliers (learning rate, weight decay) by parameter.
 
     Raises:
-        RuntimeError: if a gradient or a state does not fit its parameter, or the named backend cannot step it; nothing
-            has been changed then.
+        RuntimeError: if a gradient or a state does not fit its parameter, or the named backend cannot step it; nothing has
+            been changed then.
     """
 
     def __init__(
         self,
         param_groups: list[dict[str, Any]],
         state: dict[Tensor, Any],
-        rule_of: Callable[[Mapping[str, Any]], Rule],
+        shapes: list[Shape],
         backend: str,
         state_dtype: torch.dtype | None,
         scales: Mapping[Tensor, tuple[float, float]],
     ) -> None:
-        rules = [rule_of(group) for group in param_groups]
-        chosen: dict[tuple[str, Rule], list[tuple[Tensor, int]]] = {}
-        for group_index, (group, rule) in enumerate(zip(param_groups, rules)):
-            for index, p in enumerate(group["params"]):
-                name = name_of(group, group_index, index)
-                tensors = self._look(name, rule, p, state.get(p, {}))
-                chosen.setdefault((self._choose(name, rule, backend, tensors), rule), []).append((p, group_index))
+        self.shapes = shapes
+        self._created: list[tuple[Tensor, str]] = []
+        chosen: dict[tuple[str, Rule], list[Member]] = {}
+        index = 0
+        for g, (group, shape) in enumerate(zip(param_groups, shapes)):
+            for i, p in enumerate(group["params"]):
+                name = name_of(group, g, i)
+                tensors = self._look(name, shape, p, state.get(p, {}))
+                key = (self._choose(name, shape.rule, backend, tensors), shape.rule)
+                member = Member(p, g, index, name, None, None, None, False, *scales.get(p, (1.0, 1.0)))
+                chosen.setdefault(key, []).append(member)
+                index += 1
+        for (_, rule), members in chosen.items():
+            for member in members:
+                self._fill(member, rule, shapes[member.group].averaged, state, state_dtype)
 
-        self.rules = rules
-        self.buckets = []
-        for (backend_name, rule), parameters in chosen.items():
-            members = []
-            for p, group_index in parameters:
-                missing = self._create(rule, p, state, state_dtype)
-                has_states = p.grad is not None or (p in state and all(n in state[p] for n in rule.states))
-                of_p = state[p] if has_states and (rule.states or rule.counts_steps) else {}
-                members.append(
-                    Member(
-                        p,
-                        group_index,
-                        [of_p[slot] for slot in rule.states] if has_states else None,
-                        of_p.get("step") if rule.counts_steps else None,
-                        missing,
-                        *scales.get(p, (1.0, 1.0)),
-                    )
-                )
-            self.buckets.append(backends.get(backend_name).Bucket(rule, members, param_groups, state))
+        noisy = any(shape.noisy for shape in shapes)
+        self.buckets = [
+            backends.get(name).Bucket(rule, members, param_groups, state, noisy)
+            for (name, rule), members in chosen.items()
+        ]
         # Only the native plan can tell that nothing changed; without one, planning anew each step is what costs least.
-        self.lasting = any(backend_name == "native" for backend_name, _ in chosen)
+        self.lasting = any(name == "native" for name, _ in chosen)
 
     @staticmethod
-    def _look(name: str, rule: Rule, p: Tensor, of_p: Mapping[str, Any]) -> list[Tensor]:
+    def _look(name: str, shape: Shape, p: Tensor, of_p: Mapping[str, Any]) -> list[Tensor]:
         tensors = [p]
         if p.grad is not None:
-            if p.grad.is_sparse and rule.counts_steps:
+            if p.grad.is_sparse and shape.rule.counts_steps:
                 raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
             _check(name, "gradient", p.grad, p)
             tensors.append(p.grad)
-        for slot in rule.states:
+        for slot in (*shape.rule.states, *([AVERAGE] if shape.averaged else [])):
             if of_p.get(slot) is not None:
                 _check(name, f"state {slot!r}", of_p[slot], p)
                 tensors.append(of_p[slot])
@@ -153,18 +170,41 @@ class Plan:
                 return candidate
         raise AssertionError("the reference backend supports everything")
 
-    @staticmethod
-    def _create(rule: Rule, p: Tensor, state: dict[Tensor, Any], dtype: torch.dtype | None) -> bool:
-        """Create the states that a parameter with a gradient lacks; whether there were any."""
-        if p.grad is None or not (rule.states or rule.counts_steps):
-            return False
-        of_p = state[p]
-        if rule.counts_steps and "step" not in of_p:
-            of_p["step"] = torch.tensor(0.0, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32))
-        missing = [slot for slot in rule.states if of_p.get(slot) is None]
-        for slot in missing:
-            of_p[slot] = torch.zeros_like(p, memory_format=torch.preserve_format, dtype=dtype, requires_grad=False)
-        return bool(missing)
+    def _fill(
+        self, member: Member, rule: Rule, averaged: bool, state: dict[Tensor, Any], dtype: torch.dtype | None
+    ) -> None:
+        """Point the member at its states; a parameter that has a gradient gets those it lacks."""
+        p = member.tensor
+        slots = [*(["step"] if rule.counts_steps else []), *rule.states, *([AVERAGE] if averaged else [])]
+        if not slots:
+            member.states = []
+            return
+        for slot in slots:
+            if p.grad is None or (p in state and state[p].get(slot) is not None):
+                continue
+            if slot == "step":
+                default = torch.promote_types(torch.get_default_dtype(), torch.float32)
+                state[p][slot] = torch.tensor(0.0, dtype=default)
+            else:
+                wanted = dtype if slot != AVERAGE or p.is_complex() else torch.promote_types(p.dtype, torch.float32)
+                state[p][slot] = torch.zeros_like(
+                    p, memory_format=torch.preserve_format, dtype=wanted, requires_grad=False
+                )
+                member.fresh |= slot != AVERAGE
+            self._created.append((p, slot))
+        of_p = state.get(p, {})
+        if all(of_p.get(slot) is not None for slot in slots):
+            member.states = [of_p[slot] for slot in rule.states]
+            member.step = of_p["step"] if rule.counts_steps else None
+            member.average = of_p[AVERAGE] if averaged else None
+
+    def undo(self, state: dict[Tensor, Any]) -> None:
+        """Take away the states that were created for a step that is not made."""
+        for p, slot in self._created:
+            del state[p][slot]
+            if not state[p]:
+                del state[p]
+        self._created.clear()
 
     def gather(
         self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]
@@ -176,3 +216,9 @@ class Plan:
                 return None
             keys.append(of_bucket)
         return keys
+
+    def run(self, rows: Sequence[Sequence[Row]]) -> None:
+        """Step every bucket, with a row for every pair that ``gather`` returned."""
+        for bucket, of_bucket in zip(self.buckets, rows):
+            bucket.run(of_bucket)
+        self._created.clear()

@@ -1,5 +1,8 @@
 """What every test shares: the backends of this machine, and tensors that hurt."""
 
+import copy
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -53,4 +56,101 @@ def clones(parameters, dtype=None):
     return result
 
 
-__all__ = ["backends", "clones", "fused_opt", "layouts", "set_gradients"]
+def pair(name, options, backend, shapes=((3, 4), (5,), ()), arrange=list, dtype=torch.float64):
+    """An optimizer of ours and torch's own on parameters of the same values; `arrange` makes groups or names of them."""
+    generator = torch.Generator().manual_seed(7)
+    options = {"foreach": False, **options}
+    ours = [torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in shapes]
+    theirs = clones(ours)
+    optimizer = getattr(fused_opt, name)(arrange(ours), backend=backend, **copy.deepcopy(options))
+    oracle = getattr(torch.optim, name)(arrange(theirs), **copy.deepcopy(options))
+    return optimizer, oracle
+
+
+def parameters_of(optimizer):
+    """Its parameters, in the order of its groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def assert_close(ours, theirs, bound=1e-12):
+    """Two values alike in structure and dtype, and tensors up to `bound` relative to their largest value."""
+    if isinstance(theirs, torch.Tensor):
+        assert ours.dtype == theirs.dtype
+        assert ours.shape == theirs.shape
+        scale = max(theirs.detach().abs().max().item(), 1e-30) if theirs.numel() else 0.0
+        torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=0, atol=bound * scale)
+    elif isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        for key in theirs:
+            assert_close(ours[key], theirs[key], bound)
+    elif isinstance(theirs, (list, tuple)):
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs):
+            assert_close(a, b, bound)
+    else:
+        assert ours == theirs
+
+
+def assert_same(ours, theirs, bound=1e-12):
+    """Parameters and state_dicts of two optimizers agree; bound=0: to the last bit."""
+    assert_close(parameters_of(ours), parameters_of(theirs), bound)
+    assert_close(ours.state_dict(), theirs.state_dict(), bound)
+
+
+def train_both(optimizer, oracle, steps=3, seed=0):
+    """The same gradients for both, step for step."""
+    for step in range(steps):
+        set_gradients(parameters_of(optimizer), seed + step)
+        set_gradients(parameters_of(oracle), seed + step)
+        optimizer.step()
+        oracle.step()
+
+
+@contextmanager
+def unchanged(optimizer):
+    """Fail if the block changes a parameter, a gradient, a state (its identity included) or a group."""
+
+    def look():
+        parameters = parameters_of(optimizer)
+        state = {p: dict(of_p) for p, of_p in optimizer.state.items()}
+        groups = [dict(group, params=list(group["params"])) for group in optimizer.param_groups]
+        return parameters, [p.grad for p in parameters], state, groups
+
+    def tensors(value):
+        if isinstance(value, torch.Tensor):
+            return [value.detach()]
+        if isinstance(value, dict):
+            value = list(value.values())
+        return [tensor for item in value for tensor in tensors(item)] if isinstance(value, (list, tuple)) else []
+
+    before = look()
+    kept = [tensor.clone() for tensor in tensors(before[:3])]
+    yield
+    after = look()
+    assert all(a is b for a, b in zip(before[0], after[0], strict=True))
+    assert all(a is b for a, b in zip(before[1], after[1], strict=True))
+    assert before[2].keys() == after[2].keys()
+    for p, of_p in before[2].items():
+        assert of_p.keys() == after[2][p].keys()
+        assert all(of_p[key] is after[2][p][key] for key in of_p)
+    for a, b in zip(before[3], after[3], strict=True):
+        assert {**a, "params": None} == {**b, "params": None}
+    for a, b in zip(kept, tensors(after[:3]), strict=True):
+        assert (a.dtype, a.layout, a.shape) == (b.dtype, b.layout, b.shape)
+        if a.device.type != "meta":
+            assert torch.equal(a.to_dense().nan_to_num(77), b.to_dense().nan_to_num(77))
+
+
+__all__ = [
+    "assert_close",
+    "assert_same",
+    "backends",
+    "clones",
+    "fused_opt",
+    "layouts",
+    "pair",
+    "parameters_of",
+    "set_gradients",
+    "train_both",
+    "unchanged",
+]

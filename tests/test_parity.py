@@ -81,7 +81,7 @@ def test_equals_torch_over_random_hyper_parameters(name, dtype, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
 def test_no_worse_than_pytorch(name, options, dtype, backend):
-    """Truth: float64. Baseline: plain PyTorch in the tested dtype. At most 1.1 of its error, plus one unit in the last place."""
+    """Truth: float64. Baseline: plain PyTorch in the tested dtype. at most 1.1 of its error plus one ulp."""
 
     def run(dtype_of_run, backend_of_run):
         parameters = clones(layouts(dtype), dtype_of_run)

@@ -1,10 +1,14 @@
 // The loops of a step. This file is compiled once per instruction set, with FUSED_OPT_ISA naming it; everything but the
 // function at the end is in an unnamed namespace, so that no two copies are ever merged.
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include <cstring>
 #include <type_traits>
 #include <utility>
 
-#include "../rules.h"
+#include "../noise.h"
 #include "step.h"
 
 namespace fused_opt::cpu {
@@ -119,27 +123,125 @@ void store(const Tensor& tensor, const Operand& operand, int64_t begin, int64_t 
   });
 }
 
+// A sum of squares whose bits do not depend on how the elements came, as long as all but the last `add` bring a
+// multiple of 16: the product of two float32 is exact in float64.
+struct SumOfSquares {
+  double lanes[16] = {};
+
+  template <class T>
+  FUSED_OPT_FN void add(const T* x, int64_t n) {
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16)
+      for (int k = 0; k < 16; ++k) lanes[k] += static_cast<double>(x[i + k]) * static_cast<double>(x[i + k]);
+    for (; i < n; ++i) lanes[i % 16] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  }
+  double total() const {
+    double sums[16];
+    std::memcpy(sums, lanes, sizeof sums);
+    for (int width = 8; width; width /= 2)
+      for (int k = 0; k < width; ++k) sums[k] += sums[k + width];
+    return sums[0];
+  }
+};
+
+// As many counters as a vector register has 64-bit lanes. Compilers do not see that the upper halves are zero, and
+// multiply 64 bits by 64 bits; hence the intrinsics.
+struct ManyLanes {
+#if defined(__AVX512F__)
+  using Word = uint64_t __attribute__((vector_size(64)));
+  static FUSED_OPT_FN Word multiply32(Word a, Word b) { return (Word)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
+#elif defined(__AVX2__)
+  using Word = uint64_t __attribute__((vector_size(32)));
+  static FUSED_OPT_FN Word multiply32(Word a, Word b) { return (Word)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
+#else
+  using Word = uint64_t __attribute__((vector_size(16)));
+  static FUSED_OPT_FN Word multiply32(Word a, Word b) { return a * b; }
+#endif
+  static FUSED_OPT_FN Word splat(uint32_t x) { return Word{} + static_cast<uint64_t>(x); }
+};
+
+void normal(uint64_t seed, uint32_t index, uint32_t t, uint64_t begin, int64_t n, float* z) {
+  using Words = ManyLanes::Word;
+  constexpr int kLanes = sizeof(Words) / sizeof(uint64_t);
+  constexpr int kCounters = 64;
+  alignas(64) uint32_t words[4][kCounters];
+  alignas(64) float lanes[4][kCounters];
+  for (int64_t done = 0; done < n; done += kCounters) {
+    for (int k = 0; k < kCounters; k += kLanes) {
+      Words c0{}, c1{};
+      for (int lane = 0; lane < kLanes; ++lane) c0[lane] = begin + static_cast<uint64_t>(done + k + lane);
+      c1 = c0 >> 32;
+      c0 = c0 & ManyLanes::splat(0xFFFFFFFFu);
+      Words c2 = ManyLanes::splat(index), c3 = ManyLanes::splat(t);
+      philox<ManyLanes>(c0, c1, c2, c3, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+      for (int lane = 0; lane < kLanes; ++lane) {
+        words[0][k + lane] = static_cast<uint32_t>(c0[lane]);
+        words[1][k + lane] = static_cast<uint32_t>(c1[lane]);
+        words[2][k + lane] = static_cast<uint32_t>(c2[lane]);
+        words[3][k + lane] = static_cast<uint32_t>(c3[lane]);
+      }
+    }
+    for (int k = 0; k < kCounters; ++k) box_muller(words[0][k], words[1][k], lanes[0][k], lanes[1][k]);
+    for (int k = 0; k < kCounters; ++k) box_muller(words[2][k], words[3][k], lanes[2][k], lanes[3][k]);
+    for (int k = 0; k < kCounters; ++k)
+      for (int lane = 0; lane < 4; ++lane) z[4 * (done + k) + lane] = lanes[lane][k];
+  }
+}
+
+template <class T>
+void add_noise(const Group& group, const Layer& layer, T sigma, int64_t begin, int64_t n, T* p) {
+  alignas(64) float z[256];
+  for (int64_t i = 0; i < n; i += 256) {
+    normal(group.seed, layer.index, group.t, static_cast<uint64_t>(begin + i) / 4, 64, z);
+    const int64_t m = n - i < 256 ? n - i : 256;
+    for (int64_t k = 0; k < m; ++k) p[i + k] += sigma * static_cast<T>(z[k]);
+  }
+}
+
+template <class T>
+void fold(const Group& group, int64_t n, T* __restrict v, T* __restrict p) {
+  const T add = static_cast<T>(group.add), share = static_cast<T>(group.share);
+  if (group.fresh)
+    for (int64_t k = 0; k < n; ++k) v[k] = add * p[k];
+  else
+    for (int64_t k = 0; k < n; ++k) v[k] += add * (p[k] - share * v[k]);
+  if (group.write_back)
+    for (int64_t k = 0; k < n; ++k) p[k] = v[k];
+}
+
 template <class Rule, class T, class... State>
 void apply(const Rule rule, const T lr, const T grad_scale, const int64_t n, T* __restrict p, const T* __restrict g,
            State* __restrict... states) {
   for (int64_t i = 0; i < n; ++i) p[i] -= lr * rule(p[i], grad_scale * g[i], states[i]...);
 }
 
-template <template <class> class Rule, class T, size_t... S>
-void update_as(const Tensor& tensor, const Group& group, const Layer& layer, int64_t begin, int64_t end,
-               std::index_sequence<S...>) {
-  // A rule is nothing but its coefficients, in the order of the table.
-  constexpr int kCoefficients = sizeof(Rule<T>) / sizeof(T);
+// A rule is nothing but its coefficients, in the order of the table.
+template <class Rule, class T>
+Rule make(const Group& group, const Layer& layer) {
+  constexpr int kCoefficients = sizeof(Rule) / sizeof(T);
   T coefficients[kCoefficients];
   for (int k = 0; k < kCoefficients; ++k) coefficients[k] = static_cast<T>(group.rule[k] * (k ? 1 : layer.decay_scale));
-  Rule<T> rule;
+  Rule rule;
   std::memcpy(&rule, coefficients, sizeof rule);
-  const T lr = static_cast<T>(group.lr * layer.lr_scale);
+  return rule;
+}
 
-  bool staged = !tensor.flat || tensor.p.dtype != kDTypeOf<T> || tensor.g.dtype != kDTypeOf<T>;
+template <template <class> class Rule, class T, size_t... S>
+double update_as(const Tensor& tensor, const Group& group, const Layer& layer, int64_t begin, int64_t end,
+                 std::index_sequence<S...>) {
+  const auto rule = make<Rule<T>, T>(group, layer);
+  const T lr = static_cast<T>(group.lr * layer.lr_scale * layer.ratio);
+  const bool carries = carries_norm(tensor, group), averages = group.add != 0 || group.write_back;
+  const double root_mean_square =
+      group.relative && tensor.numel ? __builtin_sqrt(layer.weight_norm2 / static_cast<double>(tensor.numel)) : 1;
+  const T sigma = static_cast<T>(group.sigma * root_mean_square);
+
+  bool staged = !tensor.flat || tensor.p.dtype != kDTypeOf<T> || tensor.g.dtype != kDTypeOf<T> || carries || averages ||
+                group.sigma != 0;
   ((staged |= tensor.states[S].dtype != kDTypeOf<T>), ...);
   const int64_t block = staged ? kBlock : end - begin;
-  alignas(64) T buffers[2 + sizeof...(S)][kBlock];
+  alignas(64) T buffers[3 + sizeof...(S)][kBlock];
+  SumOfSquares weight2;
   for (; begin < end; begin += block) {
     const int64_t n = end - begin < block ? end - begin : block;
     T* p = load(tensor, tensor.p, begin, n, buffers[0]);
@@ -147,31 +249,105 @@ void update_as(const Tensor& tensor, const Group& group, const Layer& layer, int
     T* states[] = {load(tensor, tensor.states[S], begin, n, buffers[2 + S])..., nullptr};
     apply(rule, lr, static_cast<T>(group.grad_scale), n, p, g, states[S]...);
     (store(tensor, tensor.states[S], begin, n, states[S]), ...);
+    if (group.sigma != 0) add_noise(group, layer, sigma, begin, n, p);
     store(tensor, tensor.p, begin, n, p);
+    if (!averages && !carries) continue;
+    p = load(tensor, tensor.p, begin, n, buffers[0]);  // what is averaged and summed is what was stored
+    if (averages) {
+      T* v = load(tensor, tensor.average, begin, n, buffers[2 + sizeof...(S)]);
+      fold(group, n, v, p);
+      store(tensor, tensor.average, begin, n, v);
+      if (group.write_back) {
+        store(tensor, tensor.p, begin, n, p);
+        p = load(tensor, tensor.p, begin, n, buffers[0]);
+      }
+    }
+    if (carries) weight2.add(p, n);
   }
+  return carries ? weight2.total() : -1;
+}
+
+template <template <class> class Rule, class T, size_t... S>
+Norms norms_as(const Tensor& tensor, const Group& group, const Layer& layer, int64_t begin, int64_t end, Wanted wanted,
+               std::index_sequence<S...>) {
+  const auto rule = make<Rule<T>, T>(group, layer);
+  const T grad_scale = static_cast<T>(group.grad_scale);
+  alignas(64) T buffers[3 + sizeof...(S)][kBlock];
+  SumOfSquares weight2, grad2, direction2;
+  for (; begin < end; begin += kBlock) {
+    const int64_t n = end - begin < kBlock ? end - begin : kBlock;
+    const T *p = nullptr, *g = nullptr;
+    if (wanted.weight || wanted.direction) p = load(tensor, tensor.p, begin, n, buffers[0]);
+    if (wanted.grad || wanted.direction) g = load(tensor, tensor.g, begin, n, buffers[1]);
+    if (wanted.weight) weight2.add(p, n);
+    if (wanted.grad) grad2.add(g, n);
+    if (wanted.direction) {
+      const T* states[] = {load(tensor, tensor.states[S], begin, n, buffers[3 + S])..., nullptr};
+      T* direction = buffers[2];
+      for (int64_t i = 0; i < n; ++i) {
+        T copies[] = {states[S][i]..., T()};  // the step itself moves them
+        direction[i] = rule(p[i], grad_scale * g[i], copies[S]...);
+      }
+      direction2.add(direction, n);
+    }
+  }
+  return {weight2.total(), grad2.total(), direction2.total()};
 }
 
 // Arithmetic in float32 whatever the storage, in float64 for float64 parameters.
 template <template <class> class Rule>
-void update(const Tensor& tensor, const Group& group, const Layer& layer, int64_t begin, int64_t end) {
+double update(const Tensor& tensor, const Group& group, const Layer& layer, int64_t begin, int64_t end) {
   constexpr auto states = std::make_index_sequence<Rule<float>::kStates>();
-  if (tensor.p.dtype == DType::kFloat64)
-    update_as<Rule, double>(tensor, group, layer, begin, end, states);
-  else
-    update_as<Rule, float>(tensor, group, layer, begin, end, states);
+  return tensor.p.dtype == DType::kFloat64 ? update_as<Rule, double>(tensor, group, layer, begin, end, states)
+                                           : update_as<Rule, float>(tensor, group, layer, begin, end, states);
 }
 
-#define FUSED_OPT_KERNEL(name, Rule) {name, Rule<float>::kStates, update<Rule>},
+template <template <class> class Rule>
+Norms norms(const Tensor& tensor, const Group& group, const Layer& layer, int64_t begin, int64_t end, Wanted wanted) {
+  constexpr auto states = std::make_index_sequence<Rule<float>::kStates>();
+  return tensor.p.dtype == DType::kFloat64 ? norms_as<Rule, double>(tensor, group, layer, begin, end, wanted, states)
+                                           : norms_as<Rule, float>(tensor, group, layer, begin, end, wanted, states);
+}
+
+template <class T>
+Sums accumulate_as(const Tensor& tensor, int64_t begin, int64_t end) {
+  alignas(64) T buffers[2][kBlock];
+  SumOfSquares part2, total2;
+  for (; begin < end; begin += kBlock) {
+    const int64_t n = end - begin < kBlock ? end - begin : kBlock;
+    const T* g = load(tensor, tensor.g, begin, n, buffers[1]);
+    part2.add(g, n);
+    if (!tensor.p.data) continue;
+    T* p = load(tensor, tensor.p, begin, n, buffers[0]);
+    for (int64_t k = 0; k < n; ++k) p[k] += g[k];
+    store(tensor, tensor.p, begin, n, p);
+    total2.add(load(tensor, tensor.p, begin, n, buffers[0]), n);
+  }
+  return {part2.total(), tensor.p.data ? total2.total() : part2.total()};
+}
+
+#define FUSED_OPT_KERNEL(name, Rule) {name, Rule<float>::kStates, update<Rule>, norms<Rule>},
 constexpr Kernel kKernels[] = {FUSED_OPT_RULES(FUSED_OPT_KERNEL)};
+
+const Kernel* find(const char* rule) {
+  for (const Kernel& kernel : kKernels)
+    if (!std::strcmp(kernel.rule, rule)) return &kernel;
+  return nullptr;
+}
+
+Sums accumulate(const Tensor& tensor, int64_t begin, int64_t end) {
+  return tensor.g.dtype == DType::kFloat64 ? accumulate_as<double>(tensor, begin, end)
+                                           : accumulate_as<float>(tensor, begin, end);
+}
 
 }  // namespace
 
 #define FUSED_OPT_JOIN_(a, b) a##b
 #define FUSED_OPT_JOIN(a, b) FUSED_OPT_JOIN_(a, b)
-const Kernel* FUSED_OPT_JOIN(find_, FUSED_OPT_ISA)(const char* rule) {
-  for (const Kernel& kernel : kKernels)
-    if (!std::strcmp(kernel.rule, rule)) return &kernel;
-  return nullptr;
+#define FUSED_OPT_NAME_(isa) #isa
+#define FUSED_OPT_NAME(isa) FUSED_OPT_NAME_(isa)
+InstructionSet FUSED_OPT_JOIN(instruction_set_, FUSED_OPT_ISA)(bool (*runs_here)()) {
+  return {FUSED_OPT_NAME(FUSED_OPT_ISA), runs_here, find, accumulate, normal};
 }
 
 }  // namespace fused_opt::cpu

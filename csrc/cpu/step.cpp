@@ -3,6 +3,7 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "parallel.h"
@@ -10,24 +11,22 @@
 namespace fused_opt::cpu {
 
 // One per compilation of kernels.cpp.
-const Kernel* find_baseline(const char*);
+InstructionSet instruction_set_baseline(bool (*)());
 #ifdef FUSED_OPT_X86
-const Kernel* find_avx2(const char*);
-const Kernel* find_avx512(const char*);
+InstructionSet instruction_set_avx2(bool (*)());
+InstructionSet instruction_set_avx512(bool (*)());
 #endif
 
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> sets = {
 #ifdef FUSED_OPT_X86
-      {"avx512",
-       [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-       },
-       find_avx512},
-      {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, find_avx2},
+      instruction_set_avx512([] {
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+      }),
+      instruction_set_avx2([] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }),
 #endif
-      {"baseline", [] { return true; }, find_baseline},
+      instruction_set_baseline([] { return true; }),
   };
   return sets;
 }
@@ -48,29 +47,183 @@ bool forked() {
 }
 
 void Table::cut() {
+  // What is read for a norm should still be in the cache when it is read for the update: float32 elements of about 8
+  // MB.
+  constexpr int64_t kWindow = 2 << 20;
   chunks.clear();
-  for (size_t t = 0; t < tensors.size(); ++t)
+  windows.assign(1, 0);
+  int64_t elements = 0;
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    if (elements + tensors[t].numel > kWindow && elements) {
+      windows.push_back(chunks.size());
+      elements = 0;
+    }
+    elements += tensors[t].numel;
     for (int64_t begin = 0; begin < tensors[t].numel; begin += kChunk)
       chunks.push_back({static_cast<int32_t>(t), begin});
+  }
+  windows.push_back(chunks.size());
 }
 
-void step(const Kernel& kernel, const Table& table, int threads) {
+namespace {
+
+// Calls f(chunk number, tensor number, begin, end) for every chunk in [first, last) of an active tensor.
+template <class F>
+void for_each_chunk(const Table& table, size_t first, size_t last, int threads, const F& f) {
   // Waking the pool costs some microseconds; below this many elements one thread is done sooner.
   constexpr int64_t kWorthWaking = 65536;
   int64_t elements = 0;
-  for (const Tensor& tensor : table.tensors) elements += tensor.active ? tensor.numel : 0;
+  for (size_t c = first; c < last && elements < kWorthWaking; ++c) {
+    const Tensor& tensor = table.tensors[table.chunks[c].tensor];
+    if (tensor.active) elements += std::min(kChunk, tensor.numel - table.chunks[c].begin);
+  }
   // Threads draw runs of chunks, so that a model of many small tensors does not spend its time drawing.
-  const int64_t count = static_cast<int64_t>(table.chunks.size());
+  const int64_t count = static_cast<int64_t>(last - first);
   const int64_t run = std::max<int64_t>(1, std::min<int64_t>(count / (8 * std::max(threads, 1)), 16));
   parallel_for((count + run - 1) / run, elements < kWorthWaking ? 1 : threads, [&](int64_t r) {
-    for (int64_t c = r * run; c < std::min(count, (r + 1) * run); ++c) {
-      const Table::Chunk& chunk = table.chunks[c];
+    for (size_t c = first + r * run; c < std::min<size_t>(last, first + (r + 1) * run); ++c) {
+      const Chunk& chunk = table.chunks[c];
       const Tensor& tensor = table.tensors[chunk.tensor];
-      if (tensor.active)
-        kernel.update(tensor, table.groups[tensor.group], table.layers[chunk.tensor], chunk.begin,
-                      std::min(chunk.begin + kChunk, tensor.numel));
+      if (tensor.active) f(c, chunk.tensor, chunk.begin, std::min(chunk.begin + kChunk, tensor.numel));
     }
   });
+}
+
+// Calls f(tensor number, c) for every chunk number c in order: how partial sums become sums.
+template <class F>
+void in_order(const Table& table, size_t first, size_t last, const F& f) {
+  for (size_t c = first; c < last; ++c)
+    if (table.tensors[table.chunks[c].tensor].active) f(table.chunks[c].tensor, c);
+}
+
+Wanted wanted(const Tensor& tensor, const Group& group, const Layer& layer) {
+  const bool ratio = has_ratio(tensor, group);
+  const bool parts_known = group.ratio == Ratio::kCLARS && layer.part_norms >= 0;
+  return {carries_norm(tensor, group) && !(layer.weight_norm2 >= 0),
+          ratio && group.ratio != Ratio::kLAMB && !parts_known && layer.grad_norm2 == -1,
+          ratio && group.ratio == Ratio::kLAMB};
+}
+
+double trust_ratio(const Group& group, const Layer& layer) {
+  const double weight = std::sqrt(layer.weight_norm2), scale = std::fabs(group.grad_scale);
+  const double grad = scale * std::sqrt(layer.grad_norm2);
+  double numerator = group.coefficient * weight, denominator = 0;
+  switch (group.ratio) {
+    case Ratio::kNone:
+      return 1;
+    case Ratio::kLARS:
+      denominator = grad == 0 ? 0 : grad + group.rule[0] * layer.decay_scale * weight + group.eps;
+      break;
+    case Ratio::kCLARS: {
+      const double parts = layer.part_norms >= 0 ? scale * layer.part_norms : grad;
+      denominator = parts == 0 ? 0 : parts + group.eps;
+      break;
+    }
+    case Ratio::kLAMB:
+      denominator = std::sqrt(layer.direction_norm2) + group.eps;
+      break;
+  }
+  const double ratio = numerator / denominator;
+  // 1 where either norm is zero, and where one is not finite.
+  return std::min(group.cap,
+                  weight > 0 && denominator > 0 && std::isfinite(ratio) && std::isfinite(denominator) ? ratio : 1);
+}
+
+}  // namespace
+
+double grad_norm2(const Kernel& kernel, Table& table, int threads) {
+  std::vector<double> partial(table.chunks.size());
+  const auto unknown = [&](int32_t t) { return table.layers[t].grad_norm2 == -1; };
+  for_each_chunk(table, 0, table.chunks.size(), threads, [&](size_t c, int32_t t, int64_t begin, int64_t end) {
+    if (unknown(t))
+      partial[c] = kernel.norms(table.tensors[t], Group{}, table.layers[t], begin, end, {false, true, false}).grad2;
+  });
+  std::vector<double> sums(table.tensors.size());
+  in_order(table, 0, table.chunks.size(), [&](int32_t t, size_t c) { sums[t] += partial[c]; });
+  double total = 0;
+  for (size_t t = 0; t < sums.size(); ++t) {
+    if (!table.tensors[t].active) continue;
+    if (unknown(static_cast<int32_t>(t))) table.layers[t].grad_norm2 = sums[t];
+    total += table.layers[t].grad_norm2;
+  }
+  return total;
+}
+
+void step(const Kernel& kernel, Table& table, int threads) {
+  const size_t count = table.tensors.size(), chunks = table.chunks.size();
+  std::vector<Wanted> wants(count);
+  bool any = false, carried = false;
+  for (size_t t = 0; t < count; ++t) {
+    if (!table.tensors[t].active) continue;
+    const Group& group = table.groups[table.tensors[t].group];
+    wants[t] = wanted(table.tensors[t], group, table.layers[t]);
+    any |= wants[t].weight || wants[t].grad || wants[t].direction;
+    carried |= carries_norm(table.tensors[t], group);
+    table.layers[t].ratio = 1;
+  }
+
+  std::vector<Norms> partial(any ? chunks : 0);
+  std::vector<double> weight2(carried ? chunks : 0);
+  const auto update = [&](size_t first, size_t last) {
+    for (size_t c = first; carried && c < last; ++c) {
+      const int32_t t = table.chunks[c].tensor;
+      const Group& group = table.groups[table.tensors[t].group];
+      if (table.chunks[c].begin == 0 && has_ratio(table.tensors[t], group))
+        table.layers[t].ratio = trust_ratio(group, table.layers[t]);
+    }
+    for_each_chunk(table, first, last, threads, [&](size_t c, int32_t t, int64_t begin, int64_t end) {
+      const Tensor& tensor = table.tensors[t];
+      const double sum = kernel.update(tensor, table.groups[tensor.group], table.layers[t], begin, end);
+      if (carried) weight2[c] = sum;
+    });
+  };
+  if (!any) {
+    update(0, chunks);
+  } else {
+    for (size_t w = 0; w + 1 < table.windows.size(); ++w) {
+      const size_t first = table.windows[w], last = table.windows[w + 1];
+      for_each_chunk(table, first, last, threads, [&](size_t c, int32_t t, int64_t begin, int64_t end) {
+        const Tensor& tensor = table.tensors[t];
+        if (wants[t].weight || wants[t].grad || wants[t].direction)
+          partial[c] = kernel.norms(tensor, table.groups[tensor.group], table.layers[t], begin, end, wants[t]);
+      });
+      in_order(table, first, last, [&](int32_t t, size_t c) {
+        Layer& layer = table.layers[t];
+        if (table.chunks[c].begin == 0) {
+          if (wants[t].weight) layer.weight_norm2 = 0;
+          if (wants[t].grad) layer.grad_norm2 = 0;
+          layer.direction_norm2 = 0;
+        }
+        if (wants[t].weight) layer.weight_norm2 += partial[c].weight2;
+        if (wants[t].grad) layer.grad_norm2 += partial[c].grad2;
+        layer.direction_norm2 += partial[c].direction2;
+      });
+      update(first, last);
+    }
+  }
+  if (!carried) return;
+  in_order(table, 0, chunks, [&](int32_t t, size_t c) {
+    if (!carries_norm(table.tensors[t], table.groups[table.tensors[t].group])) return;
+    if (table.chunks[c].begin == 0) table.layers[t].weight_norm2 = 0;
+    table.layers[t].weight_norm2 += weight2[c];
+  });
+}
+
+Sums accumulate(const InstructionSet& set, const Tensor& tensor, int threads) {
+  Table table;
+  table.tensors.assign(1, tensor);
+  table.tensors[0].active = true;
+  table.cut();
+  std::vector<Sums> partial(table.chunks.size());
+  for_each_chunk(table, 0, partial.size(), threads, [&](size_t c, int32_t, int64_t begin, int64_t end) {
+    partial[c] = set.accumulate(tensor, begin, end);
+  });
+  Sums sums;
+  for (const Sums& some : partial) {
+    sums.part2 += some.part2;
+    sums.total2 += some.total2;
+  }
+  return sums;
 }
 
 }  // namespace fused_opt::cpu

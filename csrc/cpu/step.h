@@ -7,37 +7,57 @@
 
 namespace fused_opt::cpu {
 
-// The part of a step that is compiled once per instruction set (kernels.cpp).
+struct Norms {
+  double weight2 = 0, grad2 = 0, direction2 = 0;
+};
+struct Wanted {
+  bool weight = false, grad = false, direction = false;
+};
+
+// The part of a step that is compiled once per instruction set (kernels.cpp). All work on elements [begin, end).
 struct Kernel {
   const char* rule;
   int states;
-  // Updates elements [begin, end) of a tensor.
-  void (*update)(const Tensor&, const Group&, const Layer&, int64_t begin, int64_t end);
+  // Writes the parameter and its states; returns the sum of squares of the new weights where somebody will want it.
+  double (*update)(const Tensor&, const Group&, const Layer&, int64_t begin, int64_t end);
+  Norms (*norms)(const Tensor&, const Group&, const Layer&, int64_t begin, int64_t end, Wanted);
 };
-
+struct Sums {
+  double part2 = 0, total2 = 0;
+};
 struct InstructionSet {
   const char* name;
   bool (*runs_here)();
   const Kernel* (*find)(const char* rule);  // null where there is no such rule
+  // p += g, with the sums of squares of g and of the new p; p without data: only g's, in both.
+  Sums (*accumulate)(const Tensor&, int64_t begin, int64_t end);
+  // The noise of elements [4 * begin, 4 * (begin + n)), n a multiple of 64.
+  void (*normal)(uint64_t seed, uint32_t index, uint32_t t, uint64_t begin, int64_t n, float* z);
 };
 
 // Fastest first. `choose` takes the first that runs here, or the named one, or null.
 const std::vector<InstructionSet>& instruction_sets();
 const InstructionSet* choose(const char* name = nullptr);
 
+struct Chunk {
+  int32_t tensor;
+  int64_t begin;
+};
+
 struct Table {
   std::vector<Tensor> tensors;
   std::vector<Layer> layers;  // one per tensor
   std::vector<Group> groups;
-
-  struct Chunk {
-    int32_t tensor;
-    int64_t begin;
-  };
   std::vector<Chunk> chunks;
-  void cut();  // fills `chunks`; call it when tensors changed
+  std::vector<size_t> windows;  // runs of whole tensors, as indices into `chunks`, whose second read finds the cache
+  void cut();                   // fills `chunks` and `windows`; call it when tensors changed
 };
 
-void step(const Kernel&, const Table&, int threads);
+void step(const Kernel&, Table&, int threads);
+
+// Fills in the norms of the active gradients that are not known, and returns the sum of all their squares.
+double grad_norm2(const Kernel&, Table&, int threads);
+
+Sums accumulate(const InstructionSet&, const Tensor&, int threads);
 
 }  // namespace fused_opt::cpu

@@ -13,6 +13,8 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
+from torch import Tensor
+
 BACKENDS = ("native", "reference")
 
 
@@ -31,3 +33,12 @@ def available() -> dict[str, str | None]:
         True
     """
     return {name: get(name).unavailable() for name in BACKENDS}
+
+
+def accumulate(total: Tensor | None, part: Tensor) -> tuple[float, float]:
+    """``total += part`` in one pass with the sums of squares of the part and of the new total; None: there is only a part."""
+    for name in BACKENDS:
+        module = get(name)
+        if module.unsupported(None, [part] if total is None else [total, part]) is None:
+            return module.accumulate(total, part)
+    raise AssertionError("the reference backend supports everything")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import Member
+from ..plan import Member, Row
 from ..rule import Rule
 
 try:
@@ -32,7 +32,7 @@ def unavailable() -> str | None:
     return _reason
 
 
-def unsupported(rule: Rule, tensors: Sequence[Tensor]) -> str | None:
+def unsupported(rule: Rule | None, tensors: Sequence[Tensor]) -> str | None:
     """Why a parameter, its gradient or its states cannot be stepped here, or None."""
     if _reason:
         return _reason
@@ -50,6 +50,14 @@ def unsupported(rule: Rule, tensors: Sequence[Tensor]) -> str | None:
     return None
 
 
+def accumulate(total: Tensor | None, part: Tensor) -> tuple[float, float]:
+    """``total += part`` in one pass with the sums of squares of both."""
+    sums = _native.accumulate(total, part, torch.get_num_threads())
+    if total is not None:
+        torch.autograd.graph.increment_version(total)
+    return sums
+
+
 class Bucket:
     """The parameters as a plan in C++."""
 
@@ -59,17 +67,26 @@ class Bucket:
         members: Sequence[Member],
         param_groups: list[dict[str, Any]],
         state: Mapping[Tensor, Any],
+        noisy: bool,
     ) -> None:
-        rows = [(m.tensor, m.tensor.grad, m.group, m.fresh, m.states, m.step) for m in members]
-        self.core = _native.Plan(rule.name, os.environ.get("FUSED_OPT_CPU"), rows, param_groups, state)
-        for index, member in enumerate(members):
-            self.core.scale(index, member.lr_scale, member.decay_scale)
+        self.members = members
+        rows = [
+            (m.tensor, m.tensor.grad, m.group, m.fresh, m.states, m.step, m.average, m.index, m.lr_scale, m.decay_scale)
+            for m in members
+        ]
+        self.core = _native.Plan(rule.name, os.environ.get("FUSED_OPT_CPU"), rows, param_groups, state, noisy)
         # The gradient's edge refers to the parameter from C++, which makes looking at the parameter three times cheaper
         # (see Held in bindings.cpp) and, unlike other references, is one that torch.utils.swap_tensors allows.
         self.edges = [torch.autograd.graph.get_gradient_edge(m.tensor) for m in members if m.tensor.requires_grad]
         self.gather = self.core.gather
+        self.know = self.core.know
+        self.ratios = self.core.ratios
 
-    def run(self, rows: Sequence[Sequence[float]]) -> None:
+    def grad_norm2(self) -> float:
+        """Sum of squares of all gradients, as they lie in memory."""
+        return self.core.grad_norm2(torch.get_num_threads())
+
+    def run(self, rows: Sequence[Row]) -> None:
         """Step every parameter that has a gradient, on torch's threads."""
         self.core.run(rows, torch.get_num_threads())
         # Raw pointers tell autograd nothing; without this a backward through the old weights would pass unnoticed.

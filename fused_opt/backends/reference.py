@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..plan import Member
+from ..plan import Member, Row
 from ..rule import Rule
+from ..step.noise import normal
 
 
 def unavailable() -> str | None:
@@ -17,9 +19,41 @@ def unavailable() -> str | None:
     return None
 
 
-def unsupported(rule: Rule, tensors: Sequence[Tensor]) -> str | None:
+def unsupported(rule: Rule | None, tensors: Sequence[Tensor]) -> str | None:
     """Nothing that torch.optim can step is beyond it."""
     return None
+
+
+def norm2(tensor: Tensor) -> float:
+    """Sum of squares, in float64."""
+    values = tensor.coalesce().values() if tensor.is_sparse else tensor
+    return float(torch.linalg.vector_norm(values.double() if not values.is_complex() else values).item()) ** 2
+
+
+@torch.no_grad()
+def accumulate(total: Tensor | None, part: Tensor) -> tuple[float, float]:
+    """``total += part``, and the sums of squares of both."""
+    if total is None:
+        return norm2(part), norm2(part)
+    total.add_(part)
+    return norm2(part), norm2(total)
+
+
+def trust_ratio(row: Row, weight2: float, grad2: float, parts: float, direction2: float, weight_decay: float) -> float:
+    """The ratio of fused_opt.step.trust_ratio, from sums of squares and the sum of the parts' norms (-1: one part)."""
+    assert row.ratio is not None
+    kind, coefficient, cap, eps, _ = row.ratio
+    weight, scale = math.sqrt(weight2), abs(row.grad_scale)
+    if kind == 1:  # lars
+        grad = scale * math.sqrt(grad2)
+        denominator = grad + weight_decay * weight + eps if grad else 0.0
+    elif kind == 2:  # clars
+        sum_of_norms = scale * (parts if parts >= 0 else math.sqrt(grad2))
+        denominator = sum_of_norms + eps if sum_of_norms else 0.0
+    else:  # lamb
+        denominator = math.sqrt(direction2) + eps
+    usable = weight > 0 and 0 < denominator < math.inf and weight < math.inf
+    return min(cap, coefficient * weight / denominator if usable else 1.0)
 
 
 class Bucket:
@@ -31,42 +65,82 @@ class Bucket:
         members: Sequence[Member],
         param_groups: list[dict[str, Any]],
         state: Mapping[Tensor, Any],
+        noisy: bool,
     ) -> None:
         self.rule = rule
         self.members = members
         self.active: list[tuple[Member, int]] = []
+        self.known: list[tuple[float, float] | None] = []
+        self._ratios = dict.fromkeys((member.index for member in members), 1.0)
 
     def gather(self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> list[tuple[int, float]] | None:
-        """Find this step's gradients; the (group, step count) pairs that ``run`` needs rows for, or None: plan anew."""
+        """Find this step's gradients: the (group, step count) pairs that ``run`` needs rows for, or None: plan anew."""
         self.active = []
+        self.known = [None] * len(self.members)
         keys: dict[tuple[int, float], int] = {}
         for member in self.members:
             if member.tensor.grad is None:
                 continue
-            if member.states is None or any(
-                state[member.tensor].get(name) is not s for name, s in zip(self.rule.states, member.states)
-            ):
+            if member.states is None:
                 return None
             key = (member.group, member.count() + 1)
             self.active.append((member, keys.setdefault(key, len(keys))))
         return list(keys)
 
+    def know(self, norms: list[tuple[float, float] | None]) -> None:
+        """For every member the sum of its gradient's parts' norms and the gradient's sum of squares, where known."""
+        self.known = norms
+
+    def grad_norm2(self) -> float:
+        """Sum of squares of all gradients, as they lie in memory."""
+        return sum(norm2(member.tensor.grad) for member, _ in self.active if member.tensor.grad is not None)
+
     @torch.no_grad()
-    def run(self, rows: Sequence[Sequence[float]]) -> None:
+    def run(self, rows: Sequence[Row]) -> None:
         """Step every parameter that has a gradient."""
+        known = {id(member): norms for member, norms in zip(self.members, self.known)}
         for member, row in self.active:
-            lr, grad_scale, weight_decay, *coefficients = rows[row]
-            tensors = [member.tensor, member.tensor.grad, *(member.states or ())]
-            if member.tensor.is_complex():
-                tensors = [torch.view_as_real(tensor.resolve_conj()) for tensor in tensors]
-            dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-            p, g, *states = (tensor.to(dtype) for tensor in tensors)
-            if g.is_sparse:
-                g = g.to_dense()
-            direction, *new = self.rule.direction(
-                p, grad_scale * g, *states, weight_decay * member.decay_scale, *coefficients
-            )
-            for tensor, value in zip(tensors[2:], new):
-                tensor.copy_(value)
-            tensors[0].copy_(p - lr * member.lr_scale * direction)
+            self._step(member, rows[row], known[id(member)])
             member.advance()
+
+    def _step(self, member: Member, row: Row, known: tuple[float, float] | None) -> None:
+        tensors = [member.tensor, member.tensor.grad, *(member.states or ())]
+        average = member.average
+        if member.tensor.is_complex():
+            tensors = [torch.view_as_real(tensor.resolve_conj()) for tensor in tensors if tensor is not None]
+            average = None if average is None else torch.view_as_real(average)
+        assert tensors[0] is not None
+        dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+        p, g, *states = (tensor.to(dtype) for tensor in tensors if tensor is not None)
+        if g.is_sparse:
+            g = g.to_dense()
+        weight_decay = row.coefficients[0] * member.decay_scale
+        direction, *new = self.rule.direction(p, row.grad_scale * g, *states, weight_decay, *row.coefficients[1:])
+        ratio = 1.0
+        if row.ratio is not None and member.tensor.ndim > row.ratio[-1]:
+            parts, grad2 = known or (-1.0, norm2(g))
+            ratio = trust_ratio(row, norm2(p), grad2, parts, norm2(direction), weight_decay)
+        self._ratios[member.index] = ratio
+        updated = p - row.lr * member.lr_scale * ratio * direction
+        if row.noise is not None:
+            sigma, relative, seed, t = row.noise
+            if relative and p.numel():
+                sigma *= math.sqrt(norm2(p) / p.numel())
+            z = normal(seed, member.index, t, p.numel(), p.device).to(dtype).reshape(p.shape)
+            updated = updated + sigma * z
+        tensors[0].copy_(updated)
+        for tensor, value in zip(tensors[2:], new):
+            assert tensor is not None
+            tensor.copy_(value)
+        if row.average is not None and average is not None:
+            add, share, fresh, write_back = row.average
+            p = tensors[0].to(dtype)
+            v = torch.zeros_like(p) if fresh else average.to(dtype)
+            v = v + add * (p - share * v)
+            average.copy_(v)
+            if write_back:
+                tensors[0].copy_(v)
+
+    def ratios(self) -> list[float]:
+        """The trust ratio of every member in the last step."""
+        return [self._ratios[member.index] for member in self.members]

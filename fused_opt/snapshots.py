@@ -1,0 +1,96 @@
+"""Snapshot ensembles: the model at the end of each cycle of the batch size, and the mean prediction."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_opt.batch_size import CyclicalBatchSize
+
+probabilities = partial(torch.softmax, dim=-1)
+
+
+class Snapshots:
+    """Hook that saves the model whenever a largest batch, the time of least noise, comes to its end.
+
+    *Snapshot Ensembles* (arXiv 1704.00109) with the cycle of the batch size (arXiv 1812.01216) in the place
+    of the learning rate's. With the sawtooth and cosine shapes that is each cycle's end.
+
+    Args:
+        model: the model to save.
+        schedule: the batch sizes.
+        directory: where `snapshot-1.pt`, `snapshot-2.pt` and so on are written; made when the first is.
+        epoch: epochs completed before the first call, in a resumed run: its snapshots stay in `paths`.
+
+    Example:
+        >>> import tempfile
+        >>> model, folder = nn.Linear(4, 3), tempfile.TemporaryDirectory()
+        >>> snapshots = Snapshots(model, CyclicalBatchSize(32, levels=2, width=1), folder.name)
+        >>> for epoch in range(5):
+        ...     saved = snapshots(epoch + 1)  # after training for an epoch
+        >>> [path.name for path in snapshots.paths]
+        ['snapshot-1.pt', 'snapshot-2.pt']
+        >>> average_predictions(model, snapshots.paths, torch.zeros(5, 4)).shape
+        torch.Size([5, 3])
+        >>> folder.cleanup()
+    """
+
+    def __init__(
+        self, model: nn.Module, schedule: CyclicalBatchSize, directory: str | PathLike[str], epoch: float = 0
+    ) -> None:
+        self.model = model
+        self.schedule = schedule
+        self.directory = Path(directory)
+        self._cycles = schedule.cycles(epoch)
+        self.paths = [path for n in range(1, self._cycles + 1) if (path := self._path(n)).exists()]
+
+    def _path(self, number: int) -> Path:
+        return self.directory / f"snapshot-{number}.pt"
+
+    def __call__(self, epoch: float) -> Path | None:
+        """Call after each epoch or update with the epochs completed; returns the file, if one was written."""
+        cycles = self.schedule.cycles(epoch)
+        if cycles <= self._cycles:
+            return None
+        self.directory.mkdir(parents=True, exist_ok=True)
+        torch.save(self.model.state_dict(), self._path(cycles))
+        self._cycles = cycles
+        self.paths.append(self._path(cycles))
+        return self.paths[-1]
+
+
+@torch.no_grad()
+def average_predictions(
+    model: nn.Module,
+    snapshots: Iterable[Mapping[str, Any] | str | PathLike[str]],
+    *inputs: Any,
+    transform: Callable[[Tensor], Tensor] = probabilities,
+) -> Tensor:
+    """Mean over snapshots of `transform(model(*inputs))`, in evaluation mode (arXiv 1704.00109).
+
+    Args:
+        model: gives the architecture and the device; it is not changed.
+        snapshots: state dicts or files of them. For many batches, load the files once.
+        inputs: what the model takes.
+        transform: from the model's output to what is averaged; by default softmax over the last dimension.
+
+    Raises:
+        ValueError: there are no snapshots.
+    """
+    states = list(snapshots)
+    if not states:
+        raise ValueError("no snapshots to average: the first is saved when a largest batch comes to its end")
+    member = copy.deepcopy(model).eval()
+
+    def predict(state: Mapping[str, Any] | str | PathLike[str]) -> Tensor:
+        member.load_state_dict(state if isinstance(state, Mapping) else torch.load(state, map_location="cpu"))
+        return transform(member(*inputs))
+
+    return sum(map(predict, states), start=torch.zeros(())) / len(states)

@@ -1,0 +1,223 @@
+r"""Periodic sampling over weight distributions: averages of the weights, made in the pass that updates them.
+
+*Improving Model Training by Periodic Sampling over Weight Distributions* (arXiv 1905.05774). The names are the paper's;
+the equations of the variants are our definition. US patent 11,922,316 covers the method.
+
+After the update of step t a sample of the weights is taken if the step lies in the last ``fraction`` of its period, on
+the grid of ``interval`` steps that ends with the period, and a draw with ``probability`` succeeds. Every variant is one
+recurrence, ``v <- (fresh ? 0 : v) + add * (w - share * v)``, and at a period's end ``w <- v`` where anything was sampled:
+
+.. math::
+    \text{PSWA, PWALKS}:\quad & v_n = v_{n-1} + (w - v_{n-1}) / n
+        && \text{the mean of the period's samples} \\
+    \text{SWM, EMA}:\quad & v \leftarrow v + (1 - \beta) (w - v), && v = w \text{ first} \\
+    \text{PSWM}:\quad & v \leftarrow \beta v + (1 - \beta)\, \mathrm{mean}, && v = \mathrm{mean} \text{ in the first period}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from .noise import uniform
+
+
+class Fold(NamedTuple):
+    """What a step does with the average."""
+
+    add: float
+    share: float
+    fresh: bool
+    write_back: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Averaging:
+    """What all variants share.
+
+    Args:
+        start: steps before the first period.
+        fraction: only the last fraction of a period is sampled, in (0, 1].
+        probability: of taking a sample where one is due, in (0, 1]; drawn from a counter, alike on every rank.
+        interval: steps between samples, at least 1.
+        on_write_back: ``"keep"`` the optimizer's states, or ``"zero"``: they begin anew, as in a new optimizer.
+        seed: key of the draws.
+
+    Raises:
+        ValueError: for a number out of its range.
+    """
+
+    start: int = 0
+    fraction: float = 1.0
+    probability: float = 1.0
+    interval: int = 1
+    on_write_back: str = "keep"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, valid, range_ in (
+            ("start", self.start >= 0, "at least 0"),
+            ("fraction", 0 < self.fraction <= 1, "in (0, 1]"),
+            ("probability", 0 < self.probability <= 1, "in (0, 1]"),
+            ("interval", self.interval >= 1, "at least 1"),
+            ("on_write_back", self.on_write_back in ("keep", "zero"), "'keep' or 'zero'"),
+            ("period", getattr(self, "period", 1) >= 1, "at least 1"),
+            ("samples", getattr(self, "samples", 1) >= 1, "at least 1"),
+            ("beta", 0 <= getattr(self, "beta", 0) < 1, "in [0, 1)"),
+        ):
+            if not valid:
+                raise ValueError(f"Invalid {name}: {getattr(self, name)}; it must be {range_}")
+
+    def _window(self) -> float:
+        """Steps at the end of a period that can be sampled."""
+        return self.fraction * self.period  # type: ignore[attr-defined]
+
+    def sampled(self, t: int) -> bool:
+        """Whether the weights after step ``t``, counted from 1, are a sample."""
+        left = -(t - self.start) % self.period  # type: ignore[attr-defined]
+        return t > self.start and left < self._window() and left % self.interval == 0 and self._drawn(t)
+
+    def _drawn(self, t: int) -> bool:
+        return self.probability == 1 or uniform(self.seed, t) < self.probability
+
+    def weight(self, t: int, count: int, periods: int) -> tuple[float, float, bool]:
+        """``(add, share, fresh)`` of the ``count``-th sample of its period, after ``periods`` that were written back."""
+        return 1 / count, 1.0, count == 1
+
+    def fold(self, t: int, count: int, periods: int) -> Fold | None:
+        """What step ``t`` does, with ``count`` samples so far in its period, and ``periods`` written back before it."""
+        sampled = self.sampled(t)
+        ends = t > self.start and (t - self.start) % self.period == 0 and count + sampled > 0  # type: ignore[attr-defined]
+        if not sampled:
+            return Fold(0.0, 0.0, False, True) if ends else None
+        return Fold(*self.weight(t, count + 1, periods), ends)
+
+    def normalizer(self, t: int, count: int, periods: int) -> float:
+        """What the average must be multiplied with to be one in the middle of a period."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class PSWA(Averaging):
+    """Periodically Sampled Weight Averaging: at each period's end the weights become the mean of the period's samples.
+
+    Args:
+        period: steps, at least 1.
+        start, fraction, probability, interval, on_write_back, seed: see :class:`Averaging`.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(1))
+        >>> optimizer = fused_opt.SGD([weight], lr=1.0, averaging=fused_opt.PSWA(period=2))
+        >>> for _ in range(2):
+        ...     weight.grad = torch.tensor([-1.0])
+        ...     optimizer.step()
+        >>> weight.item()  # the mean of 1 and 2
+        1.5
+    """
+
+    period: int
+
+
+@dataclass(frozen=True)
+class PWALKS(Averaging):
+    """Periodic Weight Averaging over Last K Samples: PSWA of the period's last ``samples`` samples, one every ``interval``.
+
+    Args:
+        period: steps, at least 1.
+        samples: K, at least 1.
+        start, probability, interval, on_write_back, seed: see :class:`Averaging`.
+    """
+
+    period: int
+    samples: int
+
+    def _window(self) -> float:
+        return min(self.samples * self.interval, self.fraction * self.period)
+
+
+@dataclass(frozen=True)
+class PSWM(Averaging):
+    """Periodically Sampled Weight Momentum: at each period's end v <- beta * v + (1 - beta) * mean, and the weights become v.
+
+    Args:
+        period: steps, at least 1.
+        beta: in [0, 1).
+        start, fraction, probability, interval, on_write_back, seed: see :class:`Averaging`.
+    """
+
+    period: int
+    beta: float
+
+    def weight(self, t: int, count: int, periods: int) -> tuple[float, float, bool]:
+        """One buffer serves for v and the mean, since the number of the period's samples is known before they are taken."""
+        n = _samples(self, (t - self.start - 1) // self.period)
+        if periods == 0:
+            return 1 / n, 0.0, count == 1
+        return (1 - self.beta) / n, float(n) if count == 1 else 0.0, False
+
+    def normalizer(self, t: int, count: int, periods: int) -> float:
+        """Part of the mean is still to come."""
+        if count == 0:
+            return 1.0
+        part = count / _samples(self, (t - self.start - 1) // self.period)
+        return 1 / (part if periods == 0 else self.beta + (1 - self.beta) * part)
+
+
+@lru_cache(maxsize=16)
+def _samples(averaging: PSWM, period: int) -> int:
+    first = averaging.start + period * averaging.period + 1
+    return sum(averaging.sampled(t) for t in range(first, first + averaging.period))
+
+
+@dataclass(frozen=True)
+class SWM(Averaging):
+    """Sampled Weight Momentum: v <- beta * v + (1 - beta) * w at each sample; at each period's end the weights become v.
+
+    Args:
+        period: steps, at least 1.
+        beta: in [0, 1).
+        start, fraction, probability, interval, on_write_back, seed: see :class:`Averaging`.
+    """
+
+    period: int
+    beta: float
+
+    def weight(self, t: int, count: int, periods: int) -> tuple[float, float, bool]:
+        """V lives on from period to period."""
+        first = count == 1 and periods == 0
+        return 1.0 if first else 1 - self.beta, 1.0, first
+
+
+@dataclass(frozen=True)
+class EMA(Averaging):
+    """Exponential moving average of the weights, for evaluation: it is never written back.
+
+    Args:
+        beta: in [0, 1).
+        start, probability, interval, seed: see :class:`Averaging`; there are no periods.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(1))
+        >>> optimizer = fused_opt.SGD([weight], lr=1.0, averaging=fused_opt.EMA(beta=0.75))
+        >>> for _ in range(2):
+        ...     weight.grad = torch.tensor([-1.0])
+        ...     optimizer.step()
+        >>> with optimizer.averaged_weights():
+        ...     weight.item()  # 1 first, then 0.75 * 1 + 0.25 * 2
+        1.25
+        >>> weight.item()
+        2.0
+    """
+
+    beta: float
+
+    def sampled(self, t: int) -> bool:
+        """Every ``interval`` steps."""
+        return t > self.start and (t - self.start) % self.interval == 0 and self._drawn(t)
+
+    def fold(self, t: int, count: int, periods: int) -> Fold | None:
+        """As SWM, without an end."""
+        if not self.sampled(t):
+            return None
+        return Fold(1 - self.beta if count else 1.0, 1.0, count == 0, False)

@@ -1,0 +1,108 @@
+"""The parts that a gradient is a sum of, and their norms, taken while the gradient is accumulated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import backends
+
+
+@dataclass
+class _Sum:
+    """A gradient as the last backward left it."""
+
+    grad: Tensor
+    version: int
+    norms: float  # sum of the parts' norms
+    norm2: float  # squared norm of their sum
+    parts: int
+
+
+def _norm2(gradient: Tensor) -> float:
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return float(torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float64)).item()) ** 2
+
+
+class Microbatches:
+    """Every ``backward`` between two steps is a part of the gradient.
+
+    Two hooks per parameter: one sets the gradient aside before autograd adds to it, so that autograd hands over the new part
+    as it is; the other adds the part to what was set aside and sums both squares in the same pass. Between the
+    backwards ``p.grad`` is what it always is. Gradients that somebody has changed since (clipping, unscaling, zeroing) are
+    noticed by their version, and the parts' norms scaled as the gradient's norm was.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._sums: dict[Tensor, _Sum] = {}
+        self._aside: dict[Tensor, Tensor | None] = {}
+        self._handles = []
+        for p in parameters:
+            if p.requires_grad:
+                self._handles.append(p.register_hook(lambda _, p=p: self._set_aside(p)))
+                self._handles.append(p.register_post_accumulate_grad_hook(self._add))
+
+    def _set_aside(self, p: Tensor) -> None:
+        self._aside[p] = p.grad
+        p.grad = None
+
+    @torch.no_grad()
+    def _add(self, p: Tensor) -> None:
+        total, part = self._aside.pop(p, None), p.grad
+        assert part is not None
+        before = None if total is None else self._current(p, total)
+        if part.requires_grad or (total is not None and (part.is_sparse or total.is_sparse)):
+            part2 = _norm2(part.detach())
+            with torch.enable_grad():
+                p.grad = part if total is None else total + part
+            norm2 = _norm2(p.grad.detach())
+        else:
+            part2, norm2 = backends.accumulate(total, part)
+            p.grad = part if total is None else total
+        norms, parts = (before.norms, before.parts) if before else (0.0, 0)
+        assert p.grad is not None
+        self._sums[p] = _Sum(p.grad, p.grad._version, norms + math.sqrt(part2), norm2, parts + 1)
+
+    def _current(self, p: Tensor, grad: Tensor) -> _Sum:
+        """What is known of a gradient, corrected for what has happened to it since."""
+        known = self._sums.get(p)
+        if known is None:  # left by somebody else: one part
+            norm2 = _norm2(grad)
+            return _Sum(grad, grad._version, math.sqrt(norm2), norm2, 1)
+        if known.grad is not grad or known.version != grad._version:
+            norm2 = _norm2(grad)
+            scale = math.sqrt(norm2 / known.norm2) if known.norm2 > 0 else 1.0
+            known = _Sum(grad, grad._version, known.norms * scale, norm2, known.parts if norm2 > 0 else 0)
+            self._sums[p] = known
+        return known
+
+    def norms(self, p: Tensor) -> tuple[float, float] | None:
+        """Sum of the norms of the parts of ``p.grad``, and its squared norm; None where no backward was seen."""
+        if p.grad is None or p not in self._sums:
+            return None
+        known = self._current(p, p.grad)
+        return known.norms, known.norm2
+
+    def counts(self) -> dict[Tensor, int]:
+        """How many parts each gradient has had since the last step."""
+        return {p: known.parts for p, known in self._sums.items()}
+
+    def reset(self) -> None:
+        """Begin anew, after a step."""
+        self._sums.clear()
+
+    @property
+    def active(self) -> bool:
+        """Whether the hooks are still there."""
+        return bool(self._handles)
+
+    def remove(self) -> None:
+        """Take the hooks away; nothing is left in the backward."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.reset()
