@@ -31,11 +31,11 @@ FUSED_OPT_FN void philox(Word& c0, Word& c1, Word& c2, Word& c3, uint32_t key0, 
   }
 }
 
-// Two words to two normal numbers, with 24 bits of each: |z| < 5.9.
+// Two words to two normal numbers, |z| < 5.8: 23 bits for the radius, as many as leave room for the half, 24 for the angle.
 FUSED_OPT_FN void box_muller(uint32_t w0, uint32_t w1, float& z0, float& z1) {
   // u in (0, 1), exactly representable. ln u = e ln 2 + ln m with m in [sqrt(1/2), sqrt(2)), ln m = 2
   // artanh((m-1)/(m+1)).
-  const float u = (static_cast<float>(static_cast<int32_t>(w0 >> 8)) + 0.5f) * 0x1p-24f;
+  const float u = (static_cast<float>(static_cast<int32_t>(w0 >> 9)) + 0.5f) * 0x1p-23f;
   const int32_t bits = __builtin_bit_cast(int32_t, u);
   const int32_t e = (bits - 0x3F3504F3) >> 23;
   const float m = __builtin_bit_cast(float, bits - (e << 23));

@@ -102,7 +102,7 @@ def normal(seed: int, index: int, t: int, numel: int, device: torch.device | str
     )
     lanes = []
     for w0, w1 in (words[:2], words[2:]):
-        r = (-2 * (((w0 >> 8).double() + 0.5) * 2.0**-24).log()).sqrt()
+        r = (-2 * (((w0 >> 9).double() + 0.5) * 2.0**-23).log()).sqrt()
         angle = (w1 >> 8).double() * (2 * math.pi * 2.0**-24)
         lanes += [r * angle.cos(), r * angle.sin()]
     return torch.stack(lanes, dim=1).flatten()[:numel]

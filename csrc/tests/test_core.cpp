@@ -1,0 +1,269 @@
+// Tests of the core without Python. Run by ctest; tests/test_cpp.py builds and runs them under sanitizers.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "../cpu/step.h"
+#include "../noise.h"
+
+using namespace fused_opt;
+
+namespace {
+
+void check(bool holds, const char* what, const char* file, int line) {
+  if (holds) return;
+  std::fprintf(stderr, "%s:%d: %s does not hold\n", file, line, what);
+  std::exit(1);
+}
+#define CHECK(condition) check(condition, #condition, __FILE__, __LINE__)
+
+std::vector<float> randn(size_t n, unsigned seed) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> values(n);
+  for (float& value : values) value = normal(generator);
+  return values;
+}
+
+// A model of float32 tensors with the states of a rule, all flat.
+struct Model {
+  std::vector<std::vector<float>> p, g, states[kMaxStates], average;
+  cpu::Table table;
+
+  Model(const std::vector<size_t>& sizes, int count) {
+    for (auto* all : {&p, &g, &average}) all->reserve(sizes.size());
+    for (size_t t = 0; t < sizes.size(); ++t) {
+      p.push_back(randn(sizes[t], 3 * t));
+      g.push_back(randn(sizes[t], 3 * t + 1));
+      average.emplace_back(sizes[t]);
+      Tensor tensor;
+      tensor.p.data = p[t].data();
+      tensor.g.data = g[t].data();
+      tensor.average.data = average[t].data();
+      tensor.ndim = 2;
+      tensor.numel = static_cast<int64_t>(sizes[t]);
+      tensor.active = true;
+      for (int s = 0; s < count; ++s) {
+        states[s].emplace_back(sizes[t]);
+        tensor.states[s].data = states[s].back().data();
+      }
+      table.tensors.push_back(tensor);
+      table.layers.emplace_back();
+      table.layers.back().index = static_cast<uint32_t>(t);
+    }
+    table.groups.resize(1);
+    table.cut();
+  }
+};
+
+const std::vector<size_t> kSizes = {0, 1, 7, 511, 512, 513, 16383, 16384, 16385, 70000};
+
+void philox_known_answers() {
+  const uint32_t cases[][10] = {
+      // counter, key, words: Random123's known-answer file
+      {0, 0, 0, 0, 0, 0, 0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8},
+      {~0u, ~0u, ~0u, ~0u, ~0u, ~0u, 0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd},
+      {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344, 0xa4093822, 0x299f31d0, 0xd16cfe09, 0x94fdcceb, 0x5001e420,
+       0x24126ea1},
+  };
+  for (const auto& c : cases) {
+    uint64_t w[4] = {c[0], c[1], c[2], c[3]};
+    philox<OneLane>(w[0], w[1], w[2], w[3], c[4], c[5]);
+    for (int k = 0; k < 4; ++k) CHECK(w[k] == c[6 + k]);
+  }
+}
+
+void box_muller_is_exact_to_float32() {
+  std::mt19937 generator(0);
+  for (int i = 0; i < 100000; ++i) {
+    const uint32_t w0 = i < 10   ? static_cast<uint32_t>(i) << 8
+                        : i < 20 ? ~(static_cast<uint32_t>(i - 10) << 8)
+                                 : generator();
+    const uint32_t w1 = generator();
+    float z0, z1;
+    box_muller(w0, w1, z0, z1);
+    const double r = std::sqrt(-2 * std::log(((w0 >> 9) + 0.5) * 0x1p-23));
+    const double angle = (w1 >> 8) * 0x1p-24 * 6.283185307179586;
+    CHECK(std::fabs(z0 - r * std::cos(angle)) <= 3e-7 * (1 + r));
+    CHECK(std::fabs(z1 - r * std::sin(angle)) <= 3e-7 * (1 + r));
+  }
+}
+
+void every_instruction_set_draws_the_same_noise() {
+  for (const auto& set : cpu::instruction_sets()) {
+    if (!set.runs_here()) continue;
+    const uint64_t begin = (uint64_t{1} << 32) - 100;  // both words of the counter
+    std::vector<float> z(4 * 256);
+    set.normal(0x123456789ABCDEF0, 5, 6, begin, 256, z.data());
+    for (uint64_t k = 0; k < 256; ++k) {
+      uint64_t w[4] = {(begin + k) & 0xFFFFFFFF, (begin + k) >> 32, 5, 6};
+      philox<OneLane>(w[0], w[1], w[2], w[3], 0x9ABCDEF0, 0x12345678);
+      for (int pair = 0; pair < 2; ++pair) {
+        float z0, z1;
+        box_muller(static_cast<uint32_t>(w[2 * pair]), static_cast<uint32_t>(w[2 * pair + 1]), z0, z1);
+        CHECK(std::fabs(z[4 * k + 2 * pair] - z0) < 2e-6f);
+        CHECK(std::fabs(z[4 * k + 2 * pair + 1] - z1) < 2e-6f);
+      }
+    }
+  }
+}
+
+// The step against the rule applied to one element at a time.
+void a_step_is_the_rule_applied_to_every_element() {
+  for (const auto& set : cpu::instruction_sets()) {
+    if (!set.runs_here()) continue;
+    Model model(kSizes, 2), expected(kSizes, 2);
+    Group& group = model.table.groups[0];
+    group.lr = 0.1;
+    group.grad_scale = -0.5;
+    const double rule[] = {0.01, 0, 0.1, 0.999, 0.001, 10, 31.6, 1e-8};
+    std::memcpy(group.rule, rule, sizeof rule);
+    for (int repeat = 0; repeat < 2; ++repeat) {
+      cpu::step(*set.find("adam"), model.table, 2);
+      const Adam<float> adam{0.01f, 0, 0.1f, 0.999f, 0.001f, 10, 31.6f, 1e-8f};
+      for (size_t t = 0; t < kSizes.size(); ++t)
+        for (size_t i = 0; i < kSizes[t]; ++i) {
+          float& p = expected.p[t][i];
+          p -= 0.1f * adam(p, -0.5f * expected.g[t][i], expected.states[0][t][i], expected.states[1][t][i]);
+          CHECK(std::fabs(model.p[t][i] - p) <= 1e-6f * (1 + std::fabs(p)));
+          CHECK(std::fabs(model.states[1][t][i] - expected.states[1][t][i]) <= 1e-7f);
+        }
+    }
+  }
+}
+
+void threads_change_no_bit() {
+  for (const auto& set : cpu::instruction_sets()) {
+    if (!set.runs_here()) continue;
+    std::vector<std::vector<float>> results[2];
+    for (int threads : {1, 3}) {
+      Model model(kSizes, 1);
+      Group& group = model.table.groups[0];
+      group.lr = 0.1;
+      group.rule[0] = 0.1;
+      group.rule[1] = 0.9;
+      group.rule[2] = 1;
+      group.ratio = Ratio::kLARS;
+      group.cap = 10;
+      group.sigma = 0.1;
+      group.relative = true;
+      group.add = 0.5;
+      group.share = 1;
+      for (int repeat = 0; repeat < 3; ++repeat) {
+        for (Layer& layer : model.table.layers) layer.grad_norm2 = -1;
+        cpu::grad_norm2(*set.find("momentum_sgd"), model.table, threads);
+        cpu::step(*set.find("momentum_sgd"), model.table, threads);
+      }
+      results[threads == 3] = model.p;
+      results[threads == 3].insert(results[threads == 3].end(), model.average.begin(), model.average.end());
+    }
+    CHECK(results[0] == results[1]);
+  }
+}
+
+void a_carried_norm_is_the_norm_of_what_was_stored() {
+  for (const auto& set : cpu::instruction_sets()) {
+    if (!set.runs_here()) continue;
+    Model model(kSizes, 0);
+    Group& group = model.table.groups[0];
+    group.lr = 0.1;
+    group.ratio = Ratio::kCLARS;
+    group.cap = 10;
+    cpu::step(*set.find("sgd"), model.table, 2);
+    for (size_t t = 0; t < kSizes.size(); ++t) {
+      if (!kSizes[t]) continue;
+      double sum = 0;
+      for (float p : model.p[t]) sum += static_cast<double>(p) * p;
+      CHECK(std::fabs(model.table.layers[t].weight_norm2 - sum) <= 1e-12 * sum);
+      const double carried = model.table.layers[t].weight_norm2;
+      model.table.layers[t].weight_norm2 = -1;
+      model.table.layers[t].grad_norm2 = -1;
+      group.lr = 0;
+      cpu::step(*set.find("sgd"), model.table, 1);  // sums anew, bit for bit
+      CHECK(model.table.layers[t].weight_norm2 == carried);
+      group.lr = 0.1;
+    }
+  }
+}
+
+void strides_and_narrow_types() {
+  for (const auto& set : cpu::instruction_sets()) {
+    if (!set.runs_here()) continue;
+    // p is the transpose of a 37 x 53 matrix in bfloat16, g a matrix in row-major order in float32.
+    const int64_t sizes[] = {53, 37}, transposed[] = {1, 53}, contiguous[] = {37, 1};
+    std::vector<uint16_t> p(37 * 53);
+    std::vector<float> g = randn(p.size(), 1);
+    const auto widen = [](uint16_t bits) {
+      const uint32_t word = static_cast<uint32_t>(bits) << 16;
+      float value;
+      std::memcpy(&value, &word, sizeof value);
+      return value;
+    };
+    for (size_t i = 0; i < p.size(); ++i) p[i] = static_cast<uint16_t>(0x3F80 + i % 128);  // 1 to 2
+    const std::vector<uint16_t> before = p;
+    cpu::Table table;
+    Tensor tensor;
+    tensor.p = {p.data(), DType::kBFloat16, transposed};
+    tensor.g = {g.data(), DType::kFloat32, contiguous};
+    tensor.numel = 37 * 53;
+    tensor.flat = false;
+    tensor.ndim = 2;
+    tensor.sizes = sizes;
+    tensor.active = true;
+    table.tensors.push_back(tensor);
+    table.layers.resize(1);
+    table.groups.resize(1);
+    table.groups[0].lr = 0.25;
+    table.cut();
+    cpu::step(*set.find("sgd"), table, 2);
+    for (int64_t i = 0; i < sizes[0]; ++i)
+      for (int64_t j = 0; j < sizes[1]; ++j) {
+        const float exact = widen(before[i + 53 * j]) - 0.25f * g[37 * i + j];
+        CHECK(std::fabs(widen(p[i + 53 * j]) - exact) <= std::fabs(exact) * 0x1p-8f);
+      }
+  }
+}
+
+void accumulate_adds_and_sums_both_squares() {
+  for (const auto& set : cpu::instruction_sets()) {
+    if (!set.runs_here()) continue;
+    std::vector<float> total = randn(50001, 0), part = randn(50001, 1), before = total;
+    Tensor tensor;
+    tensor.p.data = total.data();
+    tensor.g.data = part.data();
+    tensor.numel = 50001;
+    const cpu::Sums sums = cpu::accumulate(set, tensor, 2);
+    double part2 = 0, total2 = 0;
+    for (size_t i = 0; i < part.size(); ++i) {
+      CHECK(total[i] == before[i] + part[i]);
+      part2 += static_cast<double>(part[i]) * part[i];
+      total2 += static_cast<double>(total[i]) * total[i];
+    }
+    CHECK(std::fabs(sums.part2 - part2) <= 1e-12 * part2);
+    CHECK(std::fabs(sums.total2 - total2) <= 1e-12 * total2);
+  }
+}
+
+void lookups_that_find_nothing() {
+  CHECK(cpu::choose("no such instruction set") == nullptr);
+  CHECK(cpu::choose()->find("no such rule") == nullptr);
+}
+
+}  // namespace
+
+int main() {
+  philox_known_answers();
+  box_muller_is_exact_to_float32();
+  every_instruction_set_draws_the_same_noise();
+  a_step_is_the_rule_applied_to_every_element();
+  threads_change_no_bit();
+  a_carried_norm_is_the_norm_of_what_was_stored();
+  strides_and_narrow_types();
+  accumulate_adds_and_sums_both_squares();
+  lookups_that_find_nothing();
+  std::puts("all C++ tests hold");
+}

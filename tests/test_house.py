@@ -1,0 +1,115 @@
+"""What keeps the house as it was drawn: import directions, doctests, installation."""
+
+import ast
+import doctest
+import importlib
+import os
+import pkgutil
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_opt
+
+ROOT = Path(__file__).parents[1]
+# Left to right is the way of the data; nothing imports anything to its left. Below a name is everything under it.
+ORDER = [
+    ["fused_opt.__init__", "fused_opt.__main__"],
+    ["fused_opt.rules"],
+    ["fused_opt.optimizer"],
+    ["fused_opt.step.parts", "fused_opt.step.samples"],
+    ["fused_opt.backends.reference", "fused_opt.backends.native"],
+    ["fused_opt.plan"],
+    ["fused_opt.backends.__init__", "fused_opt.step"],
+    ["fused_opt.rule"],
+]
+MODULES = sorted(path for path in (ROOT / "fused_opt").rglob("*.py"))
+
+
+def rank(module):
+    """How far to the right; the longest name in ORDER that matches decides."""
+    matches = [
+        (len(name.removesuffix(".__init__")), place)
+        for place, names in enumerate(ORDER)
+        for name in names
+        if module == name or module.startswith(name.removesuffix(".__init__") + ".") or f"{module}.__init__" == name
+    ]
+    return max(matches)[1] if matches else None
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_to_the_right(path):
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    package = module.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not (isinstance(node, ast.ImportFrom) and node.level):
+            continue
+        base = package[: len(package) - node.level + 1]
+        names = [node.module] if node.module else [alias.name for alias in node.names]
+        for name in names:
+            imported = ".".join([*base, *name.split(".")])
+            if rank(module) is not None and rank(imported) is not None:
+                assert rank(module) <= rank(imported), f"{module} imports {imported}"
+
+
+def test_the_core_knows_no_torch():
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.suffix in (".h", ".cpp", ".cu"):
+            assert not [line for line in path.read_text().splitlines() if "#include" in line and "torch" in line]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [m.name for m in pkgutil.walk_packages(fused_opt.__path__, "fused_opt.") if "_" not in m.name.split(".")[-1][:1]],
+)
+def test_doctests(name):
+    failed, _ = doctest.testmod(importlib.import_module(name), extraglobs={"torch": torch, "fused_opt": fused_opt})
+    assert failed == 0
+
+
+def test_report_names_every_backend():
+    report = subprocess.run([sys.executable, "-m", "fused_opt"], capture_output=True, text=True, check=True).stdout
+    for name, reason in fused_opt.backends.available().items():
+        assert f"{name:10} {'ready' if reason is None else 'not here: ' + reason}" in report
+
+
+def wheel(tmp_path, **environment):
+    """The names in a wheel built in pip's isolated environment, where torch is not installed."""
+    source = tmp_path / "source"
+    # Built elsewhere: setuptools leaves its own build folder beside the source, and reuses it.
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "out", "*.so", "*.egg-info"))
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(source)]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, **environment})
+    (path,) = tmp_path.glob("*.whl")
+    return path, zipfile.ZipFile(path).namelist()
+
+
+def test_wheel_without_torch(tmp_path):
+    _, names = wheel(tmp_path)
+    assert [name for name in names if name.startswith("fused_opt/backends/_native")]
+
+
+def test_wheel_without_a_compiler_runs_on_the_reference(tmp_path):
+    path, names = wheel(tmp_path, CXX="/nonexistent")
+    assert not [name for name in names if "_native" in name]
+    program = (
+        "import warnings, torch, fused_opt\n"
+        "p = torch.nn.Parameter(torch.ones(2)); p.grad = torch.ones(2)\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    optimizer = fused_opt.SGD([p], lr=0.5)\n"
+        "    optimizer.step(); optimizer.step()\n"
+        "print(fused_opt.__file__, p.tolist(), len(caught), caught[0].message)\n"
+    )
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(tmp_path / "site")
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path / "site", check=True
+    )
+    assert str(tmp_path) in result.stdout
+    assert "[0.0, 0.0] 1 fused_opt runs without its native backend: its compiled core is not installed" in result.stdout
