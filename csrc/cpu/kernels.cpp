@@ -155,7 +155,7 @@ struct ManyLanes {
   static FUSED_OPT_FN Word multiply32(Word a, Word b) { return (Word)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
 #else
   using Word = uint64_t __attribute__((vector_size(16)));
-  static FUSED_OPT_FN Word multiply32(Word a, Word b) { return a * b; }
+  static FUSED_OPT_FN Word multiply32(Word a, Word b) { return (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF); }
 #endif
   static FUSED_OPT_FN Word splat(uint32_t x) { return Word{} + static_cast<uint64_t>(x); }
 };
@@ -164,21 +164,19 @@ void normal(uint64_t seed, uint32_t index, uint32_t t, uint64_t begin, int64_t n
   using Words = ManyLanes::Word;
   constexpr int kLanes = sizeof(Words) / sizeof(uint64_t);
   constexpr int kCounters = 64;
+  using Halves = uint32_t __attribute__((vector_size(sizeof(Words) / 2)));
   alignas(64) uint32_t words[4][kCounters];
   alignas(64) float lanes[4][kCounters];
+  Words first{};
+  for (int lane = 0; lane < kLanes; ++lane) first[lane] = begin + static_cast<uint64_t>(lane);
   for (int64_t done = 0; done < n; done += kCounters) {
     for (int k = 0; k < kCounters; k += kLanes) {
-      Words c0{}, c1{};
-      for (int lane = 0; lane < kLanes; ++lane) c0[lane] = begin + static_cast<uint64_t>(done + k + lane);
-      c1 = c0 >> 32;
-      c0 = c0 & ManyLanes::splat(0xFFFFFFFFu);
-      Words c2 = ManyLanes::splat(index), c3 = ManyLanes::splat(t);
-      philox<ManyLanes>(c0, c1, c2, c3, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-      for (int lane = 0; lane < kLanes; ++lane) {
-        words[0][k + lane] = static_cast<uint32_t>(c0[lane]);
-        words[1][k + lane] = static_cast<uint32_t>(c1[lane]);
-        words[2][k + lane] = static_cast<uint32_t>(c2[lane]);
-        words[3][k + lane] = static_cast<uint32_t>(c3[lane]);
+      const Words counter = first + static_cast<uint64_t>(done + k);
+      Words c[] = {counter, counter >> 32, ManyLanes::splat(index), ManyLanes::splat(t)};
+      philox<ManyLanes>(c[0], c[1], c[2], c[3], static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+      for (int w = 0; w < 4; ++w) {
+        const Halves low = __builtin_convertvector(c[w], Halves);
+        std::memcpy(&words[w][k], &low, sizeof low);
       }
     }
     for (int k = 0; k < kCounters; ++k) box_muller(words[0][k], words[1][k], lanes[0][k], lanes[1][k]);

@@ -73,7 +73,7 @@ void philox_known_answers() {
   for (const auto& c : cases) {
     uint64_t w[4] = {c[0], c[1], c[2], c[3]};
     philox<OneLane>(w[0], w[1], w[2], w[3], c[4], c[5]);
-    for (int k = 0; k < 4; ++k) CHECK(w[k] == c[6 + k]);
+    for (int k = 0; k < 4; ++k) CHECK(static_cast<uint32_t>(w[k]) == c[6 + k]);
   }
 }
 

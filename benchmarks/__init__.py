@@ -1,0 +1,8 @@
+"""``python -m benchmarks``: every figure that the project quotes, measured on this machine.
+
+To add a table, write a module with ``TABLES`` beside this one and name it here.
+"""
+
+from . import against_torch
+
+TABLES = [*against_torch.TABLES]

@@ -1,0 +1,37 @@
+"""The shapes that the benchmarks step: small, medium and large tensors, and those of two models."""
+
+Shape = tuple[int, ...]
+
+
+def resnet50() -> list[Shape]:
+    """The 161 parameters of ResNet-50 (He et al., arXiv:1512.03385), 25.6 million numbers."""
+
+    def convolution(inputs: int, outputs: int, size: int) -> list[Shape]:
+        return [(outputs, inputs, size, size), (outputs,), (outputs,)]  # with its batch norm
+
+    shapes, channels = convolution(3, 64, 7), 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            shapes += convolution(channels, width, 1) + convolution(width, width, 3) + convolution(width, 4 * width, 1)
+            if block == 0:
+                shapes += convolution(channels, 4 * width, 1)  # the shortcut
+            channels = 4 * width
+    return [*shapes, (1000, channels), (1000,)]
+
+
+def gpt2_small() -> list[Shape]:
+    """The 148 parameters of GPT-2 small (Radford et al., 2019), 124.4 million numbers; the output layer is tied."""
+    width = 768
+    norm: list[Shape] = [(width,), (width,)]
+    attention: list[Shape] = [(width, 3 * width), (3 * width,), (width, width), (width,)]
+    perceptron: list[Shape] = [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
+    return [(50257, width), (1024, width), *(norm + attention + norm + perceptron) * 12, *norm]
+
+
+SHAPES: dict[str, list[Shape]] = {
+    "300 of 8x8": [(8, 8)] * 300,
+    "300 of 64x64": [(64, 64)] * 300,
+    "30 of 1024x1024": [(1024, 1024)] * 30,
+    "ResNet-50": resnet50(),
+    "GPT-2 small": gpt2_small(),
+}
