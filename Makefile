@@ -22,6 +22,7 @@ lint: $(VENV)/installed
 # Every figure of docs/performance.md, against torch.optim, interleaved in one run.
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks
+	$(BIN)/python benchmarks/spectra.py
 
 $(VENV)/installed: requirements-dev.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

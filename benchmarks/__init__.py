@@ -3,6 +3,6 @@
 To add a table, write a module with ``TABLES`` beside this one and name it here.
 """
 
-from . import against_torch
+from . import against_torch, one_pass
 
-TABLES = [*against_torch.TABLES]
+TABLES = [*against_torch.TABLES, *one_pass.TABLES]

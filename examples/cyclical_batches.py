@@ -158,14 +158,10 @@ def spread(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="a few seconds: little text, small model, one seed"
-    )
+    parser.add_argument("--quick", action="store_true", help="a few seconds: little text, small model, one seed")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=4, help="two or more, since a cycle takes two")
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "out", help="folder of the pictures"
-    )
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder of the pictures")
     options = parser.parse_args()
     seeds, epochs, limit, width = range(options.seeds), options.epochs, 300_000, 128
     if options.quick:

@@ -30,9 +30,7 @@ from fused_opt.gradinit import gradinit
 
 OPTIMIZER = partial(torch.optim.SGD, momentum=0.9)
 WIDTH, CLASSES, BATCH, TEST = 64, 10, 64, 397
-Runs = dict[
-    tuple[str, str, bool, float], list[tuple[float, float]]
-]  # network, start, learned, lr -> loss, accuracy
+Runs = dict[tuple[str, str, bool, float], list[tuple[float, float]]]  # network, start, learned, lr -> loss, accuracy
 
 
 class Block(nn.Module):
@@ -82,15 +80,9 @@ def train(model: nn.Module, lr: float, epochs: int, x: Tensor, y: Tensor, seed: 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="a few seconds: shallow networks, one seed, one epoch"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "out", help="folder of the picture"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few seconds: shallow networks, one seed, one epoch")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder of the picture")
     options = parser.parse_args(arguments)
     depth, epochs, iterations, seeds = (4, 1, 20, 1) if options.quick else (16, 8, 390, 5)
     rates = (1e-2, 1e-1) if options.quick else (1e-3, 1e-2, 1e-1, 3e-1)

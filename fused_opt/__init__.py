@@ -2,6 +2,7 @@
 
 from . import backends
 from ._version import __version__
+from .balance import TempBalance
 from .batch_size import CyclicalBatchSampler, CyclicalBatchSize, MicroBatch, accumulate, by_update
 from .gradinit import GradInitIteration, GradInitResult, gradinit
 from .optimizer import FusedOptimizer
@@ -31,6 +32,7 @@ __all__ = [
     "GradInitResult",
     "MicroBatch",
     "Snapshots",
+    "TempBalance",
     "TrustRatio",
     "WeightNoise",
     "__version__",

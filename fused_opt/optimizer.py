@@ -17,6 +17,8 @@ from .rule import Rule
 from .step import TrustRatio, WeightNoise, pack, unpack
 from .step.averaging import Averaging, Fold
 from .step.parts import Microbatches
+from .step.probe import Probe
+from .step.samples import Samples
 
 COUNTS = ("steps", "samples", "periods", "skipped_steps")
 
@@ -86,10 +88,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     how torch.distributed.checkpoint creates the states that it loads.
     """
 
-    # torch.amp.GradScaler leaves these two on the instance for the duration of a step.
     _step_supports_amp_scaling = True
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
 
     #: Norm of all gradients in the last step, where ``max_grad_norm`` or ``nonfinite`` wanted it; before clipping.
     grad_norm: float | None = None
@@ -153,6 +152,17 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._check_all({**self.defaults, **param_group})
             if self.param_groups:  # it joins the others' count of steps
                 param_group.update({name: self.param_groups[0][name] for name in ("steps", "skipped_steps")})
+            params = param_group["params"]
+            params = [params] if isinstance(params, Tensor) else list(params)
+            tensors = [item[1] if isinstance(item, tuple) else item for item in params]
+            first = {id(p): i for i, p in reversed(list(enumerate(tensors)))}
+            if twice := [i for i, p in enumerate(tensors) if first[id(p)] != i]:
+                raise ValueError(
+                    f"parameter {twice[0]} of group {len(self.param_groups)} is a duplicate of one before it, and a step "
+                    f"takes each once; list it once"
+                )
+            if not isinstance(param_group["params"], set):
+                param_group["params"] = params  # an iterator is spent now
         super().add_param_group(param_group)
 
     def scale_layers(
@@ -201,6 +211,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: where a gradient or a state does not fit its parameter; nothing has been changed then.
         """
+        if torch.compiler.is_compiling():
+            return self._untraced_step(*args, **kwargs)
         # What torch wraps around every step costs as much as stepping 200 small tensors; it is needed only for these.
         if (
             self._optimizer_step_pre_hooks
@@ -219,9 +231,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.found_inf is not None and self.found_inf.item():
+        # torch.amp.GradScaler sets these for the duration of a step. It multiplies by a grad_scale that it finds, None
+        # included, so the class must not have one.
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and found_inf.item():
             return loss
-        scale = 1.0 if self.grad_scale is None else 1.0 / self.grad_scale.item()
+        scale = 1.0 if grad_scale is None else 1.0 / grad_scale.item()
 
         groups, state, plan = self.param_groups, self.state, self._plan
         lrs = [float(group["lr"]) for group in groups]
@@ -233,6 +248,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             keys = plan.gather(groups, state)
         if plan is None or keys is None:
             self._plan = None
+            for group, shape in zip(groups, shapes):
+                shape.rule.coefficients(group, 1.0)  # raises, where it must, before any state is made
             with torch.no_grad():
                 plan = Plan(groups, state, shapes, self.backend, self.state_dtype, self._scales)
                 keys = plan.gather(groups, state)
@@ -263,6 +280,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         return loss
 
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
+    # torch.compile would bake counts and rates into graphs, and cannot see into C++.
+    _untraced_step = torch._disable_dynamo(_hooked_step)
 
     def _clip(self, plan: Plan, scale: float) -> float | None:
         """The factor that clips the gradients, 1 where nobody asks; None: they are not finite, and the step is skipped."""
@@ -328,21 +347,29 @@ class FusedOptimizer(torch.optim.Optimizer):
             return {}
         return {m.name: ratio for b in self._last.buckets for m, ratio in zip(b.members, b.ratios())}
 
-    def track_parts(self, kind: str = "microbatch") -> Microbatches:
+    def track_parts(self, kind: str = "microbatch", model: torch.nn.Module | None = None) -> Microbatches:
         """Take the norms of the parts that the gradients are sums of, for CLARS; ``.remove()`` on the result ends it.
 
         Args:
             kind: ``"microbatch"``: every ``backward()`` between two steps is a part, whether or not the loss is divided by
-                their number.
+                their number. ``"sample"``: every sample of ``model``'s batches is, without forming its gradient (see
+                :class:`fused_opt.step.samples.Samples` for the modules). ``"probe"``: what ``.set()`` on the result was
+                given, which :func:`fused_opt.probe_parts` computes from fresh batches.
+            model: for ``"sample"``: the model whose modules own the parameters.
 
         Raises:
-            ValueError: for another kind, or where parts are tracked already.
+            ValueError: for another kind, a model whose samples cannot be told apart (BatchNorm in training mode), or
+                where parts are tracked already.
         """
-        if kind != "microbatch":
-            raise ValueError(f"Invalid kind of parts: {kind!r}; there is 'microbatch'")
+        if kind not in ("microbatch", "sample", "probe"):
+            raise ValueError(f"Invalid kind of parts: {kind!r}; there are 'microbatch', 'sample' and 'probe'")
         if self._parts is not None and self._parts.active:
             raise ValueError("parts are tracked already; remove() what track_parts returned first")
-        self._parts = Microbatches(p for group in self.param_groups for p in group["params"])
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if kind == "probe":
+            self._parts = Probe()
+        else:
+            self._parts = Samples(parameters, model) if kind == "sample" else Microbatches(parameters)
         return self._parts
 
     @contextmanager
@@ -389,7 +416,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 group.setdefault(key, value)
             for p in group["params"]:
                 step = self.state[p].get("step") if p in self.state else None
-                if step is not None and not isinstance(step, Tensor):
+                if step is not None and getattr(step, "dtype", None) not in (torch.float32, torch.float64):
                     self.state[p]["step"] = torch.tensor(float(step))
 
     def state_dict(self) -> dict[str, Any]:
@@ -406,26 +433,41 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: if the groups do not match, or a saved state has another shape than its parameter; nothing has
                 been changed then.
         """
-        saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
-        named = [
-            (p, name_of(group, g, i))
-            for g, group in enumerate(self.param_groups)
-            for i, p in enumerate(group["params"])
-        ]
-        slots = {slot for group in self.param_groups for slot in self._rule(group).states}
-        saved = [(p, name, state_dict["state"].get(index, {})) for (p, name), index in zip(named, saved_ids)]
-        for p, name, of_p in saved:
-            for slot in (*slots, AVERAGE):
-                value = of_p.get(slot)
-                if isinstance(value, Tensor) and value.shape != p.shape:
-                    raise ValueError(
-                        f"state {slot!r} of parameter {name} has shape {tuple(value.shape)} in the loaded state_dict, "
-                        f"and the parameter {tuple(p.shape)}; load the state of a model of the same shapes"
-                    )
-        super().load_state_dict(state_dict)
-        for p, _, of_p in saved:  # torch has cast them to the parameter's dtype
-            for slot in slots if self.state_dtype is not None else ():
-                if isinstance(of_p.get(slot), Tensor):
-                    self.state[p][slot] = of_p[slot].to(device=p.device, dtype=self.state_dtype)
-            if isinstance(of_p.get(AVERAGE), Tensor):
-                self.state[p][AVERAGE] = of_p[AVERAGE].to(device=p.device)
+        found: list[tuple[Tensor, str, Tensor]] = []
+
+        def check(_: torch.optim.Optimizer, adapted: dict[str, Any]) -> None:
+            ids = [index for group in adapted["param_groups"] for index in group["params"]]
+            named = [
+                (p, name_of(group, g, i))
+                for g, group in enumerate(self.param_groups)
+                for i, p in enumerate(group["params"])
+            ]
+            slots = {slot for group in self.param_groups for slot in self._rule(group).states}
+            for (p, name), index in zip(named, ids):
+                of_p = adapted["state"].get(index, {})
+                for slot in (*slots, AVERAGE):
+                    value = of_p.get(slot)
+                    if not isinstance(value, Tensor):
+                        continue
+                    if value.shape != p.shape:
+                        raise ValueError(
+                            f"state {slot!r} of parameter {name} has shape {tuple(value.shape)} in the loaded state_dict, "
+                            f"and the parameter {tuple(p.shape)}; load the state of a model of the same shapes"
+                        )
+                    if value.is_complex() != p.is_complex() or not (value.is_floating_point() or value.is_complex()):
+                        raise ValueError(
+                            f"state {slot!r} of parameter {name} is {value.dtype} in the loaded state_dict, and the "
+                            f"parameter {p.dtype}, which do not go together"
+                        )
+                    found.append((p, slot, value))
+
+        handle = self.register_load_state_dict_pre_hook(check)  # after the user's, which may adapt what is loaded
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        for p, slot, value in found:  # torch has cast them to the parameter's dtype
+            if slot == AVERAGE:
+                self.state[p][slot] = value.to(device=p.device)
+            elif self.state_dtype is not None:
+                self.state[p][slot] = value.to(device=p.device, dtype=self.state_dtype)

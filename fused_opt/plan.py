@@ -142,6 +142,22 @@ class Plan:
 
     @staticmethod
     def _look(name: str, shape: Shape, p: Tensor, of_p: Mapping[str, Any]) -> list[Tensor]:
+        if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape)):
+            raise RuntimeError(
+                f"parameter {name} has elements that share memory (strides {p.stride()}), which cannot be written one by "
+                f"one; clone() it before making it a parameter"
+            )
+        step = of_p.get("step") if shape.rule.counts_steps else None
+        if step is not None and not (
+            isinstance(step, Tensor)
+            and step.numel() == 1
+            and step.dtype in (torch.float32, torch.float64)
+            and step.device in (torch.device("cpu"), p.device)
+        ):
+            raise RuntimeError(
+                f"parameter {name} has {step!r} as its state 'step'; it must be a float32 or float64 tensor of one element "
+                f"on the CPU or on {p.device}"
+            )
         tensors = [p]
         if p.grad is not None:
             if p.grad.is_sparse and shape.rule.counts_steps:
@@ -193,6 +209,9 @@ class Plan:
                 member.fresh |= slot != AVERAGE
             self._created.append((p, slot))
         of_p = state.get(p, {})
+        for slot in rule.states:
+            if of_p.get(slot) is not None and of_p[slot].is_sparse:  # torch.optim.SGD's, after sparse gradients
+                of_p[slot] = of_p[slot].to_dense()
         if all(of_p.get(slot) is not None for slot in slots):
             member.states = [of_p[slot] for slot in rule.states]
             member.step = of_p["step"] if rule.counts_steps else None

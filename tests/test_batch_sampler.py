@@ -65,8 +65,7 @@ def test_drop_last_leaves_out_the_short_batch():
 def test_distributed_ranks_share_the_data_and_step_together():
     schedule = CyclicalBatchSize(4, levels=2, width=1)
     ranks = [
-        CyclicalBatchSampler(DistributedSampler(range(40), num_replicas=2, rank=rank), schedule)
-        for rank in (0, 1)
+        CyclicalBatchSampler(DistributedSampler(range(40), num_replicas=2, rank=rank), schedule) for rank in (0, 1)
     ]
     epochs = []
     for epoch, sizes in enumerate([[4] * 5, [8, 8, 4]]):
@@ -110,9 +109,7 @@ KINDS = {
     taken=st.lists(st.integers(0, 8), max_size=4),
     ahead=st.integers(0, 5),
 )
-def test_resuming_loses_and_repeats_no_example(
-    kind, size, base, levels, width, shape, epoch, drop_last, taken, ahead
-):
+def test_resuming_loses_and_repeats_no_example(kind, size, base, levels, width, shape, epoch, drop_last, taken, ahead):
     schedule = CyclicalBatchSize(base, levels, width, shape, maximum=max(base, size) if drop_last else None)
     drop_last = drop_last and base <= size
     torch.manual_seed(1)
@@ -178,9 +175,7 @@ def test_stateful_data_loader_resumes(workers):
 
     def loader(seed):
         sampler = CyclicalBatchSampler(seeded(50, seed), CyclicalBatchSize(3, levels=3, width=0.25))
-        return stateful.StatefulDataLoader(
-            range(50), batch_sampler=sampler, num_workers=workers, collate_fn=list
-        )
+        return stateful.StatefulDataLoader(range(50), batch_sampler=sampler, num_workers=workers, collate_fn=list)
 
     first = loader(0)
     stream = iter(first)

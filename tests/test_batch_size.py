@@ -148,9 +148,7 @@ def test_accumulated_gradient_is_the_mean_over_examples():
             (share * (x @ weight - y).square().mean()).backward()
             end += len(x)
             if step:
-                gradient = torch.autograd.grad(
-                    (data[begin:end] @ weight - target[begin:end]).square().mean(), weight
-                )
+                gradient = torch.autograd.grad((data[begin:end] @ weight - target[begin:end]).square().mean(), weight)
                 torch.testing.assert_close(weight.grad, gradient[0], rtol=1e-12, atol=1e-12)
                 starts.append((epoch, begin, end - begin))
                 weight.grad, begin = None, end

@@ -102,9 +102,7 @@ def numpy_gradinit(initial, batches, algorithm, eta, gamma, lr, iterations, min_
         if norm_of(gradient, algorithm) > gamma:
             adam.step(central_difference(partial(gradient_norm, s=s), adam.m), "norm")
         else:
-            function = partial(
-                objective, s=join(h0, draw()), steps=trial_step(gradient, algorithm, normalize)
-            )
+            function = partial(objective, s=join(h0, draw()), steps=trial_step(gradient, algorithm, normalize))
             adam.step(central_difference(function, adam.m), "objective")
     return adam.m, adam.steps
 
@@ -223,8 +221,7 @@ class Attention(nn.Module):
 def images():
     generator = torch.Generator().manual_seed(1)
     return [
-        (torch.randn(16, 1, 4, 4, generator=generator), torch.randint(4, (16,), generator=generator))
-        for _ in range(5)
+        (torch.randn(16, 1, 4, 4, generator=generator), torch.randint(4, (16,), generator=generator)) for _ in range(5)
     ]
 
 
@@ -285,9 +282,7 @@ def test_one_weight_by_hand():
 @pytest.mark.parametrize(("name", "smallest"), [("weight", 0.25), ("proj_bias", 0.0)])
 def test_smallest_scales(name, smallest):
     model = OneWeight(name)
-    result = gradinit(
-        model, half_square, halves(3), gamma=0, lr=0.4, iterations=6, min_scale=0.25, progress=False
-    )
+    result = gradinit(model, half_square, halves(3), gamma=0, lr=0.4, iterations=6, min_scale=0.25, progress=False)
     assert result.scales == {name: smallest}
     assert getattr(model, name).item() == 2 * smallest
 

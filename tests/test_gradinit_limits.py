@@ -48,8 +48,7 @@ class Attention(nn.Module):
 def images():
     generator = torch.Generator().manual_seed(1)
     return [
-        (torch.randn(16, 1, 4, 4, generator=generator), torch.randint(4, (16,), generator=generator))
-        for _ in range(5)
+        (torch.randn(16, 1, 4, 4, generator=generator), torch.randint(4, (16,), generator=generator)) for _ in range(5)
     ]
 
 

@@ -144,39 +144,50 @@ struct SumOfSquares {
   }
 };
 
-// As many counters as a vector register has 64-bit lanes. Compilers do not see that the upper halves are zero, and
-// multiply 64 bits by 64 bits; hence the intrinsics.
+// Two vector registers of counters: a round is a chain of dependent instructions, and two chains hide each other's latency.
+// Compilers do not see that the upper halves do not matter, and multiply 64 bits by 64 bits; hence the intrinsics.
 struct ManyLanes {
 #if defined(__AVX512F__)
-  using Word = uint64_t __attribute__((vector_size(64)));
-  static FUSED_OPT_FN Word multiply32(Word a, Word b) { return (Word)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
+  using Vector = uint64_t __attribute__((vector_size(64)));
+  static FUSED_OPT_FN Vector multiply32(Vector a, Vector b) { return (Vector)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
 #elif defined(__AVX2__)
-  using Word = uint64_t __attribute__((vector_size(32)));
-  static FUSED_OPT_FN Word multiply32(Word a, Word b) { return (Word)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
+  using Vector = uint64_t __attribute__((vector_size(32)));
+  static FUSED_OPT_FN Vector multiply32(Vector a, Vector b) { return (Vector)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
 #else
-  using Word = uint64_t __attribute__((vector_size(16)));
-  static FUSED_OPT_FN Word multiply32(Word a, Word b) { return (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF); }
+  using Vector = uint64_t __attribute__((vector_size(16)));
+  static FUSED_OPT_FN Vector multiply32(Vector a, Vector b) { return (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF); }
 #endif
-  static FUSED_OPT_FN Word splat(uint32_t x) { return Word{} + static_cast<uint64_t>(x); }
+  struct Word {
+    Vector a, b;
+    FUSED_OPT_FN Word operator>>(int n) const { return {a >> n, b >> n}; }
+    FUSED_OPT_FN Word operator^(const Word& other) const { return {a ^ other.a, b ^ other.b}; }
+  };
+  static FUSED_OPT_FN Word splat(uint32_t x) {
+    const Vector all = Vector{} + static_cast<uint64_t>(x);
+    return {all, all};
+  }
+  static FUSED_OPT_FN Word multiply32(const Word& x, const Word& y) { return {multiply32(x.a, y.a), multiply32(x.b, y.b)}; }
 };
 
 void normal(uint64_t seed, uint32_t index, uint32_t t, uint64_t begin, int64_t n, float* z) {
-  using Words = ManyLanes::Word;
-  constexpr int kLanes = sizeof(Words) / sizeof(uint64_t);
+  using Vector = ManyLanes::Vector;
+  using Halves = uint32_t __attribute__((vector_size(sizeof(Vector) / 2)));
+  constexpr int kLanes = sizeof(Vector) / sizeof(uint64_t);
   constexpr int kCounters = 64;
-  using Halves = uint32_t __attribute__((vector_size(sizeof(Words) / 2)));
   alignas(64) uint32_t words[4][kCounters];
   alignas(64) float lanes[4][kCounters];
-  Words first{};
+  Vector first{};
   for (int lane = 0; lane < kLanes; ++lane) first[lane] = begin + static_cast<uint64_t>(lane);
   for (int64_t done = 0; done < n; done += kCounters) {
-    for (int k = 0; k < kCounters; k += kLanes) {
-      const Words counter = first + static_cast<uint64_t>(done + k);
-      Words c[] = {counter, counter >> 32, ManyLanes::splat(index), ManyLanes::splat(t)};
-      philox<ManyLanes>(c[0], c[1], c[2], c[3], static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+    for (int k = 0; k < kCounters; k += 2 * kLanes) {
+      const Vector counter = first + static_cast<uint64_t>(done + k);
+      ManyLanes::Word c0{counter, counter + static_cast<uint64_t>(kLanes)}, c1 = c0 >> 32;
+      ManyLanes::Word c2 = ManyLanes::splat(index), c3 = ManyLanes::splat(t);
+      philox<ManyLanes>(c0, c1, c2, c3, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+      const ManyLanes::Word* c[] = {&c0, &c1, &c2, &c3};
       for (int w = 0; w < 4; ++w) {
-        const Halves low = __builtin_convertvector(c[w], Halves);
-        std::memcpy(&words[w][k], &low, sizeof low);
+        const Halves low[] = {__builtin_convertvector(c[w]->a, Halves), __builtin_convertvector(c[w]->b, Halves)};
+        std::memcpy(&words[w][k], low, sizeof low);
       }
     }
     for (int k = 0; k < kCounters; ++k) box_muller(words[0][k], words[1][k], lanes[0][k], lanes[1][k]);

@@ -29,13 +29,16 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 def unavailable() -> str | None:
     """Why the compiled core cannot run here, or None."""
+    wanted = os.environ.get("FUSED_OPT_CPU")
+    if _reason is None and wanted is not None and wanted not in (sets := _native.instruction_sets()):
+        return f"this processor does not run FUSED_OPT_CPU={wanted!r}; it runs {', '.join(map(repr, sets))}"
     return _reason
 
 
 def unsupported(rule: Rule | None, tensors: Sequence[Tensor]) -> str | None:
     """Why a parameter, its gradient or its states cannot be stepped here, or None."""
-    if _reason:
-        return _reason
+    if reason := unavailable():
+        return reason
     for tensor in tensors:
         if type(tensor) not in PLAIN:
             return f"{type(tensor).__name__} is a tensor subclass; it steps torch.Tensor and torch.nn.Parameter"

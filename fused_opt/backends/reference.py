@@ -128,18 +128,17 @@ class Bucket:
                 sigma *= math.sqrt(norm2(p) / p.numel())
             z = normal(seed, member.index, t, p.numel(), p.device).to(dtype).reshape(p.shape)
             updated = updated + sigma * z
-        tensors[0].copy_(updated)
-        for tensor, value in zip(tensors[2:], new):
-            assert tensor is not None
-            tensor.copy_(value)
+        for tensor, value in zip([member.tensor, *(member.states or ())], [updated, *new]):
+            # Not through the real view: that of a lazy conjugate is a copy.
+            tensor.copy_(torch.view_as_complex(value.contiguous()) if tensor.is_complex() else value)
         if row.average is not None and average is not None:
             add, share, fresh, write_back = row.average
-            p = tensors[0].to(dtype)
+            p = updated.to(tensors[0].dtype).to(dtype)
             v = torch.zeros_like(p) if fresh else average.to(dtype)
             v = v + add * (p - share * v)
             average.copy_(v)
             if write_back:
-                tensors[0].copy_(v)
+                member.tensor.copy_(torch.view_as_complex(v) if member.tensor.is_complex() else v)
 
     def ratios(self) -> list[float]:
         """The trust ratio of every member in the last step."""

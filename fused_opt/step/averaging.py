@@ -71,7 +71,7 @@ class Averaging:
 
     def _window(self) -> float:
         """Steps at the end of a period that can be sampled."""
-        return self.fraction * self.period  # type: ignore[attr-defined]
+        return round(self.fraction * self.period, 6)  # type: ignore[attr-defined]  # 0.07 * 100 is more than 7
 
     def sampled(self, t: int) -> bool:
         """Whether the weights after step ``t``, counted from 1, are a sample."""

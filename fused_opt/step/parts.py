@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
 
 from .. import backends
 
@@ -23,7 +27,8 @@ class _Sum:
     parts: int
 
 
-def _norm2(gradient: Tensor) -> float:
+def squared_norm(gradient: Tensor) -> float:
+    """Sum of squares, in float64."""
     values = gradient.coalesce().values() if gradient.is_sparse else gradient
     return float(torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float64)).item()) ** 2
 
@@ -40,11 +45,24 @@ class Microbatches:
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self._sums: dict[Tensor, _Sum] = {}
         self._aside: dict[Tensor, Tensor | None] = {}
-        self._handles = []
+        self._nodes: dict[Tensor, Node] = {}
+        self._handles: list[RemovableHandle] = []
         for p in parameters:
             if p.requires_grad:
-                self._handles.append(p.register_hook(lambda _, p=p: self._set_aside(p)))
-                self._handles.append(p.register_post_accumulate_grad_hook(self._add))
+                self._watch(p)
+                hook = self._weakly(type(self)._add)
+                self._handles.append(p.register_post_accumulate_grad_hook(hook))
+
+    def _watch(self, p: Tensor) -> None:
+        # A hook on the tensor would also run in torch.autograd.grad, which hands nothing over: p.grad would be lost.
+        node = self._nodes[p] = get_gradient_edge(p).node  # kept, since its hooks are gone when it is
+        hook = self._weakly(type(self)._set_aside)
+        self._handles.append(node.register_prehook(lambda _: hook(p)))
+
+    def _weakly(self, method: Callable[[Any, Tensor], None]) -> Callable[[Tensor], None]:
+        """The method as a hook that does not keep this object alive: the collector does not see references from nodes."""
+        this = ref(self)
+        return lambda p: None if (tracker := this()) is None else method(tracker, p)
 
     def _set_aside(self, p: Tensor) -> None:
         self._aside[p] = p.grad
@@ -52,31 +70,38 @@ class Microbatches:
 
     @torch.no_grad()
     def _add(self, p: Tensor) -> None:
+        if p not in self._aside:  # moved to another dtype or device, and with it to another node
+            self._watch(p)
         total, part = self._aside.pop(p, None), p.grad
         assert part is not None
         before = None if total is None else self._current(p, total)
         if part.requires_grad or (total is not None and (part.is_sparse or total.is_sparse)):
-            part2 = _norm2(part.detach())
+            part2 = squared_norm(part.detach())
             with torch.enable_grad():
                 p.grad = part if total is None else total + part
-            norm2 = _norm2(p.grad.detach())
+            norm2 = squared_norm(p.grad.detach())
         else:
             part2, norm2 = backends.accumulate(total, part)
             p.grad = part if total is None else total
+        added, count = self._measure(p, part.detach(), math.sqrt(part2))
         norms, parts = (before.norms, before.parts) if before else (0.0, 0)
         assert p.grad is not None
-        self._sums[p] = _Sum(p.grad, p.grad._version, norms + math.sqrt(part2), norm2, parts + 1)
+        self._sums[p] = _Sum(p.grad, p.grad._version, norms + added, norm2, parts + count)
+
+    def _measure(self, p: Tensor, part: Tensor, norm: float) -> tuple[float, int]:
+        """Sum of the norms of the parts in what one backward adds to ``p.grad``, and their number."""
+        return norm, 1
 
     def _current(self, p: Tensor, grad: Tensor) -> _Sum:
         """What is known of a gradient, corrected for what has happened to it since."""
         known = self._sums.get(p)
-        if known is None:  # left by somebody else: one part
-            norm2 = _norm2(grad)
-            return _Sum(grad, grad._version, math.sqrt(norm2), norm2, 1)
+        if known is None:  # left by somebody else: one part, none if zeroed
+            norm2 = squared_norm(grad)
+            return _Sum(grad, grad._version, math.sqrt(norm2), norm2, int(norm2 > 0))
         if known.grad is not grad or known.version != grad._version:
-            norm2 = _norm2(grad)
-            scale = math.sqrt(norm2 / known.norm2) if known.norm2 > 0 else 1.0
-            known = _Sum(grad, grad._version, known.norms * scale, norm2, known.parts if norm2 > 0 else 0)
+            norm2 = squared_norm(grad)
+            norms = known.norms * math.sqrt(norm2 / known.norm2) if known.norm2 > 0 else math.sqrt(norm2)
+            known = _Sum(grad, grad._version, norms, norm2, known.parts if norm2 > 0 else 0)
             self._sums[p] = known
         return known
 
@@ -105,4 +130,5 @@ class Microbatches:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._nodes.clear()
         self.reset()

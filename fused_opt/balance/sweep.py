@@ -1,0 +1,133 @@
+"""One pass over the layers' spectra, as fast or as unobtrusive as asked."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .hill import layer_alphas
+from .layers import Layer
+from .spectrum import workers
+
+
+class Mark(NamedTuple):
+    """What a weight was computed from, for seeing whether it is still the same."""
+
+    version: list[tuple[int, int]]
+    sample: Tensor
+
+
+class Sweep:
+    """Exponents of layers, computed a portion at each call, in this thread or in another.
+
+    Args:
+        layers: by module name.
+        costs: estimated operations, by module name.
+        estimator: keyword arguments of :func:`~fused_opt.balance.hill.layer_alphas`.
+        budget: largest share of the operations in one portion.
+        background: compute in a thread, on copies.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Layer],
+        costs: Mapping[str, float],
+        estimator: dict[str, Any],
+        budget: float,
+        background: bool,
+    ) -> None:
+        self._layers, self._costs, self._estimator = layers, costs, estimator
+        self._budget, self._background = budget, background
+        self._queue: list[list[str]] = []
+        self._found: dict[str, float] = {}
+        self._job: tuple[dict[str, Mark], Future[list[float]]] | None = None
+        self._known: dict[str, tuple[Mark, float]] = {}
+        self.busy = False
+
+    def begin(self, names: Sequence[str]) -> None:
+        """Start over with these layers, in portions of the budget; a layer above it is one itself."""
+        self._queue, self._found, self.busy = [], {}, True
+        allowance = self._budget * sum(self._costs[name] for name in names) * (1 + 1e-9)
+        spent = float("inf")
+        for name in names:
+            spent += self._costs[name]
+            if spent > allowance:
+                self._queue.append([])
+                spent = self._costs[name]
+            self._queue[-1].append(name)
+
+    def advance(self) -> dict[str, float] | None:
+        """Do a portion; the exponents of all layers when that was the last one and all is done."""
+        self._collect(wait=False)
+        if not self.busy:
+            return None
+        self.busy = False  # whatever raises ends the sweep, and the next one starts over
+        if self._queue and self._job is None:
+            self._compute(self._queue.pop(0))
+        self.busy = bool(self._queue) or self._job is not None
+        return None if self.busy else self._found
+
+    def forget(self) -> None:
+        """Take every layer for changed."""
+        self._known.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is done and what is left, as plain types; waits for the thread."""
+        self._collect(wait=True)
+        return {
+            "busy": self.busy,
+            "queue": [list(portion) for portion in self._queue],
+            "found": dict(self._found),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self._collect(wait=True)
+        self.busy, self._found = state["busy"], dict(state["found"])
+        self._queue = [list(portion) for portion in state["queue"]]
+        self.forget()
+
+    def _compute(self, names: list[str]) -> None:
+        marks = {name: Mark(self._layers[name].version(), self._layers[name].sample()) for name in names}
+        same = {name: self._known[name][1] for name, mark in marks.items() if self._unchanged(name, mark)}
+        self._found |= same
+        marks = {name: mark for name, mark in marks.items() if name not in same}
+        weights = [self._layers[name].weight() for name in marks]
+        if not self._background:
+            self._keep(marks, layer_alphas(weights, **self._estimator))
+            return
+        copies = [weight.clone() for weight in weights]  # training goes on while the thread reads
+        devices = {copy.device for copy in copies if copy.is_cuda}
+        copied = [torch.cuda.current_stream(device).record_event() for device in devices]
+        self._job = marks, workers(1).submit(_on_side_streams, copies, copied, self._estimator)
+
+    def _unchanged(self, name: str, mark: Mark) -> bool:
+        # of a sharded weight this process sees a part, and all processes have to gather it or none
+        if name not in self._known or self._layers[name].sharded():
+            return False
+        before, _ = self._known[name]
+        return mark.version == before.version and torch.equal(mark.sample, before.sample)
+
+    def _collect(self, wait: bool) -> None:
+        if self._job is not None and (wait or self._job[1].done()):
+            (marks, job), self._job, self.busy = self._job, None, False
+            self._keep(marks, job.result())
+            self.busy = True
+
+    def _keep(self, marks: dict[str, Mark], alphas: list[float]) -> None:
+        self._found |= zip(marks, alphas, strict=True)
+        self._known |= {name: (mark, self._found[name]) for name, mark in marks.items()}
+
+
+def _on_side_streams(weights: list[Tensor], copied: list[torch.cuda.Event], estimator: dict[str, Any]) -> list[float]:
+    with contextlib.ExitStack() as streams:
+        for device in {weight.device for weight in weights if weight.is_cuda}:
+            streams.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
+            for event in copied:
+                torch.cuda.current_stream(device).wait_event(event)
+        return layer_alphas(weights, **estimator)

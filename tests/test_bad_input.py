@@ -1,0 +1,508 @@
+"""Inputs that break optimizers elsewhere: the right answer, or an error in words that leaves everything as it was."""
+
+import copy
+
+import pytest
+import torch
+from conftest import assert_close, assert_same, clones, pair, parameters_of, set_gradients, train_both, unchanged
+
+import fused_opt
+from fused_opt import backends, plan
+from fused_opt.backends import native
+
+KINDS = [("SGD", {"lr": 0.1, "momentum": 0.9}), ("AdamW", {"lr": 0.01})]
+both_kinds = pytest.mark.parametrize(("name", "options"), KINDS, ids=["SGD", "AdamW"])
+# At the first step, when states would be made, and later, when they would be written.
+whenever = pytest.mark.parametrize("steps_before", [0, 2], ids=["first step", "later"])
+SLOT = {"SGD": "momentum_buffer", "AdamW": "exp_avg_sq"}
+
+
+def refuses(optimizer, match, error=RuntimeError):
+    """The step raises, twice alike, and changes nothing."""
+    for _ in range(2):
+        with unchanged(optimizer), pytest.raises(error, match=match):
+            optimizer.step()
+
+
+# --------------------------------------------------------------------------------------------- the constructor's words
+
+BAD_VALUES = [
+    ("SGD", {"lr": -1}),
+    ("SGD", {"lr": torch.tensor(-1.0)}),
+    ("SGD", {"lr": torch.tensor([0.1, 0.2])}),
+    ("SGD", {"momentum": -0.5}),
+    ("SGD", {"weight_decay": -0.5}),
+    ("SGD", {"nesterov": True}),
+    ("SGD", {"nesterov": True, "momentum": 0.9, "dampening": 0.1}),
+    ("SGD", {"fused": True, "foreach": True}),
+    *(
+        (name, options)
+        for name in ("Adam", "AdamW")
+        for options in (
+            {"lr": -1},
+            {"lr": float("nan")},
+            {"lr": torch.tensor([0.1, 0.2])},
+            {"eps": -1e-8},
+            {"eps": float("nan")},
+            {"betas": (1.0, 0.999)},
+            {"betas": (-0.1, 0.999)},
+            {"betas": (0.9, 1.0)},
+            {"betas": (float("nan"), 0.9)},
+            {"betas": (0.9, float("nan"))},
+            {"betas": (0.9, torch.tensor(0.999))},
+            {"weight_decay": -0.5},
+            {"weight_decay": float("nan")},
+            {"fused": True, "foreach": True},
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), BAD_VALUES, ids=str)
+def test_values_out_of_range_in_the_words_of_torch(name, options):
+    p = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises((ValueError, RuntimeError)) as theirs:
+        getattr(torch.optim, name)([p], **options)
+    with pytest.raises(theirs.type) as ours:
+        getattr(fused_opt, name)([p], **options)
+    assert str(ours.value) == str(theirs.value)
+
+    optimizer = getattr(fused_opt, name)([p])
+    late = {"params": [torch.nn.Parameter(torch.ones(2))], **options}
+    with unchanged(optimizer), pytest.raises(theirs.type) as ours:
+        optimizer.add_param_group(late)
+    assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": float("nan")}, "Invalid learning rate: nan"),
+        ({"lr": torch.tensor(float("nan"))}, "Invalid learning rate: nan"),
+        ({"momentum": float("nan")}, "Invalid momentum value: nan"),
+        ({"weight_decay": float("nan")}, "Invalid weight_decay value: nan"),
+        ({"dampening": float("nan")}, "Invalid dampening value: nan"),
+        ({"state_dtype": torch.int8}, "Invalid state_dtype: torch.int8; None, torch.float32 and torch.float64 are"),
+        ({"backend": "cuda"}, "Invalid backend: 'cuda'; there are 'auto', 'native', 'reference'"),
+        ({"backend": None}, "Invalid backend: None; there are 'auto'"),
+    ],
+    ids=str,
+)
+def test_values_that_torch_takes_or_does_not_know(options, message):
+    with pytest.raises(ValueError, match=message):
+        fused_opt.SGD([torch.nn.Parameter(torch.ones(3))], **options)
+
+
+def test_parameters_that_are_none_in_the_words_of_torch():
+    p = torch.nn.Parameter(torch.ones(3))
+    for params in (
+        [],
+        [p, 3],
+        p,
+        [{"params": {p}}],
+        [p * 2],
+        [{"params": [p]}, {"params": [p]}],
+        [("a", p), torch.nn.Parameter(torch.ones(2))],
+    ):
+        with pytest.raises((TypeError, ValueError)) as theirs:
+            torch.optim.SGD(params)
+        with pytest.raises(theirs.type) as ours:
+            fused_opt.SGD(params)
+        assert str(ours.value) == str(theirs.value)
+
+
+def test_a_parameter_twice_in_a_group_is_refused():
+    """torch.optim warns that this will become an error, and steps it twice."""
+    p = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=r"parameter 1 of group 0 .* duplicate"):
+        fused_opt.AdamW([p, p])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), torch.tensor(float("nan"))], ids=["float", "tensor"])
+@whenever
+@both_kinds
+def test_a_learning_rate_that_becomes_nan(name, options, steps_before, bad, backend):
+    optimizer, oracle = pair(name, options, backend)
+    train_both(optimizer, oracle, steps_before)
+    set_gradients(parameters_of(optimizer), 0)
+    optimizer.param_groups[0]["lr"] = bad
+    refuses(optimizer, "Invalid learning rate: nan", ValueError)
+    optimizer.param_groups[0]["lr"] = options["lr"]
+    train_both(optimizer, oracle)
+    assert_same(optimizer, oracle)
+
+
+@whenever
+def test_a_beta_that_becomes_one(steps_before, backend):
+    optimizer, oracle = pair("Adam", {}, backend)
+    train_both(optimizer, oracle, steps_before)
+    set_gradients(parameters_of(optimizer), 0)
+    optimizer.param_groups[0]["betas"] = (1.0, 0.999)
+    refuses(optimizer, "division by zero|Invalid beta parameter", (ZeroDivisionError, ValueError))
+
+
+def test_multipliers_out_of_range(backend):
+    optimizer, oracle = pair("SGD", {"lr": 0.1, "weight_decay": 0.1}, backend)
+    first, second, _ = parameters_of(optimizer)
+    for bad in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"Invalid multiplier: .*; it must be finite and at least 0"):
+            optimizer.scale_layers(lr={first: 0.0, second: bad})
+        with pytest.raises(ValueError, match="Invalid multiplier"):
+            optimizer.scale_layers(lr={first: 0.0}, weight_decay={second: bad})
+    with pytest.raises(ValueError, match=r"a multiplier for a tensor of shape \(7,\) that is not optimized here"):
+        optimizer.scale_layers(lr={first: 0.0, torch.nn.Parameter(torch.ones(7)): 1.0})
+    train_both(optimizer, oracle)
+    assert_same(optimizer, oracle)
+
+
+# ------------------------------------------------------------------------------------------------------------ backends
+
+
+def test_a_named_backend_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(native, "_reason", "its compiled core is not installed")
+    monkeypatch.setattr(plan, "_said", set())
+    p = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(RuntimeError, match=r"'native' cannot run here: its compiled core is not installed. .*'auto'"):
+        fused_opt.SGD([p], backend="native")
+    assert backends.available() == {"native": "its compiled core is not installed", "reference": None}
+    for _ in range(2):
+        p.grad = torch.ones(3)
+        optimizer = fused_opt.SGD([p], lr=0.25)
+        if not plan._said:
+            with pytest.warns(UserWarning, match="runs without its native backend: its compiled core is not installed"):
+                optimizer.step()
+        else:
+            optimizer.step()  # it says so once; a second warning would be an error here
+    assert torch.equal(p, torch.full((3,), 0.5))
+
+
+class Subclass(torch.Tensor):
+    """A tensor of somebody else's, as DTensor is."""
+
+
+UNSTEPPABLE = {
+    "complex": (torch.ones(3, dtype=torch.complex64), torch.ones(3, dtype=torch.complex64), "torch.complex64 tensor"),
+    "sparse": (torch.ones(3), torch.ones(3).to_sparse(), "torch.sparse_coo tensor"),
+    "subclass": (torch.ones(3).as_subclass(Subclass), torch.ones(3), "Subclass is a tensor subclass"),
+    "meta": (torch.ones(3, device="meta"), torch.ones(3, device="meta"), "a tensor on meta"),
+}
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+@pytest.mark.parametrize("what", UNSTEPPABLE)
+def test_what_the_named_backend_cannot_step(what):
+    data, gradient, reason = UNSTEPPABLE[what]
+    good, p = torch.nn.Parameter(torch.ones(2)), data.clone().requires_grad_()
+    optimizer = fused_opt.SGD([("good", good), ("odd", p)], lr=0.5, momentum=0.9, backend="native")
+    good.grad, p.grad = torch.ones(2), gradient.clone()
+    refuses(
+        optimizer, f"backend 'native' cannot step parameter '?odd'?: a?.*{reason}.*backend='auto' takes one that can"
+    )
+
+
+@pytest.mark.parametrize("what", UNSTEPPABLE)
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_auto_steps_what_one_backend_cannot_beside_what_it_can(name, what):
+    data, gradient, _ = UNSTEPPABLE[what]
+    if name == "AdamW" and what == "sparse":
+        pytest.skip("Adam takes no sparse gradients")
+    results = []
+    for module, extra in ((fused_opt, {}), (torch.optim, {"foreach": False})):
+        good, p = torch.nn.Parameter(torch.ones(2)), data.clone().requires_grad_()
+        optimizer = getattr(module, name)([good, p], lr=0.5, **extra)
+        for _ in range(3):
+            good.grad, p.grad = torch.ones(2), gradient.clone()
+            optimizer.step()
+        results.append([good, p] if what != "meta" else [good])
+        if name == "AdamW":
+            assert [of_p["step"] for of_p in optimizer.state.values()] == [3, 3]
+    assert_close(*results, bound=2e-6)
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+@both_kinds
+def test_an_instruction_set_that_the_processor_does_not_have(name, options, monkeypatch):
+    optimizer, _ = pair(name, options, "native")
+    set_gradients(parameters_of(optimizer), 0)
+    monkeypatch.setenv("FUSED_OPT_CPU", "sse9")
+    refuses(optimizer, "sse9", (ValueError, RuntimeError))
+
+
+# ----------------------------------------------------------------------------------------------------------- gradients
+
+
+LAYOUTS = {
+    "transposed": lambda g: g.transpose(0, 1).contiguous().transpose(0, 1),
+    "channels_last": lambda g: g.contiguous(memory_format=torch.channels_last),
+    "strided": lambda g: torch.stack([g, torch.full_like(g, 1e6)], -1)[..., 0],
+    "expanded": lambda g: g[:1, :1, :1, :1].expand_as(g),
+    "offset": lambda g: torch.cat([torch.full((1,), 1e6), g.flatten()])[1:].view_as(g),
+    "negated": lambda g: torch.complex(torch.zeros_like(g), -g).conj().imag,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@both_kinds
+def test_gradients_of_another_layout(name, options, layout, backend):
+    if layout == "negated" and backend == "native":
+        pytest.skip("the native backend leaves lazy negations to the reference")
+    optimizer, oracle = pair(name, options, backend, shapes=[(4, 3, 2, 5)], dtype=torch.float32)
+    for step in range(3):
+        gradient = torch.randn(4, 3, 2, 5, generator=torch.Generator().manual_seed(step))
+        for each in (optimizer, oracle):
+            (p,) = parameters_of(each)
+            p.grad = LAYOUTS[layout](gradient)
+            if layout != "expanded":
+                assert torch.equal(p.grad, gradient)
+            each.step()
+    assert_same(optimizer, oracle, bound=2e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}], ids=str)
+@pytest.mark.filterwarnings("ignore:.*Sparse:UserWarning")
+def test_sparse_gradients_of_sgd(options):
+    """Uncoalesced and mixed with dense ones; torch keeps a sparse buffer for them, which loads here."""
+    for backend in ("auto", "reference"):
+        optimizer, oracle = pair("SGD", {"lr": 0.1, **options}, backend, shapes=[(4, 3), (2,)])
+        for step in range(5):
+            values = torch.randn(3, 3, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+            for each in (optimizer, oracle):
+                p, q = parameters_of(each)
+                set_gradients([q], step)
+                p.grad = torch.sparse_coo_tensor([[3, 1, 3]], values, (4, 3))
+                each.step()
+            assert_close(parameters_of(optimizer), parameters_of(oracle))
+            if step == 2:
+                optimizer.load_state_dict(copy.deepcopy(oracle.state_dict()))
+        for each in (optimizer, oracle):
+            set_gradients(parameters_of(each), 7)  # now dense
+        if not options:
+            oracle.step()
+            optimizer.step()
+            assert_close(parameters_of(optimizer), parameters_of(oracle))
+
+
+@whenever
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_sparse_gradients_of_adam_in_the_words_of_torch(name, steps_before, backend):
+    optimizer, oracle = pair(name, {}, backend)
+    train_both(optimizer, oracle, steps_before)
+    for each in (optimizer, oracle):
+        set_gradients(parameters_of(each), 0)
+        parameters_of(each)[1].grad = torch.ones(5, dtype=torch.float64).to_sparse()
+    refuses(optimizer, "Adam does not support sparse gradients, please consider SparseAdam instead")
+    with pytest.raises(
+        RuntimeError, match="Adam does not support sparse gradients, please consider SparseAdam instead"
+    ):
+        oracle.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*KINDS, ("SGD", {"lr": 0.1, "weight_decay": 0.1}), ("Adam", {"amsgrad": True, "maximize": True})],
+    ids=str,
+)
+def test_complex_parameters(name, options, dtype):
+    """Lazily conjugated ones too, on which torch.optim.Adam fails: torch keeps the conjugation as a bit."""
+    bound = 2e-6 if dtype == torch.complex64 else 1e-12
+    values = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
+    data = torch.complex(values, values.flip(0)).to(dtype)
+    runs = []
+    for module, extra in ((fused_opt, {}), (torch.optim, {"foreach": False})):
+        resolve = torch.resolve_conj if module is torch.optim else lambda tensor: tensor
+        parameters = [torch.nn.Parameter(data.clone()), torch.nn.Parameter(resolve(data.t().clone().t().conj()))]
+        assert parameters[1].is_conj() == (module is fused_opt)
+        optimizer = getattr(module, name)(parameters, **options, **extra)
+        for step in range(3):
+            for p in parameters:
+                p.grad = resolve((data * (step - 0.5)).conj())
+            optimizer.step()
+        runs.append(optimizer)
+    assert_close(parameters_of(runs[0]), parameters_of(runs[1]), bound)
+    assert_close(runs[0].state_dict()["state"], runs[1].state_dict()["state"], bound)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@both_kinds
+def test_a_non_finite_gradient_stays_in_its_element(name, options, bad, backend):
+    optimizer, oracle = pair(name, options, backend, shapes=[(40,), (3,)])
+    train_both(optimizer, oracle, 2)
+    for step in range(2):
+        for each in (optimizer, oracle):
+            set_gradients(parameters_of(each), step)
+            if step == 0:
+                parameters_of(each)[0].grad[17] = bad
+            each.step()
+    p, q = parameters_of(optimizer)
+    finite = p.isfinite()
+    assert not finite[17]
+    assert finite.sum() == 39
+    assert_close([p[finite], q], [parameters_of(oracle)[0][finite], parameters_of(oracle)[1]])
+
+
+@both_kinds
+def test_a_first_gradient_after_some_steps(name, options, backend):
+    """torch's fused step raises a TypeError here."""
+    optimizer, oracle = pair(name, options, backend)
+    for step in range(4):
+        for each in (optimizer, oracle):
+            first, *others = parameters_of(each)
+            set_gradients(others if step < 2 else [first, *others], step)
+            each.step()
+        assert_same(optimizer, oracle)
+
+
+@both_kinds
+def test_an_overflow_at_the_first_step(name, options, backend):
+    """torch's fused SGD keeps an uninitialized momentum buffer."""
+    optimizer, oracle = pair(name, options, backend)
+    set_gradients(parameters_of(optimizer), 0)
+    parameters_of(optimizer)[0].grad.fill_(float("inf"))
+    optimizer.found_inf = torch.tensor(1.0)
+    with unchanged(optimizer):
+        optimizer.step()
+    assert not optimizer.state
+    optimizer.found_inf = None
+    train_both(optimizer, oracle)
+    assert_same(optimizer, oracle)
+
+
+class GradientElsewhere(torch.nn.Parameter):
+    """Its gradient is on another device, as after ``p.data = p.data.cuda()`` on a machine that has one."""
+
+    grad = property(lambda self: torch.ones(3, device="meta"))
+
+
+def test_a_gradient_on_another_device(backend):
+    good = torch.nn.Parameter(torch.ones(2))
+    optimizer = fused_opt.AdamW([("good", good), ("odd", GradientElsewhere(torch.ones(3)))], backend=backend)
+    good.grad = torch.ones(2)
+    with pytest.raises(
+        RuntimeError, match=r"parameter '?odd'? is on cpu and its gradient on meta; they must be on the"
+    ):
+        optimizer.step()
+    assert torch.equal(good, torch.ones(2))
+    assert not optimizer.state
+
+
+@whenever
+@both_kinds
+def test_a_gradient_of_another_shape(name, options, steps_before, backend):
+    """What remains when a parameter is resized in place."""
+    optimizer, oracle = pair(name, options, backend)
+    train_both(optimizer, oracle, steps_before)
+    set_gradients(parameters_of(optimizer), 0)
+    parameters_of(optimizer)[1].data = torch.ones(7, dtype=torch.float64)
+    refuses(optimizer, r"parameter 1 of group 0 has shape \(7,\) and its gradient \(5,\); they must be equal")
+
+
+# ---------------------------------------------------------------------------------------------- parameters and states
+
+
+@both_kinds
+def test_a_parameter_whose_elements_share_memory(name, options, backend):
+    """torch: "more than one element of the written-to tensor refers to a single memory location"."""
+    good = torch.nn.Parameter(torch.ones(2))
+    p = torch.nn.Parameter(torch.ones(1, 3).expand(4, 3))
+    optimizer = getattr(fused_opt, name)([("good", good), ("odd", p)], backend=backend, **options)
+    good.grad, p.grad = torch.ones(2), torch.ones(4, 3)
+    refuses(optimizer, "odd.*memory|single memory location")
+
+
+@both_kinds
+def test_a_resized_parameter_says_what_to_do(name, options, backend):
+    optimizer, oracle = pair(name, options, backend)
+    train_both(optimizer, oracle, 2)
+    p = parameters_of(optimizer)[1]
+    p.grad = None
+    p.data = torch.ones(2, 2, dtype=torch.float64)
+    p.grad = torch.ones(2, 2, dtype=torch.float64)
+    refuses(
+        optimizer, r"parameter 1 of group 0 has shape \(2, 2\) and its state '\w+' \(5,\).*entry in optimizer.state"
+    )
+    del optimizer.state[p]
+    optimizer.step()
+    assert optimizer.state[p][SLOT[name]].shape == (2, 2)
+
+
+BAD_STATES = {
+    "shape": (lambda s: s[:-1], r"parameter '?bias'? has shape \(5,\) and its state '\w+' \(4,\); they must be equal"),
+    "expandable": (lambda s: s[:1], r"parameter '?bias'? has shape \(5,\) and its state '\w+' \(1,\)"),
+    "device": (lambda s: s.to("meta"), r"parameter '?bias'? is on cpu and its state '\w+' on meta"),
+    "integer": (lambda s: s.to(torch.int64), r"parameter '?bias'? is torch.float64 and its state '\w+' torch.int64"),
+    "bool": (lambda s: s > 0, r"parameter '?bias'? is torch.float64 and its state '\w+' torch.bool"),
+    "complex": (lambda s: s.to(torch.complex128), r"parameter '?bias'? is torch.float64 .* '\w+' torch.complex128"),
+}
+
+
+def named(parameters):
+    return list(zip(("weight", "bias", "scale"), parameters))
+
+
+@pytest.mark.parametrize("what", BAD_STATES)
+@both_kinds
+def test_a_bad_state_at_the_step(name, options, what, backend):
+    spoil, message = BAD_STATES[what]
+    optimizer, oracle = pair(name, options, backend, arrange=named)
+    train_both(optimizer, oracle, 2)
+    bias = parameters_of(optimizer)[1]
+    optimizer.state[bias][SLOT[name]] = spoil(optimizer.state[bias][SLOT[name]])
+    refuses(optimizer, message)
+
+
+BAD_COUNTS = {
+    "integer": torch.tensor(3),
+    "half": torch.tensor(3.0, dtype=torch.bfloat16),
+    "shape": torch.ones(5),
+    "device": torch.ones((), device="meta"),
+    "number": 3.0,
+}
+
+
+@pytest.mark.parametrize("what", BAD_COUNTS)
+def test_a_bad_step_count_at_the_step(what, backend):
+    optimizer, oracle = pair("Adam", {"lr": 0.1}, backend, arrange=named)
+    train_both(optimizer, oracle, 3)
+    optimizer.state[parameters_of(optimizer)[1]]["step"] = copy.deepcopy(BAD_COUNTS[what])
+    set_gradients(parameters_of(optimizer), 0)
+    refuses(optimizer, "parameter '?bias'?.* 'step'")
+
+
+@pytest.mark.parametrize("what", [what for what in BAD_STATES if what != "device"])  # loading moves the states
+@pytest.mark.parametrize("state_dtype", [None, torch.float64])
+@both_kinds
+def test_a_bad_state_in_a_checkpoint(name, options, state_dtype, what):
+    spoil, _ = BAD_STATES[what]
+    optimizer, oracle = pair(
+        name,
+        {
+            **options,
+        },
+        "auto",
+        arrange=named,
+    )
+    optimizer.state_dtype = state_dtype
+    train_both(optimizer, oracle, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][1][SLOT[name]] = spoil(saved["state"][1][SLOT[name]])
+    for group in saved["param_groups"]:
+        group["lr"] = 123.0
+    with unchanged(optimizer), pytest.raises(ValueError, match=f"state '{SLOT[name]}' of parameter '?bias'? (has|is) "):
+        optimizer.load_state_dict(saved)
+    train_both(optimizer, oracle)
+    assert_same(optimizer, oracle)
+
+
+@both_kinds
+def test_a_checkpoint_of_another_model_in_the_words_of_torch(name, options):
+    optimizer, oracle = pair(name, options, "auto")
+    train_both(optimizer, oracle)
+    fewer = clones(parameters_of(optimizer)[:2])
+    for params in (fewer, [{"params": fewer}, {"params": clones(parameters_of(optimizer)[2:])}]):
+        saved = getattr(fused_opt, name)(params, **options).state_dict()
+        with pytest.raises(ValueError) as theirs:
+            oracle.load_state_dict(saved)
+        with unchanged(optimizer), pytest.raises(ValueError) as ours:
+            optimizer.load_state_dict(saved)
+        assert str(ours.value) == str(theirs.value)

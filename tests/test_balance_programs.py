@@ -1,0 +1,34 @@
+"""The example and the benchmark run from the command line and write what they say."""
+
+import csv
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(monkeypatch, program, *arguments):
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    runpy.run_path(str(ROOT / program), run_name="__main__")
+
+
+def test_example(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    run(monkeypatch, "examples/temp_balance.py", "--quick", "--out", str(tmp_path))
+    printed = capsys.readouterr().out
+    assert "SGD, cosine, TempBalance" in printed
+    assert "multiplier 0.500" in printed
+    assert (tmp_path / "temp_balance.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_benchmark(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("rich")
+    run(monkeypatch, "benchmarks/spectra.py", "--quick", "--repeats", "1", "--out", str(tmp_path))
+    assert "All exponents of a model" in capsys.readouterr().out
+    with (tmp_path / "spectra.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    (error,) = (float(row["value"]) for row in rows if row["quantity"] == "error of alpha")
+    assert error < 1e-4

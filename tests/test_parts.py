@@ -1,0 +1,505 @@
+"""The parts of the gradient: every backward is one, and p.grad is what it is without tracking."""
+
+import math
+
+import pytest
+import torch
+from conftest import INSTRUCTION_SETS
+
+import fused_opt
+from fused_opt import CLARS, LARS
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def norm(tensor):
+    return math.sqrt(math.fsum(x * x for x in tensor.detach().double().flatten().tolist()))
+
+
+def parameters_of(dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    tensors = [
+        randn(5, 7),
+        randn(3),
+        randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        randn(6, 4).t(),
+        randn(70, 300),
+    ]
+    return [torch.nn.Parameter(tensor) for tensor in tensors]
+
+
+def coefficients(parameters, count, seed=1):
+    """What each part's gradient is to be."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) for p in parameters]
+        for _ in range(count)
+    ]
+
+
+def backward(parameters, part, **options):
+    """A loss whose gradient is the part."""
+    sum((p * c).sum() for p, c in zip(parameters, part) if c is not None).backward(**options)
+
+
+def clars(parameters, **options):
+    options = {"lr": 0.5, "coefficient": 0.1, "cap": math.inf, "eps": 0.0, "exempt": -1, "weight_decay": 0.0, **options}
+    return CLARS(parameters, **options)
+
+
+def norms_of(optimizer, parameters):
+    """A of every parameter, from the ratio that a step with the learning rate 0 beside an idle parameter leaves."""
+    weights = [norm(p) for p in parameters]
+    optimizer.step()
+    ratios = optimizer.trust_ratios()
+    return [0.1 * w / ratios[f"{i} of group 0"] for i, w in enumerate(weights)]
+
+
+def sums(parts, factor=1.0):
+    """Sum of the parts' norms, by parameter."""
+    return [factor * sum(norm(c) for c in of_p if c is not None) for of_p in zip(*parts)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_is_that_of_plain_accumulation_to_the_last_bit(dtype):
+    ours, theirs = parameters_of(dtype), parameters_of(dtype)
+    handle = clars(ours).track_parts("microbatch")
+    for part in coefficients(ours, 4):
+        backward(ours, part)
+        backward(theirs, part)
+        for a, b in zip(ours, theirs):
+            assert torch.equal(a.grad, b.grad)
+            assert (a.grad.dtype, a.grad.stride(), a.grad.requires_grad) == (b.grad.dtype, b.grad.stride(), False)
+    assert list(handle.counts().values()) == [4] * len(ours)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("divide", [False, True])
+def test_sum_of_the_norms(divide, dtype, backend):
+    """Each contribution as it is added to p.grad, whether the loss is divided or not."""
+    parameters = parameters_of(dtype)
+    parts = coefficients(parameters, 4)
+    if divide:
+        parts = [[c / 4 for c in part] for part in parts]
+    weights = [p.detach().double().clone() for p in parameters]
+    optimizer = clars(parameters, backend=backend, momentum=0.0)
+    optimizer.track_parts("microbatch")
+    for part in parts:
+        backward(parameters, part)
+    gradients = [p.grad.double() for p in parameters]
+    found = norms_of(optimizer, parameters)
+    assert found == pytest.approx(
+        sums(parts), rel=1e-6 if dtype == torch.float32 else 1e-3 if dtype.itemsize < 4 else 1e-12
+    )
+    for p, w, g, a in zip(parameters, weights, gradients, sums(parts)):
+        expected = w - 0.5 * 0.1 * norm(w) / a * g
+        bound = 4 * torch.finfo(dtype).eps * max(1, w.abs().max().item())
+        torch.testing.assert_close(p.detach().double(), expected, rtol=0, atol=bound)
+
+
+def test_every_step_begins_anew(backend):
+    parameters = parameters_of()
+    optimizer = clars(parameters, backend=backend)
+    handle = optimizer.track_parts("microbatch")
+    for step in range(3):
+        parts = coefficients(parameters, step + 1, seed=step)
+        optimizer.zero_grad(set_to_none=step != 1)
+        for part in parts:
+            backward(parameters, part)
+        assert set(handle.counts().values()) == {step + 1}
+        assert norms_of(optimizer, parameters) == pytest.approx(sums(parts), rel=1e-12)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zeroing_the_gradients_forgets_the_parts(set_to_none, backend):
+    parameters = parameters_of()
+    optimizer = clars(parameters, backend=backend)
+    handle = optimizer.track_parts("microbatch")
+    first, second = coefficients(parameters, 3), coefficients(parameters, 2, seed=5)
+    for part in first:
+        backward(parameters, part)
+    optimizer.zero_grad(set_to_none=set_to_none)
+    for part in second:
+        backward(parameters, part)
+    assert set(handle.counts().values()) == {2}
+    assert norms_of(optimizer, parameters) == pytest.approx(sums(second), rel=1e-12)
+
+
+def test_gradients_kept_over_a_step_are_one_part(backend):
+    parameters = parameters_of()
+    optimizer = clars(parameters, backend=backend)
+    optimizer.track_parts("microbatch")
+    first, second, third = coefficients(parameters, 3)
+    backward(parameters, first)
+    backward(parameters, second)
+    optimizer.step()
+    backward(parameters, third)
+    expected = [norm(a + b) + norm(c) for a, b, c in zip(first, second, third)]
+    assert norms_of(optimizer, parameters) == pytest.approx(expected, rel=1e-12)
+
+
+def test_gradients_left_from_before_are_one_part(backend):
+    parameters = parameters_of()
+    first, second, third = coefficients(parameters, 3)
+    backward(parameters, first)
+    backward(parameters, second)
+    optimizer = clars(parameters, backend=backend)
+    optimizer.track_parts("microbatch")
+    backward(parameters, third)
+    expected = [norm(a + b) + norm(c) for a, b, c in zip(first, second, third)]
+    assert norms_of(optimizer, parameters) == pytest.approx(expected, rel=1e-12)
+
+
+def test_without_a_backward_the_gradient_is_one_part(backend):
+    """Gradients set by hand, and parameters whose requires_grad was off when tracking began."""
+    parameters = parameters_of()
+    parameters[0].requires_grad_(False)
+    optimizer = clars(parameters, backend=backend)
+    optimizer.track_parts("microbatch")
+    (part,) = coefficients(parameters, 1)
+    for p, c in zip(parameters, part):
+        p.grad = c.clone()
+    assert norms_of(optimizer, parameters) == pytest.approx(sums([part]), rel=1e-12)
+
+
+def test_a_parameter_unused_in_one_microbatch(backend):
+    parameters = parameters_of()
+    parts = coefficients(parameters, 3)
+    parts[0][1] = parts[1][0] = parts[2][4] = None
+    optimizer = clars(parameters, backend=backend)
+    handle = optimizer.track_parts("microbatch")
+    for part in parts:
+        backward(parameters, part)
+    assert list(handle.counts().values()) == [handle.counts()[p] for p in handle.counts()]
+    assert [handle.counts()[p] for p in parameters] == [2, 2, 3, 3, 2]
+    assert norms_of(optimizer, parameters) == pytest.approx(sums(parts), rel=1e-12)
+
+
+def test_a_parameter_used_twice_in_one_backward_is_one_part(backend):
+    parameters = parameters_of()
+    a, b, c = coefficients(parameters, 3)
+    optimizer = clars(parameters, backend=backend)
+    handle = optimizer.track_parts("microbatch")
+    sum((p * x).sum() + (p * y).sum() for p, x, y in zip(parameters, a, b)).backward()
+    backward(parameters, c)
+    assert set(handle.counts().values()) == {2}
+    expected = [norm(x + y) + norm(z) for x, y, z in zip(a, b, c)]
+    assert norms_of(optimizer, parameters) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_after_clip_grad_norm(foreach, backend):
+    """The parts are scaled as the gradient was; a limit in the step does the same."""
+    parameters, inside = parameters_of(), parameters_of()
+    parts = coefficients(parameters, 3)
+    limit = 0.3
+    optimizer, other = clars(parameters, backend=backend), clars(inside, backend=backend, max_grad_norm=limit)
+    optimizer.track_parts("microbatch")
+    other.track_parts("microbatch")
+    for part in parts:
+        backward(parameters, part)
+        backward(inside, part)
+    total = torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=foreach).item()
+    factor = limit / (total + 1e-6)
+    assert factor < 1
+    assert norms_of(optimizer, parameters) == pytest.approx(sums(parts, factor), rel=1e-11)
+    assert norms_of(other, inside) == pytest.approx(sums(parts, factor), rel=1e-11)
+    assert other.grad_norm == pytest.approx(total, rel=1e-12)
+    for a, b in zip(parameters, inside):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_clipping_between_the_parts(backend):
+    parameters = parameters_of()
+    first, second = coefficients(parameters, 2)
+    optimizer = clars(parameters, backend=backend)
+    optimizer.track_parts("microbatch")
+    backward(parameters, first)
+    torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+    factor = 0.5 / (math.hypot(*(norm(c) for c in first)) + 1e-6)
+    backward(parameters, second)
+    expected = [factor * norm(a) + norm(b) for a, b in zip(first, second)]
+    assert norms_of(optimizer, parameters) == pytest.approx(expected, rel=1e-11)
+
+
+@pytest.mark.parametrize("unscale", [True, False])
+def test_under_a_grad_scaler(unscale, backend):
+    parameters = parameters_of()
+    parts = coefficients(parameters, 3)
+    weights = [p.detach().clone() for p in parameters]
+    optimizer = clars(parameters, backend=backend, momentum=0.0)
+    handle = optimizer.track_parts("microbatch")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for part in parts:
+        scaler.scale(sum((p * c).sum() for p, c in zip(parameters, part))).backward()
+    if unscale:
+        scaler.unscale_(optimizer)
+        for p, of_p in zip(parameters, zip(*parts)):
+            torch.testing.assert_close(p.grad, sum(of_p))
+    assert set(handle.counts().values()) == {3}
+    scaler.step(optimizer)
+    scaler.update()
+    for i, (p, w, a) in enumerate(zip(parameters, weights, sums(parts))):
+        ratio = 0.1 * norm(w) / a
+        assert optimizer.trust_ratios()[f"{i} of group 0"] == pytest.approx(ratio, rel=1e-12)
+        torch.testing.assert_close(p.detach(), w - 0.5 * ratio * sum(part[i] for part in parts), rtol=1e-12, atol=1e-12)
+
+
+def test_an_overflow_under_a_grad_scaler_changes_nothing(backend):
+    parameters = parameters_of()
+    good, bad, more = coefficients(parameters, 3)
+    bad[0][0, 0] = math.inf
+    before = [p.detach().clone() for p in parameters]
+    optimizer = clars(parameters, backend=backend)
+    optimizer.track_parts("microbatch")
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for part in (good, bad):
+        scaler.scale(sum((p * c).sum() for p, c in zip(parameters, part))).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters))
+    optimizer.zero_grad()
+    backward(parameters, more)
+    assert norms_of(optimizer, parameters) == pytest.approx(sums([more]), rel=1e-12)
+
+
+def test_user_hooks_see_what_they_always_see():
+    """Of whatever kind, and whether they were there before tracking began or came after it."""
+    seen = {}
+    for tracked in (False, True):
+        (p,) = parameters_of()[:1]
+        found = seen.setdefault(tracked, [])
+
+        def look(*args, p=p, found=found):
+            found.append(None if p.grad is None else p.grad.clone())
+
+        def look_at_new(gradient, found=found):
+            found.append(gradient.clone())
+
+        p.register_hook(look)
+        p.register_post_accumulate_grad_hook(look)
+        handle = clars([p]).track_parts("microbatch") if tracked else None
+        p.register_hook(look)
+        p.register_hook(look_at_new)
+        p.register_post_accumulate_grad_hook(look)
+        for part in coefficients([p], 3):
+            backward([p], part)
+        if handle is not None:
+            assert handle.counts() == {p: 3}
+    assert len(seen[True]) == len(seen[False]) == 15
+    for ours, theirs in zip(seen[True], seen[False]):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or torch.equal(ours, theirs)
+
+
+def halve(p):
+    p.grad.mul_(0.5)
+
+
+def test_user_hooks_that_change_the_gradient(backend):
+    """A tensor hook changes the part; a post-accumulate hook changes the sum, and the parts' norms with it."""
+    parameters = parameters_of()
+    parts = coefficients(parameters, 2)
+    optimizer = clars(parameters, backend=backend)
+    optimizer.track_parts("microbatch")
+    parameters[0].register_hook(lambda g: 3 * g)
+    parameters[1].register_post_accumulate_grad_hook(halve)
+    for part in parts:
+        backward(parameters, part)
+    expected = sums(parts)
+    expected[0] *= 3
+    expected[1] = 0.25 * norm(parts[0][1]) + 0.5 * norm(parts[1][1])
+    torch.testing.assert_close(parameters[0].grad, 3 * (parts[0][0] + parts[1][0]))
+    torch.testing.assert_close(parameters[1].grad, 0.25 * parts[0][1] + 0.5 * parts[1][1])
+    assert norms_of(optimizer, parameters) == pytest.approx(expected, rel=1e-12)
+
+
+def test_retain_graph(backend):
+    parameters = parameters_of()
+    (part,) = coefficients(parameters, 1)
+    optimizer = clars(parameters, backend=backend)
+    handle = optimizer.track_parts("microbatch")
+    loss = sum((p * c).sum() for p, c in zip(parameters, part))
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert set(handle.counts().values()) == {2}
+    assert norms_of(optimizer, parameters) == pytest.approx(sums([part, part]), rel=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
+def test_create_graph(backend):
+    """The gradient can be differentiated through, with the tracking as without."""
+    second = []
+    for tracked in (False, True):
+        p = parameters_of()[0]
+        x, y = (c for (c,) in coefficients([p], 2))
+        optimizer = clars([p], backend=backend)
+        if tracked:
+            optimizer.track_parts("microbatch")
+        (p.pow(3) * x).sum().backward(create_graph=True)
+        (p.pow(2) * y).sum().backward(create_graph=True)
+        gradient = p.grad
+        assert gradient.requires_grad
+        assert torch.equal(gradient, (3 * p.pow(2) * x + 2 * p * y).detach()) or not tracked
+        (by_second,) = torch.autograd.grad(gradient.sum(), p)
+        second.append(by_second)
+    torch.testing.assert_close(second[1], 6 * p.detach() * x + 2 * y)
+    assert torch.equal(second[0], second[1])
+    p.grad = gradient.detach()
+    expected = norm(3 * p.pow(2) * x) + norm(2 * p * y)
+    assert norms_of(optimizer, [p]) == pytest.approx([expected], rel=1e-12)
+
+
+def test_autograd_grad_touches_no_gradient(backend):
+    parameters = parameters_of()
+    parts = coefficients(parameters, 2)
+    optimizer = clars(parameters, backend=backend)
+    optimizer.track_parts("microbatch")
+    backward(parameters, parts[0])
+    kept = [p.grad for p in parameters]
+    torch.autograd.grad(sum(p.square().sum() for p in parameters), parameters)
+    assert all(p.grad is g for p, g in zip(parameters, kept))
+    backward(parameters, parts[1])
+    assert norms_of(optimizer, parameters) == pytest.approx(sums(parts), rel=1e-12)
+
+
+def test_backward_with_inputs(backend):
+    """Only the named parameters accumulate."""
+    parameters = parameters_of()
+    parts = coefficients(parameters, 2)
+    optimizer = clars(parameters, backend=backend)
+    handle = optimizer.track_parts("microbatch")
+    backward(parameters, parts[0])
+    kept = parameters[0].grad.clone()
+    backward(parameters, parts[1], inputs=parameters[1:])
+    assert torch.equal(parameters[0].grad, kept)
+    assert [handle.counts()[p] for p in parameters] == [1, 2, 2, 2, 2]
+    parts[1][0] = None
+    assert norms_of(optimizer, parameters) == pytest.approx(sums(parts), rel=1e-12)
+
+
+def test_a_gradient_that_shares_its_memory_is_refused_as_by_torch():
+    p = torch.nn.Parameter(torch.ones(3))
+    clars([p]).track_parts("microbatch")
+    p.grad = torch.ones(()).expand(3)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        (p * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+
+
+def test_expanded_and_sparse_parts():
+    """p.sum() hands over one number for all elements; an embedding, rows."""
+    weight = torch.nn.Parameter(torch.arange(12.0).view(4, 3) + 1)
+    optimizer = clars([weight])
+    optimizer.track_parts("microbatch")
+    weight.sum().backward()
+    weight.sum().backward()
+    assert torch.equal(weight.grad, torch.full((4, 3), 2.0))
+    assert norms_of(optimizer, [weight]) == pytest.approx([2 * math.sqrt(12)], rel=1e-6)
+    optimizer.zero_grad()
+    for rows in ([0, 2, 2], [1]):
+        torch.nn.functional.embedding(torch.tensor(rows), weight, sparse=True).sum().backward()
+    assert weight.grad.is_sparse
+    assert torch.equal(weight.grad.to_dense(), torch.tensor([1.0, 1, 2, 0])[:, None].expand(4, 3))
+    assert norms_of(optimizer, [weight]) == pytest.approx([math.sqrt(15) + math.sqrt(3)], rel=1e-6)
+
+
+def test_a_dead_gradient_that_somebody_fills_is_one_part(backend):
+    """Nothing is known of the parts then, and A is never less than the gradient's norm."""
+    (p,) = parameters_of()[:1]
+    optimizer = clars([p], backend=backend)
+    optimizer.track_parts("microbatch")
+    backward([p], [torch.zeros_like(p)])
+    p.grad.add_(2.0)
+    assert norms_of(optimizer, [p]) == pytest.approx([norm(torch.full_like(p, 2.0))], rel=1e-12)
+
+
+def test_a_replaced_gradient_scales_the_parts(backend):
+    """As an all-reduce in another buffer does."""
+    parameters = parameters_of()
+    parts = coefficients(parameters, 3)
+    optimizer = clars(parameters, backend=backend)
+    optimizer.track_parts("microbatch")
+    for part in parts:
+        backward(parameters, part)
+    for p in parameters:
+        p.grad = p.grad / 7
+    assert norms_of(optimizer, parameters) == pytest.approx(sums(parts, 1 / 7), rel=1e-12)
+
+
+def test_lars_takes_the_gradients_norm_from_the_accumulation(backend):
+    parameters, plain = parameters_of(torch.float32), parameters_of(torch.float32)
+    tracked = LARS(parameters, lr=0.1, coefficient=0.1, backend=backend)
+    tracked.track_parts("microbatch")
+    untracked = LARS(plain, lr=0.1, coefficient=0.1, backend=backend)
+    for step in range(3):
+        for part in coefficients(parameters, 3, seed=step):
+            backward(parameters, part)
+            backward(plain, part)
+        tracked.step()
+        untracked.step()
+        for name, ratio in untracked.trust_ratios().items():
+            assert tracked.trust_ratios()[name] == pytest.approx(ratio, rel=1e-12)
+        tracked.zero_grad()
+        untracked.zero_grad()
+
+
+def test_clipping_knows_the_norm_from_the_accumulation(backend):
+    parameters = parameters_of(torch.float32)
+    optimizer = clars(parameters, backend=backend, max_grad_norm=0.1)
+    optimizer.track_parts("microbatch")
+    for part in coefficients(parameters, 3):
+        backward(parameters, part)
+    expected = math.hypot(*(norm(p.grad) for p in parameters))
+    optimizer.step()
+    assert optimizer.grad_norm == pytest.approx(expected, rel=1e-12)
+
+
+def test_remove_leaves_nothing_behind(backend):
+    parameters = parameters_of()
+    optimizer = clars(parameters, backend=backend)
+    handle = optimizer.track_parts("microbatch")
+    with pytest.raises(ValueError, match="tracked already"):
+        optimizer.track_parts("microbatch")
+    assert handle.active
+    parts = coefficients(parameters, 2)
+    backward(parameters, parts[0])
+    handle.remove()
+    assert not handle.active
+    assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters)
+    backward(parameters, parts[1])
+    expected = [norm(a + b) for a, b in zip(*parts)]
+    assert norms_of(optimizer, parameters) == pytest.approx(expected, rel=1e-12)
+    optimizer.zero_grad()
+    optimizer.track_parts("microbatch")
+    for part in parts:
+        backward(parameters, part)
+    assert norms_of(optimizer, parameters) == pytest.approx(sums(parts), rel=1e-12)
+
+
+def test_invalid_kind():
+    with pytest.raises(ValueError, match="Invalid kind of parts: 'rank'"):
+        clars(parameters_of()).track_parts("rank")
+
+
+@pytest.mark.skipif(not INSTRUCTION_SETS, reason="needs the native backend")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_accumulation_has_the_same_bits_with_any_number_of_threads(dtype):
+    generator = torch.Generator().manual_seed(0)
+    total, part = (torch.randn(200, 1001, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    expected = total + part
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            copy = total.clone()
+            results.append(fused_opt.backends.accumulate(copy, part))
+            assert torch.equal(copy, expected)
+    finally:
+        torch.set_num_threads(before)
+    assert results[0] == results[1]
+    assert results[0] == pytest.approx((norm(part) ** 2, norm(expected) ** 2), rel=1e-12)
+    assert fused_opt.backends.accumulate(None, part) == (results[0][0], results[0][0])
