@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import backends
-from .plan import AVERAGE, Plan, Row, Shape, name_of
-from .rule import Rule
-from .step import TrustRatio, WeightNoise, pack, unpack
-from .step.averaging import Averaging, Fold
+from .checkpoint import Checkpoints
+from .plan import AVERAGE, Plan, Row, Shape
+from .step import TrustRatio, WeightNoise
+from .step.averaging import Averaging, Fold, swapped_in
+from .step.clipping import NONFINITE, RAISE, allows, clip_factor, wants_norm
 from .step.parts import Microbatches
 from .step.probe import Probe
 from .step.samples import Samples
@@ -37,33 +38,7 @@ class Extras(TypedDict, total=False):
     backend: str
 
 
-def check_lr(options: Mapping[str, Any]) -> None:
-    """Raise, in torch.optim's words, unless the learning rate is one."""
-    lr = options["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
-    if not lr >= 0.0:
-        raise ValueError(f"Invalid learning rate: {lr}")
-
-
-def check_decay(options: Mapping[str, Any]) -> None:
-    """Raise, in torch.optim's words, unless the weight decay is one."""
-    if not options["weight_decay"] >= 0.0:
-        raise ValueError(f"Invalid weight_decay value: {options['weight_decay']}")
-
-
-def check_switches(options: Mapping[str, Any]) -> None:
-    """Refuse the switches of torch.optim that would change what a step means."""
-    if options["differentiable"]:
-        raise RuntimeError(
-            "differentiable=True asks for a step that autograd can follow, and a fused step writes in place; "
-            "torch.optim's class of the same name takes differentiable=True"
-        )
-    if options["fused"] and options["foreach"]:
-        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-
-
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(Checkpoints):
     """What the optimizers of this package have in common.
 
     Everything but ``state_dtype`` and ``backend`` is in ``param_groups``, where it can be read, changed between steps, and
@@ -129,9 +104,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._last: Plan | None = None  # the plan of the last step
         super().__init__(params, defaults)
 
-    def _rule(self, group: Mapping[str, Any]) -> Rule:
-        raise TypeError(f"{type(self).__name__} is not an optimizer by itself; fused_opt.SGD is one")
-
     def _check(self, options: Mapping[str, Any]) -> None:
         """Raise if a hyper-parameter of the rule is out of its range."""
 
@@ -143,8 +115,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         limit = options["max_grad_norm"]
         if limit is not None and not limit > 0:
             raise ValueError(f"Invalid max_grad_norm: {limit}; it must be positive, or None for no clipping")
-        if options["nonfinite"] not in ("pass", "skip", "raise"):
-            raise ValueError(f"Invalid nonfinite: {options['nonfinite']!r}; there are 'pass', 'skip' and 'raise'")
+        if options["nonfinite"] not in NONFINITE:
+            raise ValueError(
+                f"Invalid nonfinite: {options['nonfinite']!r}; there are {', '.join(map(repr, NONFINITE))}"
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch.optim does, after its hyper-parameters were found in range."""
@@ -258,13 +232,22 @@ class FusedOptimizer(torch.optim.Optimizer):
             for bucket in plan.buckets:
                 bucket.know([self._parts.norms(member.tensor) for member in bucket.members])
 
-        clip = self._clip(plan, scale)
-        if clip is None:
-            plan.undo(state)
-            return loss
+        if wants_norm(groups):
+            self.grad_norm = scale * math.sqrt(sum(bucket.grad_norm2() for bucket in plan.buckets))
+            if not allows(groups[0]["nonfinite"], self.grad_norm):
+                plan.undo(state)
+                if groups[0]["nonfinite"] == RAISE:
+                    raise RuntimeError(
+                        f"the gradient of parameter {', '.join(plan.nonfinite())} is not finite, and nonfinite='raise' "
+                        f"was asked for; nonfinite='skip' leaves out such steps"
+                    )
+                for group in groups:
+                    group["skipped_steps"] += 1
+                return loss
+            scale *= clip_factor(self.grad_norm, groups[0]["max_grad_norm"])
         stepping = any(lrs)
         extras = [self._extras(group, lr) if stepping else (None, None, None) for group, lr in zip(groups, lrs)]
-        scales = [-scale * clip if group["maximize"] else scale * clip for group in groups]
+        scales = [-scale if group["maximize"] else scale for group in groups]
         plan.run(
             [
                 [Row(lrs[g], scales[g], shapes[g].rule.coefficients(groups[g], t), *extras[g]) for g, t in of_bucket]
@@ -282,34 +265,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
     # torch.compile would bake counts and rates into graphs, and cannot see into C++.
     _untraced_step = torch._disable_dynamo(_hooked_step)
-
-    def _clip(self, plan: Plan, scale: float) -> float | None:
-        """The factor that clips the gradients, 1 where nobody asks; None: they are not finite, and the step is skipped."""
-        first = self.param_groups[0]
-        limit, nonfinite = first["max_grad_norm"], first["nonfinite"]
-        if limit is None and nonfinite == "pass":
-            return 1.0
-        if any(g["max_grad_norm"] != limit or g["nonfinite"] != nonfinite for g in self.param_groups):
-            raise ValueError(
-                "max_grad_norm and nonfinite are about all gradients together: set them alike in every group"
-            )
-        self.grad_norm = norm = scale * math.sqrt(sum(bucket.grad_norm2() for bucket in plan.buckets))
-        if nonfinite != "pass" and not math.isfinite(norm):
-            if nonfinite == "skip":
-                for group in self.param_groups:
-                    group["skipped_steps"] += 1
-                return None
-            plan.undo(self.state)
-            members = [m for b in plan.buckets for m in b.members if m.tensor.grad is not None]
-            bad = [m.name for m in members if not m.tensor.grad.isfinite().all()]
-            raise RuntimeError(
-                f"the gradient of parameter {', '.join(bad)} is not finite, and nonfinite='raise' was asked for; "
-                f"nonfinite='skip' leaves out such steps"
-            )
-        if limit is None:
-            return 1.0
-        clip = limit / (norm + 1e-6)
-        return 1.0 if clip > 1 else clip  # a NaN stays one, as in torch.nn.utils.clip_grad_norm_
 
     @staticmethod
     def _extras(group: dict[str, Any], lr: float) -> tuple[Any, Any, Any]:
@@ -385,89 +340,5 @@ class FusedOptimizer(torch.optim.Optimizer):
         averaged = [group for group in self.param_groups if group["averaging"] is not None]
         if not averaged:
             raise RuntimeError("no group of this optimizer has averaging=; fused_opt.EMA(beta) is one")
-        before = []
-        try:
-            with torch.no_grad():
-                for group in averaged:
-                    samples, periods = group["samples"], group["periods"]
-                    factor = group["averaging"].normalizer(group["steps"], samples, periods)
-                    for p in group["params"] if samples or periods else ():
-                        if (average := self.state.get(p, {}).get(AVERAGE)) is not None:
-                            before.append((p, p.detach().clone()))
-                            p.copy_(average * factor)
+        with swapped_in(averaged, self.state, AVERAGE):
             yield
-        finally:
-            with torch.no_grad():
-                for p, weights in before:
-                    p.copy_(weights)
-
-    def __getstate__(self) -> dict[str, Any]:
-        own = {"backend": self.backend, "state_dtype": self.state_dtype, "_scales": self._scales}
-        return {**super().__getstate__(), **own}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._plan = self._last = None
-        self.__dict__.setdefault("_parts", None)
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for key, value in group.items():
-                group[key] = unpack(value)
-            for key, value in self.defaults.items():  # a checkpoint of torch.optim, or one older than the key
-                group.setdefault(key, value)
-            for p in group["params"]:
-                step = self.state[p].get("step") if p in self.state else None
-                if step is not None and getattr(step, "dtype", None) not in (torch.float32, torch.float64):
-                    self.state[p]["step"] = torch.tensor(float(step))
-
-    def state_dict(self) -> dict[str, Any]:
-        """As torch.optim's, in plain types: ``torch.load(weights_only=True)`` reads it, and so does torch.optim."""
-        state_dict = super().state_dict()
-        for group in state_dict["param_groups"]:
-            group.update({key: pack(value) for key, value in group.items()})
-        return state_dict
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state_dict of this class or of torch.optim's class of the same name.
-
-        Raises:
-            ValueError: if the groups do not match, or a saved state has another shape than its parameter; nothing has
-                been changed then.
-        """
-        found: list[tuple[Tensor, str, Tensor]] = []
-
-        def check(_: torch.optim.Optimizer, adapted: dict[str, Any]) -> None:
-            ids = [index for group in adapted["param_groups"] for index in group["params"]]
-            named = [
-                (p, name_of(group, g, i))
-                for g, group in enumerate(self.param_groups)
-                for i, p in enumerate(group["params"])
-            ]
-            slots = {slot for group in self.param_groups for slot in self._rule(group).states}
-            for (p, name), index in zip(named, ids):
-                of_p = adapted["state"].get(index, {})
-                for slot in (*slots, AVERAGE):
-                    value = of_p.get(slot)
-                    if not isinstance(value, Tensor):
-                        continue
-                    if value.shape != p.shape:
-                        raise ValueError(
-                            f"state {slot!r} of parameter {name} has shape {tuple(value.shape)} in the loaded state_dict, "
-                            f"and the parameter {tuple(p.shape)}; load the state of a model of the same shapes"
-                        )
-                    if value.is_complex() != p.is_complex() or not (value.is_floating_point() or value.is_complex()):
-                        raise ValueError(
-                            f"state {slot!r} of parameter {name} is {value.dtype} in the loaded state_dict, and the "
-                            f"parameter {p.dtype}, which do not go together"
-                        )
-                    found.append((p, slot, value))
-
-        handle = self.register_load_state_dict_pre_hook(check)  # after the user's, which may adapt what is loaded
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-        for p, slot, value in found:  # torch has cast them to the parameter's dtype
-            if slot == AVERAGE:
-                self.state[p][slot] = value.to(device=p.device)
-            elif self.state_dtype is not None:
-                self.state[p][slot] = value.to(device=p.device, dtype=self.state_dtype)

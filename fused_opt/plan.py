@@ -236,6 +236,11 @@ class Plan:
             keys.append(of_bucket)
         return keys
 
+    def nonfinite(self) -> list[str]:
+        """The parameters whose gradient is not finite."""
+        members = [m for bucket in self.buckets for m in bucket.members if m.tensor.grad is not None]
+        return [m.name for m in members if not m.tensor.grad.isfinite().all()]
+
     def run(self, rows: Sequence[Sequence[Row]]) -> None:
         """Step every bucket, with a row for every pair that ``gather`` returned."""
         for bucket, of_bucket in zip(self.buckets, rows):

@@ -22,6 +22,7 @@ ORDER = [
     ["fused_opt.__init__", "fused_opt.__main__"],
     ["fused_opt.rules"],
     ["fused_opt.optimizer"],
+    ["fused_opt.checkpoint"],
     ["fused_opt.step.parts", "fused_opt.step.samples"],
     ["fused_opt.backends.reference", "fused_opt.backends.native"],
     ["fused_opt.plan"],

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..optimizer import Extras, FusedOptimizer, ParamsT, check_decay, check_lr, check_switches
+from ..optimizer import Extras, FusedOptimizer, ParamsT
 from ..rule import Rule
+from .checks import check_decay, check_lr, check_switches
 
 
 def _adam(

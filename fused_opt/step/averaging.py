@@ -16,9 +16,14 @@ recurrence, ``v <- (fresh ? 0 : v) + add * (w - share * v)``, and at a period's 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from .noise import uniform
 
@@ -221,3 +226,23 @@ class EMA(Averaging):
         if not self.sampled(t):
             return None
         return Fold(1 - self.beta if count else 1.0, 1.0, count == 0, False)
+
+
+@contextmanager
+def swapped_in(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Any], slot: str) -> Iterator[None]:
+    """Within the block the groups' parameters hold their averages, and afterwards what they held before."""
+    before = []
+    try:
+        with torch.no_grad():
+            for group in groups:
+                samples, periods = group["samples"], group["periods"]
+                factor = group["averaging"].normalizer(group["steps"], samples, periods)
+                for p in group["params"] if samples or periods else ():
+                    if (average := state.get(p, {}).get(slot)) is not None:
+                        before.append((p, p.detach().clone()))
+                        p.copy_(average * factor)
+        yield
+    finally:
+        with torch.no_grad():
+            for p, weights in before:
+                p.copy_(weights)
