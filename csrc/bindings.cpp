@@ -279,8 +279,9 @@ class Plan {
     return cpu::grad_norm2(*kernel_, table_, threads);
   }
 
-  // rows: for every pair that `gather` returned, what read_row() reads.
-  void run(const py::list& rows, int threads) {
+  // rows: for every pair that `gather` returned, what read_row() reads. Returns the places of the parameters whose trust
+  // ratio could not be formed, because a norm is not finite.
+  std::vector<size_t> run(const py::list& rows, int threads) {
     if (rows.size() != keys_.size()) throw py::value_error("one row for every pair that gather() returned");
     table_.groups.clear();
     for (const auto& row : rows) table_.groups.push_back(read_row(py::reinterpret_borrow<py::tuple>(row)));
@@ -289,9 +290,11 @@ class Plan {
       cpu::step(*kernel_, table_, threads);
     }
     static PyObject* const version_name = PyUnicode_InternFromString("_version");
+    std::vector<size_t> not_finite;
     for (size_t t = 0; t < parameters_.size(); ++t) {
       if (!table_.tensors[t].active) continue;
       Parameter& parameter = parameters_[t];
+      if (!table_.layers[t].finite) not_finite.push_back(t);
       parameter.fresh = false;
       if (table_.layers[t].weight_norm2 >= 0) {
         const auto version = py::reinterpret_steal<py::object>(PyObject_GetAttr(parameter.tensor.ptr(), version_name));
@@ -305,6 +308,7 @@ class Plan {
       else
         *static_cast<float*>(view.data) = static_cast<float>(parameter.count);
     }
+    return not_finite;
   }
 
   // The parameters that `run` writes.

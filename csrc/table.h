@@ -42,6 +42,7 @@ struct Layer {
   double part_norms = -1;      // sum of the norms (not squared) of the parts that the gradient is a sum of
   double direction_norm2 = 0;  // LAMB's
   double ratio = 1;
+  bool finite = true;  // whether the norms that the ratio needs are numbers
 };
 
 struct Group {

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 
 import torch
 from rich import box
@@ -204,16 +204,21 @@ def draw(results: dict[str, Result], grid: Sequence[float], path: Path) -> None:
             panel.fill_between(
                 steps, *zip(*[(min(v), max(v)) for v in zip(*curves)]), color=color, alpha=0.15, linewidth=0
             )
-        values = [median(run.validation for run in tried) for tried in result.tuning]
-        values = [min(value, 20.0) for value in values]
+        values = [min(mean(run.validation for run in tried), 20.0) for tried in result.tuning]
         tuning.plot(grid, values, "o-", color=color, markersize=4, linewidth=1.5)
         best = grid.index(result.lr)
         tuning.plot(
             grid[best], values[best], "o", color=color, markersize=10, markerfacecolor="none", markeredgewidth=2
         )
     loss.set(title="training loss", xlabel="step", yscale="log")
-    error.set(title="test error, percent", xlabel="step", yscale="log")
-    tuning.set(title="validation loss by learning rate", xlabel="learning rate", xscale="log", yscale="log")
+    error.set(title="test error", xlabel="step", yscale="log")
+    error.set_yticks(
+        [1, 2, 5, 10, 20, 50, 100], [f"{percent} %" for percent in (1, 2, 5, 10, 20, 50, 100)], minor=False
+    )
+    error.minorticks_off()
+    tuning.set(title="validation loss (ring: the rate taken)", xlabel="learning rate", xscale="log", yscale="log")
+    tuning.set_xticks(grid, [f"{lr:g}" for lr in grid])
+    tuning.minorticks_off()
     loss.legend(frameon=False)
     for panel in (loss, error, tuning):
         panel.spines[["top", "right"]].set_visible(False)

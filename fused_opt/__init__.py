@@ -12,6 +12,7 @@ from .rules.lars import CLARS, LARS
 from .rules.sgd import SGD
 from .snapshots import Snapshots, average_predictions
 from .step import EMA, PSWA, PSWM, PWALKS, SWM, TrustRatio, WeightNoise
+from .step.probe import probe_parts
 
 __all__ = [
     "CLARS",
@@ -41,4 +42,5 @@ __all__ = [
     "backends",
     "by_update",
     "gradinit",
+    "probe_parts",
 ]

@@ -90,6 +90,11 @@ def _check(name: str, what: str, found: Tensor, p: Tensor) -> None:
         raise RuntimeError(f"parameter {name} is {p.dtype} and its {what} {found.dtype}, which do not go together")
 
 
+def warn_not_finite(member: Member) -> None:
+    """Say, once per parameter, that its trust ratio could not be formed."""
+    warn_once(f"the norms of parameter {member.name} are not finite: its trust ratio is 1 in such steps")
+
+
 class Plan:
     """Which backend steps which parameters.
 
@@ -173,7 +178,8 @@ class Plan:
     @staticmethod
     def _choose(name: str, rule: Rule, backend: str, tensors: Sequence[Tensor]) -> str:
         if backend != "auto":
-            if reason := backends.get(backend).unsupported(rule, tensors):
+            module = backends.get(backend)
+            if reason := module.unavailable() or module.unsupported(rule, tensors):
                 raise RuntimeError(
                     f"backend {backend!r} cannot step parameter {name}: {reason}. backend='auto' takes one that can"
                 )

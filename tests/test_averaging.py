@@ -145,10 +145,12 @@ def test_the_number_of_samples_is_the_fraction_of_the_period():
     for percent in range(1, 101):
         averaging = PSWA(period=100, fraction=percent / 100)
         assert sum(averaging.sampled(t) for t in range(101, 201)) == percent
+        averaging = PWALKS(period=100, samples=200, fraction=percent / 100)
+        assert sum(averaging.sampled(t) for t in range(101, 201)) == percent
 
 
 def test_draws_come_as_often_as_asked_for():
-    n = 2000
+    n = 400
     for probability in (0.1, 0.5, 0.9):
         averaging = PSWA(period=1, probability=probability, seed=3)
         found = sum(averaging.sampled(t) for t in range(1, n + 1)) / n

@@ -224,7 +224,7 @@ def close(a, b, rel=1e-10):
     assert a == pytest.approx(b, rel=rel, abs=1e-14)
 
 
-@pytest.mark.filterwarnings("ignore:Using padding=.same.")
+@pytest.mark.filterwarnings("error", "ignore:Using padding=.same.")
 @pytest.mark.parametrize("limit", [1, 300, 2**24], ids="at most {} elements".format)
 @pytest.mark.parametrize("name", [*RANDN, *TOKENS])
 def test_norms_equal_those_of_gradients_computed_one_by_one(name, limit, monkeypatch):
@@ -368,6 +368,77 @@ def test_half_precision_is_summed_in_float32(dtype):
     assert parts.norms(layer.weight)[0] == pytest.approx(4 * 40 * 600**0.5, rel=1e-5)
 
 
+def test_a_backward_under_autocast_does_not_round_the_norms():
+    model = nn.Linear(6, 4)
+    x = torch.randn(B, 3, 6)
+    truth = expected(model, x)
+    parts = Samples(model.parameters(), model)
+    loss = losses(model(x)).mean()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss.backward()
+    close(found(model, parts), truth, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d", "prelu"])
+def test_samples_are_taken_in_turns(name, monkeypatch):
+    model, x = example(name)
+    turns = []
+    monkeypatch.setattr(samples, "LARGEST", 1)
+    monkeypatch.setattr(samples, "norm2", lambda p, part: turns.append(len(part[0])) or forms.norm2(p, part))
+    parts = Samples([model[0].weight], model)
+    losses(model(x)).mean().backward()
+    assert turns == [1] * B
+    assert parts.counts() == {model[0].weight: B}
+
+
+def test_a_module_called_again_is_not_tracked_meanwhile(monkeypatch):
+    model, x = example("own parameter")
+    calls = []
+    call = samples._Call
+    monkeypatch.setattr(samples, "_Call", lambda *args: calls.append(args[0]) or call(*args))
+    Samples(model.parameters(), model)
+    losses(model(x)).mean().backward()
+    assert calls == ["layer", "the model"]
+
+
+def test_a_backward_that_fails_can_be_made_again():
+    model, x = example("twice, linear")
+    truth = expected(model, x)
+    parts = Samples(model.parameters(), model)
+    outputs = []
+    model.layer.register_forward_hook(lambda module, args, output: outputs.append(output))
+    loss = losses(model(x)).mean()
+
+    def fail(gradient):
+        raise KeyError("once")
+
+    handle = outputs[0].register_hook(fail)
+    with pytest.raises(KeyError):
+        loss.backward(retain_graph=True)
+    handle.remove()
+    loss.backward()
+    close(found(model, parts), truth)
+
+
+def test_a_hook_that_changes_the_output_stays_outside():
+    model, x = example("linear")
+    for layer in (model[0], model[2]):
+        layer.register_forward_hook(lambda module, args, output: 3 * output)
+    truth = expected(model, x)
+    parts = Samples(model.parameters(), model)
+    losses(model(x)).mean().backward()
+    close(found(model, parts), truth)
+
+
+def test_a_module_may_be_called_by_itself_with_other_samples():
+    model, x = example("linear")
+    parts = Samples(model.parameters(), model)
+    model(x)
+    truth = expected(model[0], x[:2])
+    losses(model[0](x[:2])).mean().backward()
+    close(found(model[0], parts), truth)
+
+
 def test_parameters_beside_the_optimized_ones_cost_nothing():
     model, x = example("linear")
     truth = expected(model, x)
@@ -503,6 +574,8 @@ def test_batch_norm_in_training_mode_is_refused_in_words():
         model(torch.randn(2, 1, 3, 3))
     model.eval()
     losses(model(torch.randn(2, 1, 3, 3))).mean().backward()
+    optimizer._parts.remove()
+    losses(model.train()(torch.randn(2, 1, 3, 3))).mean().backward()
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,7 @@ def test_never_a_larger_step_than_lars(parts):
         assert ratio == pytest.approx(0.3 * 2 / sum(map(norm, parts)), rel=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:the norms of parameter p are not finite")
 @pytest.mark.parametrize(("cap", "expected"), [(math.inf, 1.0), (0.1, 0.1)])
 @pytest.mark.parametrize("kind", ["lars", "clars", "lamb"])
 def test_degenerate_norms_give_ratio_one_before_the_cap(kind, cap, expected, backend):
@@ -354,7 +355,7 @@ def test_carried_norms_are_the_recomputed_ones_bit_for_bit(threads, dtype, backe
     try:
         results = []
         for forget in (False, True):
-            parameters = layouts(dtype, chunk=16384 if threads == 1 else 40000)
+            parameters = layouts(dtype, chunk=30000 if threads > 1 and backend == "native" else 300)
             optimizer = LARS(parameters, lr=0.3, coefficient=0.1, exempt=-1, momentum=0.9, backend=backend)
             results.append((train_with(optimizer, parameters, 4, forget), parameters))
     finally:

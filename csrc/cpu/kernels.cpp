@@ -144,8 +144,9 @@ struct SumOfSquares {
   }
 };
 
-// Two vector registers of counters: a round is a chain of dependent instructions, and two chains hide each other's latency.
-// Compilers do not see that the upper halves do not matter, and multiply 64 bits by 64 bits; hence the intrinsics.
+// Two vector registers of counters: a round is a chain of dependent instructions, and two chains hide each other's
+// latency. Compilers do not see that the upper halves do not matter, and multiply 64 bits by 64 bits; hence the
+// intrinsics.
 struct ManyLanes {
 #if defined(__AVX512F__)
   using Vector = uint64_t __attribute__((vector_size(64)));
@@ -166,12 +167,25 @@ struct ManyLanes {
     const Vector all = Vector{} + static_cast<uint64_t>(x);
     return {all, all};
   }
-  static FUSED_OPT_FN Word multiply32(const Word& x, const Word& y) { return {multiply32(x.a, y.a), multiply32(x.b, y.b)}; }
+  static FUSED_OPT_FN Word multiply32(const Word& x, const Word& y) {
+    return {multiply32(x.a, y.a), multiply32(x.b, y.b)};
+  }
 };
+
+// The lower halves of all lanes of a and then of b.
+FUSED_OPT_FN void evens(ManyLanes::Vector a, ManyLanes::Vector b, uint32_t* out) {
+  using Words = uint32_t __attribute__((vector_size(sizeof(ManyLanes::Vector)), may_alias));
+#if defined(__AVX512F__)
+  *(Words*)out = __builtin_shufflevector((Words)a, (Words)b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+#elif defined(__AVX2__)
+  *(Words*)out = __builtin_shufflevector((Words)a, (Words)b, 0, 2, 4, 6, 8, 10, 12, 14);
+#else
+  *(Words*)out = __builtin_shufflevector((Words)a, (Words)b, 0, 2, 4, 6);
+#endif
+}
 
 void normal(uint64_t seed, uint32_t index, uint32_t t, uint64_t begin, int64_t n, float* z) {
   using Vector = ManyLanes::Vector;
-  using Halves = uint32_t __attribute__((vector_size(sizeof(Vector) / 2)));
   constexpr int kLanes = sizeof(Vector) / sizeof(uint64_t);
   constexpr int kCounters = 64;
   alignas(64) uint32_t words[4][kCounters];
@@ -186,8 +200,7 @@ void normal(uint64_t seed, uint32_t index, uint32_t t, uint64_t begin, int64_t n
       philox<ManyLanes>(c0, c1, c2, c3, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
       const ManyLanes::Word* c[] = {&c0, &c1, &c2, &c3};
       for (int w = 0; w < 4; ++w) {
-        const Halves low[] = {__builtin_convertvector(c[w]->a, Halves), __builtin_convertvector(c[w]->b, Halves)};
-        std::memcpy(&words[w][k], low, sizeof low);
+        evens(c[w]->a, c[w]->b, &words[w][k]);
       }
     }
     for (int k = 0; k < kCounters; ++k) box_muller(words[0][k], words[1][k], lanes[0][k], lanes[1][k]);
@@ -197,10 +210,20 @@ void normal(uint64_t seed, uint32_t index, uint32_t t, uint64_t begin, int64_t n
   }
 }
 
-template <class T>
-void add_noise(const Group& group, const Layer& layer, T sigma, int64_t begin, int64_t n, T* p) {
+// Asks for elements [begin, end) of a flat operand. Drawing noise takes as long as fetching what comes next, and
+// without this the one waits for the other.
+FUSED_OPT_FN void prefetch(const Operand& operand, int64_t begin, int64_t end) {
+  const int64_t size = operand.dtype == DType::kFloat64 ? 8 : operand.dtype == DType::kFloat32 ? 4 : 2;
+  const char* data = static_cast<const char*>(operand.data);
+  for (int64_t byte = begin * size; byte < end * size; byte += 64) __builtin_prefetch(data + byte);
+}
+
+// `ahead(first, last)` is called in between with the elements that lie one block further.
+template <class T, class Ahead>
+void add_noise(const Group& group, const Layer& layer, T sigma, int64_t begin, int64_t n, T* p, const Ahead& ahead) {
   alignas(64) float z[256];
   for (int64_t i = 0; i < n; i += 256) {
+    ahead(begin + i + kBlock, begin + i + kBlock + 256);
     normal(group.seed, layer.index, group.t, static_cast<uint64_t>(begin + i) / 4, 64, z);
     const int64_t m = n - i < 256 ? n - i : 256;
     for (int64_t k = 0; k < m; ++k) p[i + k] += sigma * static_cast<T>(z[k]);
@@ -258,7 +281,13 @@ double update_as(const Tensor& tensor, const Group& group, const Layer& layer, i
     T* states[] = {load(tensor, tensor.states[S], begin, n, buffers[2 + S])..., nullptr};
     apply(rule, lr, static_cast<T>(group.grad_scale), n, p, g, states[S]...);
     (store(tensor, tensor.states[S], begin, n, states[S]), ...);
-    if (group.sigma != 0) add_noise(group, layer, sigma, begin, n, p);
+    if (group.sigma != 0)
+      add_noise(group, layer, sigma, begin, n, p, [&](int64_t first, int64_t last) {
+        if (!tensor.flat || last > tensor.numel) return;
+        prefetch(tensor.p, first, last);
+        prefetch(tensor.g, first, last);
+        (prefetch(tensor.states[S], first, last), ...);
+      });
     store(tensor, tensor.p, begin, n, p);
     if (!averages && !carries) continue;
     p = load(tensor, tensor.p, begin, n, buffers[0]);  // what is averaged and summed is what was stored

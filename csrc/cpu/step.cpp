@@ -104,29 +104,26 @@ Wanted wanted(const Tensor& tensor, const Group& group, const Layer& layer) {
           ratio && group.ratio == Ratio::kLAMB};
 }
 
-double trust_ratio(const Group& group, const Layer& layer) {
+void set_trust_ratio(const Group& group, Layer& layer) {
   const double weight = std::sqrt(layer.weight_norm2), scale = std::fabs(group.grad_scale);
-  const double grad = scale * std::sqrt(layer.grad_norm2);
-  double numerator = group.coefficient * weight, denominator = 0;
+  double denominator = 0;  // without eps and decay: LARS's and LAMB's are the norm of one thing
   switch (group.ratio) {
     case Ratio::kNone:
-      return 1;
+      return;
     case Ratio::kLARS:
-      denominator = grad == 0 ? 0 : grad + group.rule[0] * layer.decay_scale * weight + group.eps;
+      denominator = scale * std::sqrt(layer.grad_norm2);
+      if (denominator != 0) denominator += group.rule[0] * layer.decay_scale * weight;
       break;
-    case Ratio::kCLARS: {
-      const double parts = layer.part_norms >= 0 ? scale * layer.part_norms : grad;
-      denominator = parts == 0 ? 0 : parts + group.eps;
+    case Ratio::kCLARS:
+      denominator = scale * (layer.part_norms >= 0 ? layer.part_norms : std::sqrt(layer.grad_norm2));
       break;
-    }
     case Ratio::kLAMB:
-      denominator = std::sqrt(layer.direction_norm2) + group.eps;
+      denominator = std::sqrt(layer.direction_norm2);
       break;
   }
-  const double ratio = numerator / denominator;
-  // 1 where either norm is zero, and where one is not finite.
-  return std::min(group.cap,
-                  weight > 0 && denominator > 0 && std::isfinite(ratio) && std::isfinite(denominator) ? ratio : 1);
+  layer.finite = std::isfinite(weight) && std::isfinite(denominator);
+  const bool usable = layer.finite && weight > 0 && denominator > 0;
+  layer.ratio = std::min(group.cap, usable ? group.coefficient * weight / (denominator + group.eps) : 1);
 }
 
 }  // namespace
@@ -160,6 +157,7 @@ void step(const Kernel& kernel, Table& table, int threads) {
     any |= wants[t].weight || wants[t].grad || wants[t].direction;
     carried |= carries_norm(table.tensors[t], group);
     table.layers[t].ratio = 1;
+    table.layers[t].finite = true;
   }
 
   std::vector<Norms> partial(any ? chunks : 0);
@@ -168,8 +166,7 @@ void step(const Kernel& kernel, Table& table, int threads) {
     for (size_t c = first; carried && c < last; ++c) {
       const int32_t t = table.chunks[c].tensor;
       const Group& group = table.groups[table.tensors[t].group];
-      if (table.chunks[c].begin == 0 && has_ratio(table.tensors[t], group))
-        table.layers[t].ratio = trust_ratio(group, table.layers[t]);
+      if (table.chunks[c].begin == 0 && has_ratio(table.tensors[t], group)) set_trust_ratio(group, table.layers[t]);
     }
     for_each_chunk(table, first, last, threads, [&](size_t c, int32_t t, int64_t begin, int64_t end) {
       const Tensor& tensor = table.tensors[t];

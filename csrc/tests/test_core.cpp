@@ -87,9 +87,11 @@ void box_muller_is_exact_to_float32() {
     float z0, z1;
     box_muller(w0, w1, z0, z1);
     const double r = std::sqrt(-2 * std::log(((w0 >> 9) + 0.5) * 0x1p-23));
-    const double angle = (w1 >> 8) * 0x1p-24 * 6.283185307179586;
-    CHECK(std::fabs(z0 - r * std::cos(angle)) <= 3e-7 * (1 + r));
-    CHECK(std::fabs(z1 - r * std::sin(angle)) <= 3e-7 * (1 + r));
+    const double angle = static_cast<int32_t>(w1 << 2) * 0x1p-32 * 1.5707963267948966;
+    double c = r * std::cos(angle) * (w1 >> 31 ? -1 : 1), s = r * std::sin(angle);
+    if (w1 >> 30 & 1) std::swap(c, s);
+    CHECK(std::fabs(z0 - c) <= 3e-7 * (1 + r));
+    CHECK(std::fabs(z1 - s) <= 3e-7 * (1 + r));
   }
 }
 

@@ -10,6 +10,7 @@ A backend is a module with
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
 
@@ -18,6 +19,7 @@ from torch import Tensor
 BACKENDS = ("native", "reference")
 
 
+@lru_cache
 def get(name: str) -> ModuleType:
     """The backend of that name; a ValueError names the ones there are."""
     if name not in BACKENDS:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import Member, Row
+from ..plan import Member, Row, warn_not_finite
 from ..rule import Rule
 
 try:
@@ -37,8 +37,8 @@ def unavailable() -> str | None:
 
 def unsupported(rule: Rule | None, tensors: Sequence[Tensor]) -> str | None:
     """Why a parameter, its gradient or its states cannot be stepped here, or None."""
-    if reason := unavailable():
-        return reason
+    if _reason:
+        return _reason
     for tensor in tensors:
         if type(tensor) not in PLAIN:
             return f"{type(tensor).__name__} is a tensor subclass; it steps torch.Tensor and torch.nn.Parameter"
@@ -91,7 +91,8 @@ class Bucket:
 
     def run(self, rows: Sequence[Row]) -> None:
         """Step every parameter that has a gradient, on torch's threads."""
-        self.core.run(rows, torch.get_num_threads())
+        for index in self.core.run(rows, torch.get_num_threads()):
+            warn_not_finite(self.members[index])
         # Raw pointers tell autograd nothing; without this a backward through the old weights would pass unnoticed.
         torch.autograd.graph.increment_version(self.core.touched())
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import Member, Row
+from ..plan import Member, Row, warn_not_finite
 from ..rule import Rule
 from ..step.noise import normal
 
@@ -39,7 +39,9 @@ def accumulate(total: Tensor | None, part: Tensor) -> tuple[float, float]:
     return norm2(part), norm2(total)
 
 
-def trust_ratio(row: Row, weight2: float, grad2: float, parts: float, direction2: float, weight_decay: float) -> float:
+def trust_ratio(
+    member: Member, row: Row, weight2: float, grad2: float, parts: float, direction2: float, weight_decay: float
+) -> float:
     """The ratio of fused_opt.step.trust_ratio, from sums of squares and the sum of the parts' norms (-1: one part)."""
     assert row.ratio is not None
     kind, coefficient, cap, eps, _ = row.ratio
@@ -51,9 +53,11 @@ def trust_ratio(row: Row, weight2: float, grad2: float, parts: float, direction2
         sum_of_norms = scale * (parts if parts >= 0 else math.sqrt(grad2))
         denominator = sum_of_norms + eps if sum_of_norms else 0.0
     else:  # lamb
-        denominator = math.sqrt(direction2) + eps
-    usable = weight > 0 and 0 < denominator < math.inf and weight < math.inf
-    return min(cap, coefficient * weight / denominator if usable else 1.0)
+        denominator = math.sqrt(direction2) + eps if direction2 else 0.0
+    if not (math.isfinite(weight) and math.isfinite(denominator)):
+        warn_not_finite(member)
+        return min(cap, 1.0)
+    return min(cap, coefficient * weight / denominator if weight > 0 and denominator > 0 else 1.0)
 
 
 class Bucket:
@@ -118,8 +122,9 @@ class Bucket:
         direction, *new = self.rule.direction(p, row.grad_scale * g, *states, weight_decay, *row.coefficients[1:])
         ratio = 1.0
         if row.ratio is not None and member.tensor.ndim > row.ratio[-1]:
-            parts, grad2 = known or (-1.0, norm2(g))
-            ratio = trust_ratio(row, norm2(p), grad2, parts, norm2(direction), weight_decay)
+            parts, grad2 = known or (-1.0, -1.0)
+            grad2 = grad2 if grad2 >= 0 else norm2(g)
+            ratio = trust_ratio(member, row, norm2(p), grad2, parts, norm2(direction), weight_decay)
         self._ratios[member.index] = ratio
         updated = p - row.lr * member.lr_scale * ratio * direction
         if row.noise is not None:

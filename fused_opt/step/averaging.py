@@ -138,7 +138,7 @@ class PWALKS(Averaging):
     samples: int
 
     def _window(self) -> float:
-        return min(self.samples * self.interval, self.fraction * self.period)
+        return min(self.samples * self.interval, super()._window())
 
 
 @dataclass(frozen=True)

@@ -103,8 +103,11 @@ def normal(seed: int, index: int, t: int, numel: int, device: torch.device | str
     lanes = []
     for w0, w1 in (words[:2], words[2:]):
         r = (-2 * (((w0 >> 9).double() + 0.5) * 2.0**-23).log()).sqrt()
-        angle = (w1 >> 8).double() * (2 * math.pi * 2.0**-24)
-        lanes += [r * angle.cos(), r * angle.sin()]
+        # Of w1 the sign of the cosine, who gets the cosine, and an angle between -pi / 4 and pi / 4 in two's complement.
+        angle = (((w1 << 2) + 2**31) % 2**32 - 2**31).double() * (math.pi / 2 * 2.0**-32)
+        cosine, sine = r * angle.cos() * torch.where(w1 >> 31 == 1, -1.0, 1.0), r * angle.sin()
+        swap = w1 >> 30 & 1 == 1
+        lanes += [torch.where(swap, sine, cosine), torch.where(swap, cosine, sine)]
     return torch.stack(lanes, dim=1).flatten()[:numel]
 
 

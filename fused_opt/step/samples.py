@@ -73,11 +73,12 @@ class Samples(Microbatches):
     the norms of all samples are taken at once. A module that is called several times, or a parameter that several
     modules share, adds up by sample within one call of ``model``; each call of ``model`` has samples of its own, and so has
     each backward. What reaches a parameter without a call of its module (a penalty in the loss, ``F.linear(x,
-    embedding.weight)``, a second derivative) is not seen. Modules in evaluation mode or under ``torch.no_grad`` as ever.
+    embedding.weight)``, a second derivative) is not seen beside its samples. An input that has as many rows as there are
+    samples is taken to have one for each, which positions of as many tokens have not.
 
     Linear, Conv1d to 3d, Embedding, LayerNorm, GroupNorm, InstanceNorm and BatchNorm in evaluation mode have forms of
-    their own; other modules are called again for their gradients by sample, with torch.func, and the sum of the first ones
-    compared with the gradient.
+    their own. Other modules are called again for their gradients by sample, with torch.func, and the first time their sum
+    is compared with the gradient. Inputs are kept until the backward, also through torch.utils.checkpoint.
 
     Args:
         parameters: the optimizer's.
