@@ -216,6 +216,7 @@ class FusedOptimizer(Checkpoints):
         lrs = [float(group["lr"]) for group in groups]
         if any(lr != lr for lr in lrs):
             raise ValueError("Invalid learning rate: nan")
+        wants = wants_norm(groups)
         shapes = [Shape(self._rule(g), g["noise"] is not None, g["averaging"] is not None) for g in groups]
         keys = None
         if plan is not None and plan.shapes == shapes:
@@ -232,7 +233,7 @@ class FusedOptimizer(Checkpoints):
             for bucket in plan.buckets:
                 bucket.know([self._parts.norms(member.tensor) for member in bucket.members])
 
-        if wants_norm(groups):
+        if wants:
             self.grad_norm = scale * math.sqrt(sum(bucket.grad_norm2() for bucket in plan.buckets))
             if not allows(groups[0]["nonfinite"], self.grad_norm):
                 plan.undo(state)

@@ -23,7 +23,7 @@ ORDER = [
     ["fused_opt.rules"],
     ["fused_opt.optimizer"],
     ["fused_opt.checkpoint"],
-    ["fused_opt.step.parts", "fused_opt.step.samples"],
+    ["fused_opt.step.parts", "fused_opt.step.probe", "fused_opt.step.samples"],
     ["fused_opt.backends.reference", "fused_opt.backends.native"],
     ["fused_opt.plan"],
     ["fused_opt.backends.__init__", "fused_opt.step"],
