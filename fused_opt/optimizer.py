@@ -230,6 +230,8 @@ class FusedOptimizer(Checkpoints):
                 keys = plan.gather(groups, state)
                 assert keys is not None
         if self._parts is not None:
+            if found_inf is not None and grad_scale is None:
+                self._parts.recheck()
             for bucket in plan.buckets:
                 bucket.know([self._parts.norms(member.tensor) for member in bucket.members])
 

@@ -50,8 +50,13 @@ class Microbatches:
         for p in parameters:
             if p.requires_grad:
                 self._watch(p)
-                hook = self._weakly(type(self)._add)
-                self._handles.append(p.register_post_accumulate_grad_hook(hook))
+                handle = p.register_post_accumulate_grad_hook(self._weakly(type(self)._add))
+                # First of all, or the hooks of others would see a part instead of the gradient. (Not by move_to_end: what
+                # runs them from C++ sees the order of insertion.)
+                hooks: dict[int, Any] = p._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+                for key in [key for key in hooks if key != handle.id]:
+                    hooks[key] = hooks.pop(key)
+                self._handles.append(handle)
 
     def _watch(self, p: Tensor) -> None:
         # A hook on the tensor would also run in torch.autograd.grad, which hands nothing over: p.grad would be lost.
@@ -115,6 +120,11 @@ class Microbatches:
     def counts(self) -> dict[Tensor, int]:
         """How many parts each gradient has had since the last step."""
         return {p: known.parts for p, known in self._sums.items()}
+
+    def recheck(self) -> None:
+        """Measure every gradient anew: torch.amp.GradScaler.unscale_ changes them and not their versions."""
+        for known in self._sums.values():
+            known.version = -1
 
     def reset(self) -> None:
         """Begin anew, after a step."""
