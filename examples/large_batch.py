@@ -215,10 +215,10 @@ def draw(results: dict[str, Result], grid: Sequence[float], path: Path) -> None:
     error.set_yticks(
         [1, 2, 5, 10, 20, 50, 100], [f"{percent} %" for percent in (1, 2, 5, 10, 20, 50, 100)], minor=False
     )
-    error.minorticks_off()
+    error.yaxis.minorticks_off()
     tuning.set(title="validation loss (ring: the rate taken)", xlabel="learning rate", xscale="log", yscale="log")
     tuning.set_xticks(grid, [f"{lr:g}" for lr in grid])
-    tuning.minorticks_off()
+    tuning.xaxis.minorticks_off()
     loss.legend(frameon=False)
     for panel in (loss, error, tuning):
         panel.spines[["top", "right"]].set_visible(False)

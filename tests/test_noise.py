@@ -172,7 +172,7 @@ def test_any_number_of_threads_draws_the_same(backend):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(drawn(backend, ((150001,), (3,)), 2))
+            results.append(drawn(backend, ((70001,), (3,)), 2))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

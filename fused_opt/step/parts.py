@@ -53,7 +53,7 @@ class Microbatches:
                 handle = p.register_post_accumulate_grad_hook(self._weakly(type(self)._add))
                 # First of all, or the hooks of others would see a part instead of the gradient. (Not by move_to_end: what
                 # runs them from C++ sees the order of insertion.)
-                hooks: dict[int, Any] = p._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+                hooks: dict[int, Any] = p._post_accumulate_grad_hooks
                 for key in [key for key in hooks if key != handle.id]:
                     hooks[key] = hooks.pop(key)
                 self._handles.append(handle)
