@@ -224,8 +224,6 @@ class Plan {
     static PyObject* const version_name = PyUnicode_InternFromString("_version");
     keys_.clear();
     active_ = 0;
-    // Writes through p.data leave no trace, so every norm is summed anew from time to time.
-    const bool refresh = ++steps_ % kRefresh == 0;
     for (size_t t = 0; t < parameters_.size(); ++t) {
       Parameter& parameter = parameters_[t];
       Tensor& tensor = table_.tensors[t];
@@ -239,7 +237,7 @@ class Plan {
       if (layer.weight_norm2 >= 0) {
         const auto version = py::reinterpret_steal<py::object>(PyObject_GetAttr(parameter.tensor.ptr(), version_name));
         if (!version) throw py::error_already_set();
-        if (refresh || PyLong_AsLongLong(version.ptr()) != parameter.version) layer.weight_norm2 = -1;
+        if (PyLong_AsLongLong(version.ptr()) != parameter.version) layer.weight_norm2 = -1;
       }
       if (!parameter.g || !parameter.g->matches(grad.ptr(), &tensor.g.data) ||
           !parameter.p.unmoved(parameter.tensor.ptr()))
@@ -328,8 +326,6 @@ class Plan {
   }
 
  private:
-  static constexpr uint64_t kRefresh = 64;  // steps after which a carried norm is summed anew
-
   // Calls f on every object whose replacement would make the plan stale, until it returns false.
   template <class F>
   static bool visit(const py::list& param_groups, const py::dict& state, const F& f) {
@@ -356,7 +352,6 @@ class Plan {
   std::vector<py::object> seen_;
   std::vector<std::pair<int, double>> keys_;
   size_t active_ = 0;
-  uint64_t steps_ = 0;
   py::list everything_;
 };
 

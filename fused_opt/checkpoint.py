@@ -93,5 +93,5 @@ class Checkpoints(torch.optim.Optimizer):
         for p, slot, value in found:  # torch has cast them to the parameter's dtype
             if slot == AVERAGE:
                 self.state[p][slot] = value.to(device=p.device)
-            elif self.state_dtype is not None:
+            elif self.state_dtype is not None and not p.is_complex():
                 self.state[p][slot] = value.to(device=p.device, dtype=self.state_dtype)

@@ -125,7 +125,9 @@ class FusedOptimizer(Checkpoints):
         if isinstance(param_group, dict):
             self._check_all({**self.defaults, **param_group})
             if self.param_groups:  # it joins the others' count of steps
-                param_group.update({name: self.param_groups[0][name] for name in ("steps", "skipped_steps")})
+                oldest = self.param_groups[0]
+                alike = param_group.get("averaging", self.defaults["averaging"]) == oldest["averaging"]
+                param_group.update({name: oldest[name] for name in (COUNTS if alike else ("steps", "skipped_steps"))})
             params = param_group["params"]
             params = [params] if isinstance(params, Tensor) else list(params)
             tensors = [item[1] if isinstance(item, tuple) else item for item in params]
@@ -260,6 +262,7 @@ class FusedOptimizer(Checkpoints):
         self._plan = plan if plan.lasting else None
         self._last = plan
         if stepping:
+            self._sample_idle(extras)
             self._count(extras)
         if self._parts is not None:
             self._parts.reset()
@@ -278,6 +281,19 @@ class FusedOptimizer(Checkpoints):
             None if noise is None else (noise.sigma(t, lr), noise.relative, noise.seed, t),
             None if averaging is None else averaging.fold(t + 1, group["samples"], group["periods"]),
         )
+
+    @torch.no_grad()
+    def _sample_idle(self, extras: list[tuple[Any, Any, Fold | None]]) -> None:
+        """A sample is of all weights: those that this step did not move are folded in, and written back, here."""
+        for group, (_, _, fold) in zip(self.param_groups, extras):
+            if fold is None:
+                continue
+            for p in group["params"]:
+                if p.grad is None and (average := self.state.get(p, {}).get(AVERAGE)) is not None:
+                    add, share, fresh, write_back = fold
+                    average.mul_(0.0 if fresh else 1.0 - add * share).add_(p.to(average.dtype), alpha=add)
+                    if write_back:
+                        p.copy_(average)
 
     def _count(self, extras: list[tuple[Any, Any, Fold | None]]) -> None:
         for group, (_, _, fold) in zip(self.param_groups, extras):

@@ -135,7 +135,7 @@ class Plan:
                 index += 1
         for (_, rule), members in chosen.items():
             for member in members:
-                self._fill(member, rule, shapes[member.group].averaged, state, state_dtype)
+                self._fill(member, rule, param_groups[member.group], state, state_dtype)
 
         noisy = any(shape.noisy for shape in shapes)
         self.buckets = [
@@ -193,10 +193,10 @@ class Plan:
         raise AssertionError("the reference backend supports everything")
 
     def _fill(
-        self, member: Member, rule: Rule, averaged: bool, state: dict[Tensor, Any], dtype: torch.dtype | None
+        self, member: Member, rule: Rule, group: Mapping[str, Any], state: dict[Tensor, Any], dtype: torch.dtype | None
     ) -> None:
         """Point the member at its states; a parameter that has a gradient gets those it lacks."""
-        p = member.tensor
+        p, averaged = member.tensor, group["averaging"] is not None
         slots = [*(["step"] if rule.counts_steps else []), *rule.states, *([AVERAGE] if averaged else [])]
         if not slots:
             member.states = []
@@ -208,11 +208,15 @@ class Plan:
                 default = torch.promote_types(torch.get_default_dtype(), torch.float32)
                 state[p][slot] = torch.tensor(0.0, dtype=default)
             else:
-                wanted = dtype if slot != AVERAGE or p.is_complex() else torch.promote_types(p.dtype, torch.float32)
+                wanted = torch.promote_types(p.dtype, torch.float32) if slot == AVERAGE else dtype
+                wanted = None if p.is_complex() else wanted
                 state[p][slot] = torch.zeros_like(
                     p, memory_format=torch.preserve_format, dtype=wanted, requires_grad=False
                 )
                 member.fresh |= slot != AVERAGE
+                if slot == AVERAGE:  # earlier samples of the period found the parameter as it is now
+                    counts = (group[count] for count in ("steps", "samples", "periods"))
+                    state[p][slot].copy_(p).div_(group["averaging"].normalizer(*counts))
             self._created.append((p, slot))
         of_p = state.get(p, {})
         for slot in rule.states:

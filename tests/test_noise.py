@@ -57,8 +57,11 @@ def test_lanes_and_counters():
         words = philox_by_hand((i // 4, 0, index, t), seed)
         w0, w1 = words[:2] if i % 4 < 2 else words[2:]
         r = math.sqrt(-2 * math.log(((w0 >> 9) + 0.5) / 2**23))
-        angle = 2 * math.pi * (w1 >> 8) / 2**24
-        assert z[i].item() == pytest.approx(r * (math.sin if i % 2 else math.cos)(angle), rel=1e-12, abs=1e-12)
+        low = (w1 & 0x3FFFFFFF) * 4  # of w1 the highest bits are sign and swap, the rest is in two's complement
+        angle = (low - 2**32 if low >= 2**31 else low) / 2**32 * math.pi / 2
+        pair = [r * math.cos(angle) * (-1 if w1 >> 31 else 1), r * math.sin(angle)]
+        expected = pair[::-1] if w1 >> 30 & 1 else pair
+        assert z[i].item() == pytest.approx(expected[i % 2], rel=1e-12, abs=1e-12)
     assert uniform(seed, t) == philox_by_hand((0, 0, FULL, t), seed)[0] / 2**32
 
 

@@ -156,7 +156,8 @@ void step(const Kernel& kernel, Table& table, int threads) {
     wants[t] = wanted(table.tensors[t], group, table.layers[t]);
     any |= wants[t].weight || wants[t].grad || wants[t].direction;
     carried |= carries_norm(table.tensors[t], group);
-    table.layers[t].ratio = 1;
+    table.layers[t].ratio = has_ratio(table.tensors[t], group) ? std::min(group.cap, 1.0) : 1;  // empty tensors keep it
+    if (!carries_norm(table.tensors[t], group)) table.layers[t].weight_norm2 = -1;  // nobody sums what this step writes
     table.layers[t].finite = true;
   }
 
@@ -165,6 +166,7 @@ void step(const Kernel& kernel, Table& table, int threads) {
   const auto update = [&](size_t first, size_t last) {
     for (size_t c = first; carried && c < last; ++c) {
       const int32_t t = table.chunks[c].tensor;
+      if (!table.tensors[t].active) continue;
       const Group& group = table.groups[table.tensors[t].group];
       if (table.chunks[c].begin == 0 && has_ratio(table.tensors[t], group)) set_trust_ratio(group, table.layers[t]);
     }
