@@ -26,7 +26,7 @@ import fused_opt
 from .shapes import Shape
 
 Call = Callable[[], object]
-WARM_UP, ROUNDS, SECONDS = 5, 15, 3.0
+WARM_UP, ROUNDS, SECONDS, TURN = 5, 15, 3.0, 4
 COLOURS = ("#d1495b", "#9aa5b1", "#2f6690", "#edae49", "#66a182")  # ours, which comes first, in red
 
 
@@ -102,8 +102,8 @@ class Result:
 def measure(case: Case, *, quick: bool = False) -> Result:
     """Time a case: A B C A B C ... for 15 rounds or 3 seconds, whichever is more.
 
-    A turn is two calls, of which the second is timed: the first one pays for the caches that the contender before it
-    left cold, which would otherwise be a matter of the order. What ``case.before`` leaves cold is in the figures.
+    A turn is four calls, of which the last is timed: the first ones pay for the caches that the contender before it left
+    cold, which would otherwise be a matter of the order. What ``case.before`` leaves cold is in the figures.
 
     Args:
         case: the case.
@@ -124,7 +124,8 @@ def measure(case: Case, *, quick: bool = False) -> Result:
         began, done = time.perf_counter(), 0
         while done < rounds or time.perf_counter() - began < at_least:
             for label, call in calls.items():
-                call()
+                for _ in range(TURN - 1):
+                    call()
                 case.before()
                 start = time.perf_counter()
                 call()

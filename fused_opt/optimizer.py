@@ -216,7 +216,7 @@ class FusedOptimizer(Checkpoints):
 
         groups, state, plan = self.param_groups, self.state, self._plan
         lrs = [float(group["lr"]) for group in groups]
-        if any(lr != lr for lr in lrs):
+        if any(map(math.isnan, lrs)):
             raise ValueError("Invalid learning rate: nan")
         wants = wants_norm(groups)
         shapes = [Shape(self._rule(g), g["noise"] is not None, g["averaging"] is not None) for g in groups]
@@ -262,7 +262,6 @@ class FusedOptimizer(Checkpoints):
         self._plan = plan if plan.lasting else None
         self._last = plan
         if stepping:
-            self._sample_idle(extras)
             self._count(extras)
         if self._parts is not None:
             self._parts.reset()
@@ -283,23 +282,21 @@ class FusedOptimizer(Checkpoints):
         )
 
     @torch.no_grad()
-    def _sample_idle(self, extras: list[tuple[Any, Any, Fold | None]]) -> None:
+    def _sample_idle(self, group: dict[str, Any], fold: Fold) -> None:
         """A sample is of all weights: those that this step did not move are folded in, and written back, here."""
-        for group, (_, _, fold) in zip(self.param_groups, extras):
-            if fold is None:
-                continue
-            for p in group["params"]:
-                if p.grad is None and (average := self.state.get(p, {}).get(AVERAGE)) is not None:
-                    add, share, fresh, write_back = fold
-                    average.mul_(0.0 if fresh else 1.0 - add * share).add_(p.to(average.dtype), alpha=add)
-                    if write_back:
-                        p.copy_(average)
+        for p in group["params"]:
+            if p.grad is None and (average := self.state.get(p, {}).get(AVERAGE)) is not None:
+                add, share, fresh, write_back = fold
+                average.mul_(0.0 if fresh else 1.0 - add * share).add_(p.to(average.dtype), alpha=add)
+                if write_back:
+                    p.copy_(average)
 
     def _count(self, extras: list[tuple[Any, Any, Fold | None]]) -> None:
         for group, (_, _, fold) in zip(self.param_groups, extras):
             group["steps"] += 1
             if fold is None:
                 continue
+            self._sample_idle(group, fold)
             group["samples"] += fold.add > 0
             if fold.write_back:
                 group["samples"] = 0

@@ -16,7 +16,9 @@ def wants_norm(groups: Sequence[dict[str, Any]]) -> bool:
         ValueError: where the groups do not agree on what is about all of them together.
     """
     first = groups[0]
-    if any(g["max_grad_norm"] != first["max_grad_norm"] or g["nonfinite"] != first["nonfinite"] for g in groups):
+    if len(groups) > 1 and any(
+        g["max_grad_norm"] != first["max_grad_norm"] or g["nonfinite"] != first["nonfinite"] for g in groups
+    ):
         raise ValueError("max_grad_norm and nonfinite are about all gradients together: set them alike in every group")
     return first["max_grad_norm"] is not None or first["nonfinite"] != PASS
 
