@@ -277,8 +277,8 @@ class Plan {
     return cpu::grad_norm2(*kernel_, table_, threads);
   }
 
-  // rows: for every pair that `gather` returned, what read_row() reads. Returns the places of the parameters whose trust
-  // ratio could not be formed, because a norm is not finite.
+  // rows: for every pair that `gather` returned, what read_row() reads. Returns the places of the parameters whose
+  // trust ratio could not be formed, because a norm is not finite.
   std::vector<size_t> run(const py::list& rows, int threads) {
     if (rows.size() != keys_.size()) throw py::value_error("one row for every pair that gather() returned");
     table_.groups.clear();
