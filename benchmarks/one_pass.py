@@ -65,13 +65,15 @@ def add_then_norm(shapes: Sequence[Shape]) -> Call:
     return lambda: [(total.add_(part), torch.linalg.vector_norm(part).item()) for total, part in pairs]
 
 
-def averaged_model(shapes: Sequence[Shape]) -> Call:
-    """Torch's fused step, and its exponential moving average beside it."""
+def averaged_model(shapes: Sequence[Shape], step: bool = True) -> Call:
+    """Torch's fused step, and its exponential moving average beside it; or the average alone."""
     model = torch.nn.ParameterList([torch.nn.Parameter(normal(shape)) for shape in shapes])
     for p in model.parameters():
         p.grad = normal(p.shape)
     optimizer = torch.optim.SGD(model.parameters(), **SGD, fused=True)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    if not step:
+        return lambda: average.update_parameters(model)
     return lambda: (optimizer.step(), average.update_parameters(model))
 
 
@@ -118,10 +120,12 @@ TABLES = [
                 "EMA",
                 {
                     "EMA in the step": partial(stepping, fused_opt.SGD, **SGD, averaging=fused_opt.EMA(0.999)),
+                    "fused_opt.SGD": ours,
+                    "AveragedModel": partial(averaged_model, step=False),
                     "torch fused and AveragedModel": averaged_model,
                 },
                 "torch fused and AveragedModel",
-                Target("EMA in the step", 1 / 2, "torch fused and AveragedModel"),
+                Target("EMA in the step", 1 / 2, "AveragedModel", beyond="fused_opt.SGD"),
             ),
             case(
                 "clipping",

@@ -12,9 +12,9 @@ def main() -> None:
     for name, reason in backends.available().items():
         print(f"{name:10} {'ready' if reason is None else 'not here: ' + reason}")
         if name == "native" and reason is None:
-            print(
-                f"{'':10}   cpu: ready, instruction set {native.instruction_set()}, {torch.get_num_threads()} threads"
-            )
+            threads = torch.get_num_threads()
+            print(f"{'':10}   cpu: ready, instruction set {native.instruction_set()}, {threads} threads")
+            print(f"{'':10}   cuda: not here: this version has kernels for the CPU only")
 
 
 if __name__ == "__main__":
