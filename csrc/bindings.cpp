@@ -50,11 +50,14 @@ class View {
     dtype = *type;
     data = address(now);
     device_ = now.device;
-    sizes.assign(now.shape, now.shape + now.ndim);
-    strides.assign(now.strides, now.strides + now.ndim);
-    // The stride of a dimension of one element means nothing, and libraries differ in what they write there.
-    for (int d = 0; d < now.ndim; ++d)
-      if (sizes[d] == 1) strides[d] = 0;
+    ndim = now.ndim;
+    if (ndim > kFew) many_ = std::make_unique<int64_t[]>(2 * ndim);
+    int64_t* layout = many_ ? many_.get() : few_;
+    for (int d = 0; d < ndim; ++d) {
+      layout[d] = now.shape[d];
+      // The stride of a dimension of one element means nothing, and libraries differ in what they write there.
+      layout[ndim + d] = now.shape[d] == 1 ? 0 : now.strides[d];
+    }
   }
 
   // Whether the tensor is still laid out like this; `where` receives its address.
@@ -66,11 +69,10 @@ class View {
     }
     *where = address(now);
     const auto type = dtype_of(now.dtype);
-    if (!type || *type != dtype || now.device.type != device_.type || now.device.id != device_.id ||
-        now.ndim != static_cast<int32_t>(sizes.size()))
+    if (!type || *type != dtype || now.device.type != device_.type || now.device.id != device_.id || now.ndim != ndim)
       return false;
-    for (int d = 0; d < now.ndim; ++d)
-      if (now.shape[d] != sizes[d] || (sizes[d] != 1 && now.strides[d] != strides[d])) return false;
+    for (int d = 0; d < ndim; ++d)
+      if (now.shape[d] != sizes()[d] || (now.shape[d] != 1 && now.strides[d] != strides()[d])) return false;
     return true;
   }
   bool unmoved(PyObject* tensor) const {
@@ -78,39 +80,49 @@ class View {
     return matches(tensor, &where) && where == data;
   }
 
-  int64_t numel() const { return std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, std::multiplies<>()); }
+  const int64_t* sizes() const { return many_ ? many_.get() : few_; }
+  const int64_t* strides() const { return sizes() + ndim; }
+  bool same_strides(const View& other) const {
+    return ndim == other.ndim && std::equal(strides(), strides() + ndim, other.strides());
+  }
+  int64_t numel() const { return std::accumulate(sizes(), sizes() + ndim, int64_t{1}, std::multiplies<>()); }
 
   // Whether the elements fill one stretch of memory: in row-major order, or in whatever order.
   bool contiguous() const {
     int64_t expected = 1;
-    for (size_t d = sizes.size(); d-- > 0;) {
-      if (sizes[d] != 1 && strides[d] != expected) return false;
-      expected *= sizes[d];
+    for (int d = ndim; d-- > 0;) {
+      if (sizes()[d] != 1 && strides()[d] != expected) return false;
+      expected *= sizes()[d];
     }
     return true;
   }
   bool dense() const {
-    std::vector<size_t> order(sizes.size());
+    std::vector<int> order(ndim);
     std::iota(order.begin(), order.end(), 0);
-    std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return strides[a] < strides[b]; });
+    std::sort(order.begin(), order.end(), [&](int a, int b) { return strides()[a] < strides()[b]; });
     int64_t expected = 1;
-    for (const size_t d : order) {
-      if (sizes[d] == 1) continue;
-      if (strides[d] != expected) return false;
-      expected *= sizes[d];
+    for (const int d : order) {
+      if (sizes()[d] == 1) continue;
+      if (strides()[d] != expected) return false;
+      expected *= sizes()[d];
     }
     return true;
   }
 
-  Operand operand() const { return {data, dtype, strides.data()}; }
+  Operand operand() const { return {data, dtype, strides()}; }
 
   void* data = nullptr;
   DType dtype = DType::kFloat32;
-  std::vector<int64_t> sizes, strides;
+  int32_t ndim = 0;
 
  private:
   static void* address(const dlpack::Tensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
+  static constexpr int kFew = 5;
+
   dlpack::Device device_{};
+  // Sizes, then strides. Most tensors have few dimensions, and a look at one should cost one line of the cache.
+  int64_t few_[2 * kFew] = {};
+  std::unique_ptr<int64_t[]> many_;
 };
 
 // A state tensor of a plan. It holds a second reference to the implementation: as long as Python's is the only one,
@@ -193,11 +205,11 @@ class Plan {
       Tensor tensor;
       tensor.p = parameter.p.operand();
       tensor.numel = parameter.p.numel();
-      tensor.ndim = static_cast<int32_t>(parameter.p.sizes.size());
-      tensor.sizes = parameter.p.sizes.data();
+      tensor.ndim = parameter.p.ndim;
+      tensor.sizes = parameter.p.sizes();
       tensor.flat = ordered ? parameter.p.contiguous() : parameter.p.dense();
       const auto add = [&](const View& view) {
-        tensor.flat &= view.strides == parameter.p.strides;
+        tensor.flat &= view.same_strides(parameter.p);
         return view.operand();
       };
       for (size_t s = 0; s < parameter.states.size(); ++s) tensor.states[s] = add(parameter.states[s].view);
@@ -364,9 +376,9 @@ std::pair<double, double> accumulate(const py::object& total, const py::object& 
   tensor.p = p.operand();
   if (total.is_none()) tensor.p.data = nullptr;
   tensor.numel = g.numel();
-  tensor.ndim = static_cast<int32_t>(g.sizes.size());
-  tensor.sizes = g.sizes.data();
-  tensor.flat = g.dense() && g.strides == p.strides;
+  tensor.ndim = g.ndim;
+  tensor.sizes = g.sizes();
+  tensor.flat = g.dense() && g.same_strides(p);
   const cpu::InstructionSet* set = cpu::choose();
   py::gil_scoped_release unlocked;
   const cpu::Sums sums = cpu::accumulate(*set, tensor, threads);
