@@ -85,7 +85,7 @@ def test_contenders_take_turns(benchmarks):
     case = harness.Case("case", [(3, 100)], contenders, "B", before=lambda: turns.append("before"))
     result = harness.measure(case, quick=True)
     warm_up = ["before", "A", "before", "B", "before", "C"]
-    assert turns == [*warm_up, "A", "before", "A", "B", "before", "B", "C", "before", "C"]
+    assert turns == [*warm_up, *(turn for label in "ABC" for turn in (label, label, label, "before", label))]
     assert {label: len(seconds) for label, seconds in result.seconds.items()} == {"A": 1, "B": 1, "C": 1}
 
 
