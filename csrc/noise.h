@@ -42,7 +42,7 @@ FUSED_OPT_FN void box_muller(uint32_t w0, uint32_t w1, float& z0, float& z1) {
   const float u = static_cast<float>(static_cast<int32_t>(w0 >> 9)) * 0x1p-23f + 0x1p-24f;
   const int32_t bits = __builtin_bit_cast(int32_t, u);
   const int32_t e = (bits - 0x3F3504F3) >> 23;
-  const float f = __builtin_bit_cast(float, bits - (e << 23)) - 1;
+  const float f = __builtin_bit_cast(float, bits - e * (1 << 23)) - 1;
   float ln = -0.174007252f;
   ln = ln * f + 0.285349548f;
   ln = ln * f - 0.298295736f;
