@@ -129,7 +129,7 @@ class Plan:
             for i, p in enumerate(group["params"]):
                 name = name_of(group, g, i)
                 tensors = self._look(name, shape, p, state.get(p, {}))
-                key = (self._choose(name, shape.rule, backend, tensors), shape.rule)
+                key = (self._choose(name, shape, backend, tensors), shape.rule)
                 member = Member(p, g, index, name, None, None, None, False, *scales.get(p, (1.0, 1.0)))
                 chosen.setdefault(key, []).append(member)
                 index += 1
@@ -142,8 +142,8 @@ class Plan:
             backends.get(name).Bucket(rule, members, param_groups, state, noisy)
             for (name, rule), members in chosen.items()
         ]
-        # Only the native plan can tell that nothing changed; without one, planning anew each step is what costs least.
-        self.lasting = any(name == "native" for name, _ in chosen)
+        # The reference cannot tell that nothing changed; alone, planning anew each step is what costs least.
+        self.lasting = any(name != "reference" for name, _ in chosen)
 
     @staticmethod
     def _look(name: str, shape: Shape, p: Tensor, of_p: Mapping[str, Any]) -> list[Tensor]:
@@ -176,10 +176,10 @@ class Plan:
         return tensors
 
     @staticmethod
-    def _choose(name: str, rule: Rule, backend: str, tensors: Sequence[Tensor]) -> str:
+    def _choose(name: str, shape: Shape, backend: str, tensors: Sequence[Tensor]) -> str:
         if backend != "auto":
             module = backends.get(backend)
-            if reason := module.unavailable() or module.unsupported(rule, tensors):
+            if reason := module.unavailable() or module.unsupported(shape.rule, tensors, shape.noisy):
                 raise RuntimeError(
                     f"backend {backend!r} cannot step parameter {name}: {reason}. backend='auto' takes one that can"
                 )
@@ -187,8 +187,9 @@ class Plan:
         for candidate in backends.BACKENDS:
             module = backends.get(candidate)
             if reason := module.unavailable():
-                warn_once(f"fused_opt runs without its {candidate} backend: {reason}")
-            elif module.unsupported(rule, tensors) is None:
+                if tensors[0].device.type in module.DEVICES:
+                    warn_once(f"fused_opt runs without its {candidate} backend: {reason}")
+            elif module.unsupported(shape.rule, tensors, shape.noisy) is None:
                 return candidate
         raise AssertionError("the reference backend supports everything")
 

@@ -8,15 +8,20 @@ import torch
 
 import fused_opt
 from fused_opt import backends
-from fused_opt.backends import native
+from fused_opt.backends import native, triton
 
 INSTRUCTION_SETS = native._native.instruction_sets() if native.unavailable() is None else []
+# What Triton interprets takes milliseconds for each program: tests/test_triton.py runs some files again with nothing else.
+EVERYWHERE = ["reference", *(f"native-{name}" for name in INSTRUCTION_SETS)]
 
 
-@pytest.fixture(params=["reference", *(f"native-{name}" for name in INSTRUCTION_SETS)])
+@pytest.fixture(params=["triton"] if "cpu" in triton.DEVICES else EVERYWHERE)
 def backend(request, monkeypatch):
     """Every backend that runs here, the native one with each instruction set."""
     name, _, instruction_set = request.param.partition("-")
+    if name == "triton":  # beside the reference, which steps what it leaves alone
+        monkeypatch.setattr(backends, "BACKENDS", ("triton", "reference"))
+        return "auto"
     if instruction_set:
         monkeypatch.setenv("FUSED_OPT_CPU", instruction_set)
     return name

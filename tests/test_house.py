@@ -24,7 +24,7 @@ ORDER = [
     ["fused_opt.optimizer"],
     ["fused_opt.checkpoint"],
     ["fused_opt.step.parts", "fused_opt.step.probe", "fused_opt.step.samples"],
-    ["fused_opt.backends.reference", "fused_opt.backends.native"],
+    ["fused_opt.backends.reference", "fused_opt.backends.native", "fused_opt.backends.triton"],
     ["fused_opt.plan"],
     ["fused_opt.backends.__init__", "fused_opt.step"],
     ["fused_opt.rule"],

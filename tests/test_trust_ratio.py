@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fused_opt
-from fused_opt import CLARS, LAMB, LARS, SGD, Adam, AdamW, TrustRatio
+from fused_opt import CLARS, LAMB, LARS, SGD, Adam, AdamW, TrustRatio, plan
 
 BOUND = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
@@ -467,3 +467,15 @@ def test_the_carried_norm_is_that_of_the_weights(backend):
     set_gradients(parameters, 11)
     optimizer.step()
     assert ratios_of(optimizer)[0] == pytest.approx(lars(w, parameters[0].grad, 0.0, 0.1), rel=1e-12)
+
+
+def test_a_norm_that_is_not_finite_is_said_once(backend, monkeypatch, recwarn):
+    monkeypatch.setattr(plan, "_said", set())
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = fused_opt.LARS([p], lr=0.1, backend=backend)
+    p.grad = torch.tensor([[1.0, math.inf], [1.0, 1.0]])
+    with pytest.warns(UserWarning, match="the norms of parameter 0 of group 0 are not finite: its trust ratio is 1"):
+        optimizer.step()
+    optimizer.step()
+    assert optimizer.trust_ratios() == {"0 of group 0": 1.0}
+    assert not recwarn.list

@@ -3,9 +3,11 @@
 A backend is a module with
 
 - ``unavailable() -> None or the reason in words``: whether it can run on this machine at all;
-- ``unsupported(rule, tensors) -> None or the reason in words``: whether it can step one parameter, whose ``tensors``
-  are the parameter, then its gradient and states where it has them;
-- ``Bucket(rule, members, param_groups, state)``: the parameters it was given, prepared for many steps.
+- ``DEVICES``: the types of device that it is for;
+- ``unsupported(rule, tensors, noisy) -> None or the reason in words``: whether it can step one parameter, whose
+  ``tensors`` are the parameter, then its gradient and states where it has them;
+- ``accumulate(total, part)``: see below;
+- ``Bucket(rule, members, param_groups, state, noisy)``: the parameters it was given, prepared for many steps.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-BACKENDS = ("native", "reference")
+BACKENDS = ("native", "triton", "reference")
 
 
 @lru_cache

@@ -22,6 +22,7 @@ except ImportError as error:
 except AttributeError:
     _reason = f"torch {torch.__version__} has no DLPack C exchange API; torch 2.10 or newer has"
 
+DEVICES = ("cpu",)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Only these two reach a raw pointer: what a subclass's data pointer means is its own business (DTensor, FakeTensor).
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -35,7 +36,7 @@ def unavailable() -> str | None:
     return _reason
 
 
-def unsupported(rule: Rule | None, tensors: Sequence[Tensor]) -> str | None:
+def unsupported(rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = False) -> str | None:
     """Why a parameter, its gradient or its states cannot be stepped here, or None."""
     if _reason:
         return _reason

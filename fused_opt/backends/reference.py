@@ -19,7 +19,7 @@ def unavailable() -> str | None:
     return None
 
 
-def unsupported(rule: Rule | None, tensors: Sequence[Tensor]) -> str | None:
+def unsupported(rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = False) -> str | None:
     """Nothing that torch.optim can step is beyond it."""
     return None
 

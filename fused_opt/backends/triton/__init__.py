@@ -1,0 +1,164 @@
+"""The Triton backend: the same step on a GPU where no compiler is installed, NVIDIA's or another's.
+
+One launch steps all parameters of the same dtypes; two do where norms of gradients, directions or unknown weights must
+come first. The launches read tables in device memory; what changes from step to step (the gradients' addresses, the
+coefficients) goes there in one small copy from pinned memory, and nothing is read back. The host waits for the GPU only
+where the interface of a backend gives it numbers: in ``grad_norm2`` (``max_grad_norm``, ``nonfinite``), ``accumulate``
+(``track_parts("microbatch")``) and ``ratios`` (``trust_ratios()``), and for step counts that are kept on the GPU; for the
+same reason a trust ratio that cannot be formed is 1 without a warning. The
+coefficients are the host's, so a step cannot be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...plan import Member, Row
+from ...rule import Rule
+from ..native import DTYPES, PLAIN
+
+try:
+    import triton  # noqa: F401
+
+    from . import kernel, rules, table  # noqa: F401
+    from .table import INTERPRETED, TYPES, Table, arithmetic, launch
+
+    _reason = None
+except ImportError as error:
+    _reason = f"Triton is not installed ({error}); the torch wheels for GPUs bring it, or pip install triton"
+    INTERPRETED = False
+
+DEVICES = ("cpu", "cuda") if INTERPRETED else ("cuda",)  # torch calls AMD's GPUs so, too
+
+
+def unavailable() -> str | None:
+    """Why Triton cannot run here, or None."""
+    if _reason is None and not INTERPRETED and not torch.cuda.is_available():
+        return "torch finds no GPU (for tests, TRITON_INTERPRET=1 in the environment has Triton interpret on the CPU)"
+    return _reason
+
+
+def _strides(tensor: Tensor) -> list[tuple[int, int]]:
+    """Stride and size of the dimensions that have a stride worth the name."""
+    return [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size != 1 and tensor.numel()]
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, in whatever order."""
+    expected = 1
+    for stride, size in sorted(_strides(tensor)):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def unsupported(rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = False) -> str | None:
+    """Why a parameter, its gradient or its states cannot be stepped here, or None."""
+    if reason := unavailable():
+        return reason
+    for tensor in tensors:
+        if type(tensor) not in PLAIN:
+            return f"{type(tensor).__name__} is a tensor subclass; it steps torch.Tensor and torch.nn.Parameter"
+        if tensor.layout != torch.strided:
+            return f"a {tensor.layout} tensor; it steps strided ones"
+        if tensor.device.type not in DEVICES:
+            return f"a tensor on {tensor.device}; it steps those on {' and '.join(DEVICES)}"
+        if tensor.dtype not in DTYPES:
+            return f"a {tensor.dtype} tensor; it steps {', '.join(str(dtype) for dtype in DTYPES)}"
+        if tensor.is_neg():
+            return "a tensor with a lazy negation"
+        if _strides(tensor) != _strides(tensors[0]):
+            return f"strides {tensor.stride()} beside {tensors[0].stride()}; it steps tensors that lie alike in memory"
+    if not _dense(tensors[0]):
+        return f"a tensor with gaps (strides {tensors[0].stride()}); it steps those that fill one stretch of memory"
+    if noisy and not tensors[0].is_contiguous():
+        return f"noise on a tensor with strides {tensors[0].stride()}; it counts the elements of contiguous ones"
+    return None
+
+
+def accumulate(total: Tensor | None, part: Tensor) -> tuple[float, float]:
+    """``total += part`` in one pass with the sums of squares of both."""
+    size = kernel.piece_size(part.numel())
+    pieces = max(1, -(-part.numel() // size))
+    sums = torch.empty(2, pieces, dtype=torch.float64, device=part.device)
+    launch(
+        kernel.accumulate, part.device, pieces, sums, 0 if total is None else total.data_ptr(), part.data_ptr(), part.numel(),
+        size, None if total is None else TYPES[total.dtype], TYPES[part.dtype], arithmetic(part.dtype),
+    )  # fmt: skip
+    part2, total2 = sums.sum(dim=1).tolist()
+    if total is None:
+        return part2, part2
+    torch.autograd.graph.increment_version(total)
+    return part2, total2
+
+
+class Bucket:
+    """The parameters in tables, one for each device and combination of dtypes."""
+
+    def __init__(
+        self,
+        rule: Rule,
+        members: Sequence[Member],
+        param_groups: list[dict[str, Any]],
+        state: Mapping[Tensor, Any],
+        noisy: bool,
+    ) -> None:
+        self.members = members
+        self.seen = _everything(param_groups, state)
+        self.seen_ids = list(map(id, self.seen))
+        self.idle = [m.tensor for m in members if m.tensor.grad is None]
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for place, m in enumerate(members):
+            if m.tensor.grad is not None:
+                operands = (m.tensor, m.tensor.grad, *(m.states or ()))
+                average = None if m.average is None else m.average.dtype
+                key = (m.tensor.device, average, *(tensor.dtype for tensor in operands))
+                alike.setdefault(key, []).append(place)
+        self.tables = [Table(rule, [members[place] for place in places], places) for places in alike.values()]
+
+    def gather(self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> list[tuple[int, float]] | None:
+        """Find this step's gradients: the (group, step count) pairs that ``run`` needs rows for, or None: plan anew."""
+        if list(map(id, _everything(param_groups, state))) != self.seen_ids:
+            return None
+        if any(p.grad is not None for p in self.idle):
+            return None
+        keys: dict[tuple[int, float], int] = {}
+        return list(keys) if all(table.gather(keys) for table in self.tables) else None
+
+    def know(self, norms: list[tuple[float, float] | None]) -> None:
+        """For every member the sum of its gradient's parts' norms and the gradient's sum of squares, where known."""
+        for table in self.tables:
+            table.know([norms[place] for place in table.places])
+
+    def grad_norm2(self) -> float:
+        """Sum of squares of all gradients, as they lie in memory."""
+        return sum(table.grad_norm2() for table in self.tables)
+
+    def run(self, rows: Sequence[Row]) -> None:
+        """Step every parameter that has a gradient."""
+        for table in self.tables:
+            table.run(rows)
+
+    def ratios(self) -> list[float]:
+        """The trust ratio of every member in the last step."""
+        ratios = [1.0] * len(self.members)
+        for table in self.tables:
+            for place, ratio in zip(table.places, table.ratios.tolist()):
+                ratios[place] = ratio
+        return ratios
+
+
+def _everything(param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> list[Any]:
+    """Every object whose replacement makes a plan stale."""
+    objects: list[Any] = []
+    for group in param_groups:
+        objects += group["params"]
+    for p, of_p in state.items():
+        objects.append(p)
+        objects += of_p.values()
+    return objects

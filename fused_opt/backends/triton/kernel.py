@@ -1,0 +1,344 @@
+"""The loops of a step in Triton: one kernel that updates, one that sums squares first, one that accumulates.
+
+A tensor is cut into pieces, one program each. Sums of squares are kept as one float64 per piece; whoever needs the norm of
+a tensor adds them up, always in the same order, so a carried norm costs no launch of its own. That the adding is cheap
+decides the size of a piece: see ``piece_size``.
+
+The tables, of 8-byte words, are stored column by column, one entry for every tensor:
+
+- ``tensors``, made when something moved: FIRST (its first piece), NUMEL, PIECE (elements in a piece), NDIM, INDEX (which
+  parameter of the optimizer), LR_SCALE, DECAY_SCALE, P, AVERAGE (addresses), and the addresses of the states;
+- ``words``, new in every step: G (the gradient's address), ROW (of the groups' table, -1: no gradient), WANTS (bits:
+  what the first pass sums), PARTS, GRAD2 (norms that are known, -1 where they are not), and then the rows.
+
+Floats are the bits of float64; the kernels take every table a second time as float64.
+"""
+
+import struct
+
+import triton
+import triton.language as tl
+
+from .rules import normal, trust_ratio
+
+# Elements that one program works on at once. A FULL block lies wholly within its piece and is aligned: its loads are
+# unmasked and 128 bits wide, eight elements for each of 4 * 32 threads. What is left, and all of an unaligned tensor,
+# goes in TAIL blocks with masks: fewer elements, since masked ones take several times the registers, and a kernel takes
+# as many as the hungriest of its parts.
+FULL, TAIL = tl.constexpr(1024), tl.constexpr(256)
+SUMS = tl.constexpr(512)  # partial sums that are added at once
+
+FIRST, NUMEL, PIECE, NDIM, INDEX = (tl.constexpr(column) for column in range(5))
+LR_SCALE, DECAY_SCALE, P, AVERAGE, STATES = (tl.constexpr(column) for column in range(5, 10))
+G, ROW, WANTS, PARTS, GRAD2, ROWS = (tl.constexpr(column) for column in range(6))
+WANT_WEIGHT, WANT_GRAD, WANT_DIRECTION = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
+
+# A row: lr, grad_scale, 8 coefficients; kind, coefficient, cap, eps, exempt; sigma, relative, seed, t; add, share,
+# fresh, write_back.
+ROW_FORMAT = struct.Struct("=17dQq4d")
+RATIO, NOISE, FOLD, WIDTH = tl.constexpr(10), tl.constexpr(15), tl.constexpr(19), tl.constexpr(23)
+
+
+def piece_size(numel: int) -> int:
+    """Elements in a piece of a tensor of ``numel``.
+
+    Not so many that the last programs run alone, not so few that adding up the sums of all pieces, which every program
+    does, counts: a piece of n elements moves at least 12 n bytes, and the sums are at most 2 n bytes, out of the cache.
+    """
+    size = 4 * FULL.value
+    while size * size < 4 * numel:
+        size *= 2
+    return size
+
+
+@triton.jit
+def _find(first, count, piece):
+    """Which tensor a piece belongs to: the last one whose first piece is not after it."""
+    low = count * 0
+    high = count - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        reached = tl.load(first + middle) <= piece
+        low = tl.where(reached, middle, low)
+        high = tl.where(reached, high, middle - 1)
+    return low.to(tl.int64)
+
+
+@triton.jit
+def _addresses(tensors, words, t, count, DTYPES: tl.constexpr):
+    """Of p, g and the states, and whether all of them can be loaded 16 bytes at a time."""
+    p = tl.load(tensors + P * count + t)
+    g = tl.load(words + G * count + t)
+    addresses = (p, g)
+    together = p | g
+    for state in tl.static_range(len(DTYPES) - 2):
+        address = tl.load(tensors + (STATES + state) * count + t)
+        addresses = addresses + (address,)
+        together |= address
+    return addresses, (together & 15) == 0
+
+
+@triton.jit
+def _load(address, start, end, DTYPE: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
+    """A block as T. Unmasked and aligned, or the loads would not be 128 bits wide."""
+    offsets = tl.arange(0, BLOCK)
+    pointer = address.to(tl.pointer_type(DTYPE)) + start
+    if BLOCK == FULL:
+        values = tl.load(tl.multiple_of(pointer, 16) + offsets)
+    else:
+        values = tl.load(pointer + offsets, mask=start + offsets < end, other=0)
+    return values.to(tl.float32).to(T) if DTYPE.primitive_bitwidth == 16 else values.to(T)
+
+
+@triton.jit
+def _narrow(values, DTYPE: tl.constexpr):
+    """As they are stored; float64 to 16 bits by way of float32, as everywhere else."""
+    return values.to(tl.float32).to(DTYPE) if DTYPE.primitive_bitwidth == 16 else values.to(DTYPE)
+
+
+@triton.jit
+def _store(address, start, end, values, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    pointer = address.to(tl.pointer_type(DTYPE)) + start
+    if BLOCK == FULL:
+        tl.store(tl.multiple_of(pointer, 16) + offsets, _narrow(values, DTYPE))
+    else:
+        tl.store(pointer + offsets, _narrow(values, DTYPE), mask=start + offsets < end)
+
+
+@triton.jit
+def _squares(values, start, end, BLOCK: tl.constexpr):
+    """Sums of four neighbours' squares, in float64, where the square of a float32 is exact; nothing beyond the end."""
+    wide = values.to(tl.float64)
+    squares = wide * wide if BLOCK == FULL else tl.where(start + tl.arange(0, BLOCK) < end, wide * wide, 0.0)
+    return tl.sum(squares.reshape(BLOCK // 4, 4), axis=1)
+
+
+@triton.jit
+def _sum(partials, pieces):
+    """Of one float64 per piece, in an order that only their number decides."""
+    total = tl.zeros([SUMS], tl.float64)
+    for start in range(0, pieces, SUMS):
+        offsets = start + tl.arange(0, SUMS)
+        total += tl.load(partials + offsets, mask=offsets < pieces, other=0)
+    return tl.sum(total)
+
+
+@triton.jit
+def _coefficients(row, decay_scale, COUNT: tl.constexpr, T: tl.constexpr):
+    """A rule's, of which the first is the weight decay."""
+    coefficients = ((tl.load(row + 2) * decay_scale).to(T),)
+    for k in tl.static_range(1, COUNT):
+        coefficients = coefficients + (tl.load(row + 2 + k).to(T),)
+    return coefficients
+
+
+@triton.jit
+def _operands(addresses, start, end, grad_scale, DTYPES: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
+    """What a rule takes: p, the scaled g, the states."""
+    operands = (
+        _load(addresses[0], start, end, DTYPES[0], T, BLOCK),
+        grad_scale * _load(addresses[1], start, end, DTYPES[1], T, BLOCK),
+    )
+    for k in tl.static_range(2, len(DTYPES)):
+        operands = operands + (_load(addresses[k], start, end, DTYPES[k], T, BLOCK),)
+    return operands
+
+
+@triton.jit(do_not_specialize=["count"])
+def update(
+    tensors,
+    layers,
+    words,
+    numbers,
+    carried,  # sums of squares of the weights as they are, one for every piece
+    leaving,  # those of the weights as they will be: another buffer, since other programs still read this one
+    gradients,  # those of the gradients, for LAMB of the directions
+    ratios,
+    count,
+    RULE: tl.constexpr,
+    DTYPES: tl.constexpr,
+    AVERAGE_DTYPE: tl.constexpr,  # None: nothing is averaged in this step
+    T: tl.constexpr,
+    COEFFICIENTS: tl.constexpr,
+    NOISY: tl.constexpr,
+    NORMS: tl.constexpr,
+):
+    """Step one piece: everything that a step does to it, in one pass."""
+    piece = tl.program_id(0)
+    t = _find(tensors + FIRST * count, count, piece)
+    row_index = tl.load(words + ROW * count + t)
+    if row_index >= 0:
+        row = numbers + ROWS * count + row_index * WIDTH
+        first = tl.load(tensors + FIRST * count + t)
+        numel = tl.load(tensors + NUMEL * count + t)
+        size = tl.load(tensors + PIECE * count + t)
+        decay_scale = tl.load(layers + DECAY_SCALE * count + t)
+        grad_scale = tl.load(row + 1)
+        sigma = tl.load(row + NOISE)
+        ratio = tl.full((), 1, tl.float64)
+        carries = False
+        if NORMS:
+            kind, exempt, relative = tl.load(row + RATIO), tl.load(row + RATIO + 4), tl.load(row + NOISE + 1) != 0
+            has_ratio = (kind != 0) & (tl.load(tensors + NDIM * count + t) > exempt)
+            carries = has_ratio | (relative & (sigma > 0))
+            if carries:
+                pieces = tl.maximum(tl.cdiv(numel, size), 1)
+                weight2 = _sum(carried + first, pieces)
+                if has_ratio:
+                    grad2 = tl.load(numbers + GRAD2 * count + t)
+                    if grad2 == -1:
+                        grad2 = _sum(gradients + first, pieces)
+                    ratio = trust_ratio(
+                        kind,
+                        tl.load(row + RATIO + 1),
+                        tl.load(row + RATIO + 2),
+                        tl.load(row + RATIO + 3),
+                        weight2,
+                        grad2,
+                        tl.load(numbers + PARTS * count + t),
+                        tl.load(row + 2) * decay_scale,
+                        grad_scale,
+                    )
+                if relative & (numel > 0):
+                    sigma *= tl.sqrt(weight2 / numel.to(tl.float64))
+        if piece == first:
+            tl.store(ratios + t, ratio)
+
+        lr = (tl.load(row) * tl.load(layers + LR_SCALE * count + t) * ratio).to(T)
+        coefficients = _coefficients(row, decay_scale, COEFFICIENTS, T)
+        # The seed and t lie among the floats as integers.
+        seed_and_t = words + ROWS * count + row_index * WIDTH + NOISE + 2
+        seed, noise_t, index = tl.load(seed_and_t), tl.load(seed_and_t + 1), tl.load(tensors + INDEX * count + t)
+        add, share = tl.load(row + FOLD).to(T), tl.load(row + FOLD + 1).to(T)
+        fresh, write_back = tl.load(row + FOLD + 2) != 0, tl.load(row + FOLD + 3) != 0
+        addresses, aligned = _addresses(tensors, words, t, count, DTYPES)
+        average = tl.load(tensors + AVERAGE * count + t)
+        aligned &= (average & 15) == 0
+
+        begin = (piece - first) * size
+        end = tl.minimum(begin + size, numel)
+        full = tl.where(aligned, begin + (end - begin) // FULL * FULL, begin)
+        new2 = tl.full((), 0, tl.float64)
+        for BLOCK in tl.static_range(FULL, TAIL - 1, TAIL - FULL):  # FULL, then TAIL
+            stop = full if BLOCK == FULL else end
+            squares = tl.zeros([BLOCK // 4], tl.float64)
+            for start in range(begin, stop, BLOCK):
+                operands = _operands(addresses, start, end, grad_scale.to(T), DTYPES, T, BLOCK)
+                results = RULE(*operands, *coefficients)
+                for k in tl.static_range(2, len(DTYPES)):
+                    _store(addresses[k], start, end, results[k - 1], DTYPES[k], BLOCK)
+                p = operands[0] - lr * results[0]
+                if NOISY:
+                    if sigma != 0:
+                        z = normal(start // 4 + tl.arange(0, BLOCK // 4), index, noise_t, seed)
+                        p += sigma.to(T) * z.to(T)
+                if AVERAGE_DTYPE is not None:
+                    p = _narrow(p, DTYPES[0]).to(T)  # what is averaged is what would be stored
+                    if (add != 0) | write_back:
+                        v = _load(average, start, end, AVERAGE_DTYPE, T, BLOCK)
+                        v = tl.where(fresh, add * p, v + add * (p - share * v))
+                        _store(average, start, end, v, AVERAGE_DTYPE, BLOCK)
+                        p = tl.where(write_back, v, p)
+                _store(addresses[0], start, end, p, DTYPES[0], BLOCK)
+                if NORMS:
+                    squares += _squares(_narrow(p, DTYPES[0]).to(T), start, end, BLOCK)
+            new2 += tl.sum(squares)
+            begin = stop
+        if NORMS:
+            tl.store(leaving + piece, new2)
+
+
+@triton.jit(do_not_specialize=["count"])
+def norms(
+    tensors,
+    layers,
+    words,
+    numbers,
+    carried,
+    gradients,
+    count,
+    RULE: tl.constexpr,
+    DTYPES: tl.constexpr,
+    T: tl.constexpr,
+    COEFFICIENTS: tl.constexpr,
+    WANTED: tl.constexpr,  # by any tensor; what one does not want of it is not stored
+):
+    """Sum the squares of one piece, before the weights may be touched."""
+    piece = tl.program_id(0)
+    t = _find(tensors + FIRST * count, count, piece)
+    wanted = tl.load(words + WANTS * count + t)
+    if wanted != 0:
+        first = tl.load(tensors + FIRST * count + t)
+        numel = tl.load(tensors + NUMEL * count + t)
+        size = tl.load(tensors + PIECE * count + t)
+        decay_scale = tl.load(layers + DECAY_SCALE * count + t)
+        addresses, aligned = _addresses(tensors, words, t, count, DTYPES)
+
+        begin = (piece - first) * size
+        end = tl.minimum(begin + size, numel)
+        full = tl.where(aligned, begin + (end - begin) // FULL * FULL, begin)
+        weight2 = tl.full((), 0, tl.float64)
+        grad2 = tl.full((), 0, tl.float64)
+        direction2 = tl.full((), 0, tl.float64)
+        for BLOCK in tl.static_range(FULL, TAIL - 1, TAIL - FULL):  # FULL, then TAIL
+            stop = full if BLOCK == FULL else end
+            of_weights = tl.zeros([BLOCK // 4], tl.float64)
+            of_gradient = tl.zeros([BLOCK // 4], tl.float64)
+            of_direction = tl.zeros([BLOCK // 4], tl.float64)
+            for start in range(begin, stop, BLOCK):
+                if WANT_DIRECTION & WANTED:
+                    row = numbers + ROWS * count + tl.load(words + ROW * count + t) * WIDTH
+                    operands = _operands(addresses, start, end, tl.load(row + 1).to(T), DTYPES, T, BLOCK)
+                    results = RULE(*operands, *_coefficients(row, decay_scale, COEFFICIENTS, T))
+                    of_direction += _squares(results[0], start, end, BLOCK)
+                if WANT_WEIGHT & WANTED:
+                    of_weights += _squares(_load(addresses[0], start, end, DTYPES[0], T, BLOCK), start, end, BLOCK)
+                if WANT_GRAD & WANTED:
+                    of_gradient += _squares(_load(addresses[1], start, end, DTYPES[1], T, BLOCK), start, end, BLOCK)
+            weight2 += tl.sum(of_weights)
+            grad2 += tl.sum(of_gradient)
+            direction2 += tl.sum(of_direction)
+            begin = stop
+        if wanted & WANT_WEIGHT:
+            tl.store(carried + piece, weight2)
+        if wanted & WANT_GRAD:
+            tl.store(gradients + piece, grad2)
+        if wanted & WANT_DIRECTION:
+            tl.store(gradients + piece, direction2)
+
+
+@triton.jit(do_not_specialize=["total", "part", "numel", "size"])
+def accumulate(
+    sums,  # two columns, of a float64 for every piece
+    total,  # an address
+    part,
+    numel,
+    size,
+    TOTAL_DTYPE: tl.constexpr,  # None: there is only a part
+    PART_DTYPE: tl.constexpr,
+    T: tl.constexpr,
+):
+    """One piece of ``total += part``, with the sums of squares of the part and of the new total."""
+    piece = tl.program_id(0).to(tl.int64)
+    begin = piece * size
+    end = tl.minimum(begin + size, numel)
+    full = tl.where(((total | part) & 15) == 0, begin + (end - begin) // FULL * FULL, begin)
+    part2 = tl.full((), 0, tl.float64)
+    total2 = tl.full((), 0, tl.float64)
+    for BLOCK in tl.static_range(FULL, TAIL - 1, TAIL - FULL):  # FULL, then TAIL
+        stop = full if BLOCK == FULL else end
+        of_part = tl.zeros([BLOCK // 4], tl.float64)
+        of_total = tl.zeros([BLOCK // 4], tl.float64)
+        for start in range(begin, stop, BLOCK):
+            g = _load(part, start, end, PART_DTYPE, T, BLOCK)
+            of_part += _squares(g, start, end, BLOCK)
+            if TOTAL_DTYPE is not None:
+                new = _load(total, start, end, TOTAL_DTYPE, T, BLOCK) + g
+                _store(total, start, end, new, TOTAL_DTYPE, BLOCK)
+                of_total += _squares(_narrow(new, TOTAL_DTYPE).to(T), start, end, BLOCK)
+        part2 += tl.sum(of_part)
+        total2 += tl.sum(of_total)
+        begin = stop
+    tl.store(sums + piece, part2)
+    tl.store(sums + tl.num_programs(0) + piece, total2)

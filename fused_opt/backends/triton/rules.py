@@ -1,0 +1,133 @@
+"""THE MATHEMATICS in Triton, line for line as csrc/rules.h, csrc/noise.h and trust_ratio() of csrc/cpu/step.cpp.
+
+A rule takes the weights, the gradient, its states and its coefficients, in the order of fused_opt/rules/, and returns the
+direction u of ``p <- p - lr * u`` and the new states.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def square_root(x):
+    """Rounded to the nearest, where tl.sqrt of float32 is an approximation."""
+    return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
+
+
+@triton.jit
+def divide(a, b):
+    """Rounded to the nearest, where ``/`` of float32 is an approximation."""
+    return tl.div_rn(a, b) if a.dtype == tl.float32 else a / b
+
+
+@triton.jit
+def maximum(a, b):
+    """torch.maximum: a NaN on either side stays, which tl.maximum would drop."""
+    return tl.where((b > a) | (b != b), b, a)
+
+
+@triton.jit
+def lerp(a, b, weight):
+    """torch.lerp: from whichever end is nearer, so that weights of 0 and 1 give the ends themselves."""
+    return tl.where(weight < 0.5, a + weight * (b - a), b - (1 - weight) * (b - a))
+
+
+@triton.jit
+def sgd(p, g, weight_decay):
+    """One line."""
+    return (g + weight_decay * p,)
+
+
+@triton.jit
+def momentum_sgd(p, g, m, weight_decay, momentum, keep, nesterov):
+    """keep: 1 - dampening, and 1 in the first step."""
+    d = g + weight_decay * p
+    m = momentum * m + keep * d
+    return tl.where(nesterov != 0, d + momentum * m, m), m
+
+
+@triton.jit
+def adam(p, g, m, v, weight_decay, coupled, one_minus_beta1, beta2, one_minus_beta2, unbias1, unbias2, eps):
+    """coupled: 1 adds the decay to the gradient (Adam), 0 to the direction (AdamW)."""
+    g += coupled * weight_decay * p
+    m = lerp(m, g, one_minus_beta1)
+    v = beta2 * v + one_minus_beta2 * g * g
+    return divide(unbias1 * m, unbias2 * square_root(v) + eps) + (1 - coupled) * weight_decay * p, m, v
+
+
+@triton.jit
+def amsgrad(p, g, m, v, largest, weight_decay, coupled, one_minus_beta1, beta2, one_minus_beta2, unbias1, unbias2, eps):
+    """Adam with the largest v so far."""
+    g += coupled * weight_decay * p
+    m = lerp(m, g, one_minus_beta1)
+    v = beta2 * v + one_minus_beta2 * g * g
+    largest = maximum(largest, v)
+    u = divide(unbias1 * m, unbias2 * square_root(largest) + eps) + (1 - coupled) * weight_decay * p
+    return u, m, v, largest
+
+
+RULES = {"sgd": sgd, "momentum_sgd": momentum_sgd, "adam": adam, "amsgrad": amsgrad}
+
+
+@triton.jit
+def trust_ratio(kind, coefficient, cap, eps, weight2, grad2, parts, weight_decay, grad_scale):
+    """From sums of squares (for LAMB grad2 is the direction's) and the sum of the parts' norms (-1: one part)."""
+    weight, scale, norm = tl.sqrt(weight2), tl.abs(grad_scale), tl.sqrt(grad2)
+    grad = scale * norm
+    lars = tl.where(grad == 0, 0.0, grad + weight_decay * weight + eps)
+    sum_of_norms = tl.where(parts >= 0, scale * parts, grad)
+    clars = tl.where(sum_of_norms == 0, 0.0, sum_of_norms + eps)
+    lamb = tl.where(norm == 0, 0.0, norm + eps)
+    denominator = tl.where(kind == 1, lars, tl.where(kind == 2, clars, lamb))
+    ratio = coefficient * weight / denominator
+    infinity = float("inf")
+    usable = (weight > 0) & (denominator > 0) & (denominator < infinity) & (ratio < infinity)
+    return tl.minimum(cap, tl.where(usable, ratio, 1.0))
+
+
+@triton.jit
+def box_muller(w0, w1):
+    """Two words to two normal numbers, line for line as in noise.h."""
+    u = (w0 >> 9).to(tl.int32).to(tl.float32) * 1.1920928955078125e-07 + 5.9604644775390625e-08  # 2**-23, 2**-24
+    bits = u.to(tl.int32, bitcast=True)
+    e = (bits - 0x3F3504F3) >> 23
+    f = (bits - (e << 23)).to(tl.float32, bitcast=True) - 1
+    ln = -0.174007252
+    ln = ln * f + 0.285349548
+    ln = ln * f - 0.298295736
+    ln = ln * f + 0.331551731
+    ln = ln * f - 0.399261236
+    ln = ln * f + 0.500026762
+    ln = ln * f - 0.66667819
+    ln = ln * f + 1
+    ln = ln * f - 2
+    r = square_root(e.to(tl.float32) * -1.38629436 + ln * f)
+    angle = (w1 << 2).to(tl.int32, bitcast=True).to(tl.float32) * 3.6572952e-10  # pi / 2 * 2**-32
+    a2 = angle * angle
+    sine = a2 * -1.95152825e-4 + 8.33216031e-3
+    sine = sine * a2 - 0.166666552
+    sine = sine * a2 * angle + angle
+    cosine = a2 * 2.44331568e-5 - 1.38873165e-3
+    cosine = cosine * a2 + 4.16666456e-2
+    cosine = cosine * a2 - 0.5
+    cosine = cosine * a2 + 1
+    c, s = r * tl.where((w1 >> 31) != 0, -cosine, cosine), r * sine
+    swap = ((w1 >> 30) & 1) != 0
+    return tl.where(swap, s, c), tl.where(swap, c, s)
+
+
+@triton.jit
+def words(counter, index, t, seed):
+    """Philox4x32-10 at the counters (counter, index, t)."""
+    c0, c1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+    zero = tl.zeros_like(c0)
+    return tl.philox(seed, c0, c1, zero + index.to(tl.uint32), zero + t.to(tl.uint32))
+
+
+@triton.jit
+def normal(counter, index, t, seed):
+    """The four normal numbers of every counter, which belong to the elements 4 * counter and following."""
+    w0, w1, w2, w3 = words(counter, index, t, seed)
+    z0, z1 = box_muller(w0, w1)
+    z2, z3 = box_muller(w2, w3)
+    return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))

@@ -1,0 +1,166 @@
+"""The Triton backend without a GPU: its values in Triton's interpreter, its code compiled ahead of time."""
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_opt
+from fused_opt.backends import triton as backend
+
+triton = pytest.importorskip("triton")
+tl = triton.language
+kernel, rules = backend.kernel, backend.rules
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+F32, F64, BF16, F16 = tl.float32, tl.float64, tl.bfloat16, tl.float16
+
+# Every rule plain; the extras together; the dtypes.
+UPDATES = {
+    "sgd": ("sgd", (F32, F32)),
+    "momentum_sgd": ("momentum_sgd", (F32,) * 3),
+    "adam": ("adam", (F32,) * 4),
+    "amsgrad": ("amsgrad", (F32,) * 5),
+    "adam, bfloat16": ("adam", (BF16,) * 4),
+    "adam, bfloat16 with float32 states": ("adam", (BF16, BF16, F32, F32)),
+    "adam, float64": ("adam", (F64,) * 4),
+    "momentum_sgd, trust ratio": ("momentum_sgd", (F32,) * 3, None, False, True),
+    "adam, everything": ("adam", (F32,) * 4, F32, True, True),
+}
+needs_tools = pytest.mark.skipif(not (TOOLS / "cuobjdump").exists(), reason="this Triton comes without NVIDIA's tools")
+TABLES = {"tensors": "*i64", "layers": "*fp64", "words": "*i64", "numbers": "*fp64", "carried": "*fp64"}
+
+
+def compiled(function, architecture, arguments, **constants):
+    """As the launcher would compile it, for a GPU that is not there."""
+    signature = {**arguments, **dict.fromkeys(constants, "constexpr")}
+    source = triton.compiler.ASTSource(fn=function, signature=signature, constexprs=constants)
+    maker = ("cuda", architecture, 32) if isinstance(architecture, int) else ("hip", architecture, 64)
+    target = triton.backends.compiler.GPUTarget(*maker)
+    return triton.compile(source, target=target, options={"num_warps": 4})
+
+
+def update(architecture, rule, dtypes, average=None, noisy=False, norms=False):
+    function = rules.RULES[rule]
+    arguments = {**TABLES, "leaving": "*fp64", "gradients": "*fp64", "ratios": "*fp64", "count": "i32"}
+    return compiled(
+        kernel.update, architecture, arguments, RULE=function, DTYPES=dtypes, AVERAGE_DTYPE=average,
+        T=F64 if dtypes[0] == F64 else F32, COEFFICIENTS=len(function.arg_names) - len(dtypes), NOISY=noisy,
+        NORMS=norms,
+    )  # fmt: skip
+
+
+def usage(binary, tmp_path):
+    """Registers, and bytes of the stack and of local memory, where spilled registers go."""
+    (tmp_path / "kernel.cubin").write_bytes(binary.asm["cubin"])
+    command = [TOOLS / "cuobjdump", "-res-usage", tmp_path / "kernel.cubin"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [int(re.search(rf"{what}:(\d+)", text)[1]) for what in ("REG", "STACK", "LOCAL")]
+
+
+def wide(binary, what):
+    """How many 128-bit accesses to memory there are."""
+    found = Counter(re.findall(rf"{what}\.global\S*\.(v4\.b32|v2\.b64)", binary.asm["ptx"]))
+    return sum(found.values())
+
+
+@needs_tools
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("name", UPDATES)
+def test_compiles_to_wide_accesses_without_spills(name, architecture, tmp_path):
+    rule, dtypes, *extras = UPDATES[name]
+    binary = update(architecture, rule, dtypes, *extras)
+    registers, stack, local = usage(binary, tmp_path)
+    assert (stack, local) == (0, 0)
+    # A thread has 8 elements of a full block: so many 16-byte accesses for each operand, and g is only read.
+    averages = [extras[0]] if extras and extras[0] else []
+    loads = sum(8 * dtype.primitive_bitwidth // 128 for dtype in (*dtypes, *averages))
+    assert wide(binary, "ld") == loads
+    assert wide(binary, "st") == loads - 8 * dtypes[1].primitive_bitwidth // 128
+    # What keeps enough threads on a multiprocessor of 65536 registers to hide the latency of its memory.
+    assert registers <= (40 if rule in ("sgd", "momentum_sgd") and not extras else 128)
+
+
+@needs_tools
+@pytest.mark.parametrize("wanted", [1, 2, 7])
+def test_norms_compile(wanted, tmp_path):
+    function = rules.RULES["adam"]
+    binary = compiled(
+        kernel.norms, 90, {**TABLES, "gradients": "*fp64", "count": "i32"}, RULE=function, DTYPES=(F32,) * 4, T=F32,
+        COEFFICIENTS=8, WANTED=wanted,
+    )  # fmt: skip
+    assert usage(binary, tmp_path)[1:] == [0, 0]
+    assert wide(binary, "ld") >= (2 if wanted < 4 else 8)
+
+
+@needs_tools
+@pytest.mark.parametrize("total", [None, F32, BF16], ids=str)
+def test_accumulate_compiles(total, tmp_path):
+    arguments = {"sums": "*fp64", "total": "i64", "part": "i64", "numel": "i64", "size": "i64"}
+    binary = compiled(kernel.accumulate, 90, arguments, TOTAL_DTYPE=total, PART_DTYPE=F32, T=F32)
+    assert usage(binary, tmp_path)[1:] == [0, 0]
+    assert wide(binary, "ld") == 2 + (0 if total is None else 8 * total.primitive_bitwidth // 128)
+
+
+@pytest.mark.parametrize("name", ["momentum_sgd", "adam, everything"])
+def test_compiles_for_another_maker(name):
+    """AMD's CDNA 3, to the assembler's text: nothing in the kernels is NVIDIA's."""
+    text = update("gfx942", *UPDATES[name]).asm["amdgcn"]
+    assert "global_load_dwordx4" in text
+    assert re.findall(r"\.[sv]gpr_spill_count: *(\d+)", text) == ["0", "0"]
+
+
+def test_values_in_the_interpreter():
+    """Triton decides when it is imported whether it interprets, so another process does."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        Path(__file__).parent / "triton_interpreted.py",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r"\d+ passed|\[100%\]", result.stdout)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_says_why_it_does_not_run_here():
+    assert "torch finds no GPU" in fused_opt.backends.available()["triton"]
+    report = subprocess.run([sys.executable, "-m", "fused_opt"], capture_output=True, text=True, check=True).stdout
+    assert "triton     not here: torch finds no GPU" in report
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run here: torch finds no GPU"):
+        fused_opt.SGD([torch.nn.Parameter(torch.ones(2))], backend="triton")
+
+
+def test_the_interpreter_is_announced_for_tests_only():
+    report = subprocess.run(
+        [sys.executable, "-m", "fused_opt"], capture_output=True, text=True, check=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    ).stdout  # fmt: skip
+    assert "triton     ready" in report
+
+
+def test_without_triton(tmp_path):
+    """The package imports, says what is missing, and steps on the CPU without a warning about a backend for GPUs."""
+    (tmp_path / "triton.py").write_text("raise ImportError('no triton')")
+    program = (
+        "import warnings; warnings.simplefilter('error')\n"
+        "import torch, fused_opt\n"
+        "p = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64)); p.grad = torch.ones_like(p)\n"
+        "fused_opt.SGD([p], lr=0.5).step()\n"
+        "print(p.tolist(), fused_opt.backends.available()['triton'])\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(fused_opt.__file__).parents[1])])
+    command = [sys.executable, "-c", program]
+    text = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path}
+    ).stdout
+    assert text.startswith("[(0.5+0j), (0.5+0j)] Triton is not installed (no triton)")

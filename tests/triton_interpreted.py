@@ -1,0 +1,373 @@
+"""What tests/test_triton.py runs under TRITON_INTERPRET=1: the kernels' values against the reference, on the CPU.
+
+bfloat16 is left out: Triton's interpreter truncates float32 to bfloat16 where a GPU rounds to the nearest.
+"""
+
+import math
+
+import pytest
+import torch
+from conftest import clones, set_gradients
+from test_parity import CONFIGURATIONS, distance
+from triton import language as tl
+
+import fused_opt
+from fused_opt import backends, plan
+from fused_opt.backends import triton as backend
+from fused_opt.step.noise import normal, philox
+
+kernel, rules, table = backend.kernel, backend.rules, backend.table
+DTYPES = [torch.float32, torch.float64, torch.float16]
+STATES = {"state_dtype": torch.float32}
+
+
+def tensors(dtype=torch.float32):
+    """Around the edges of blocks (256, 1024) and pieces (4096), and wherever storage ends or begins at odd places."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1,), (255,), (257,), (1024,), (1281,), (4095,), (4096,), (4097,), (), (0,), (3, 0, 2), (5, 1, 60)]
+    made = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    made.append(torch.randn(6, 40, generator=generator).to(dtype).t())
+    made.append(torch.randn(2, 3, 4, 5, generator=generator).to(dtype).to(memory_format=torch.channels_last))
+    made.append(torch.randn(1041, generator=generator).to(dtype)[1:])  # breaks the alignment
+    return [torch.nn.Parameter(tensor) for tensor in made]
+
+
+def both(name, options, make=tensors, dtype=torch.float32):
+    """An optimizer on Triton alone, and one on the reference, on equal parameters."""
+    ours = make(dtype)
+    theirs = clones(ours)
+    pair = [getattr(fused_opt, name)(p, backend=b, **options) for p, b in ((ours, "triton"), (theirs, "reference"))]
+    return (*pair, ours, theirs)
+
+
+def assert_alike(a, b, ours, theirs, dtype=torch.float32, bound=None):
+    bound = bound or 2 * torch.finfo(dtype).eps
+    assert distance(ours, theirs) <= bound
+    assert a.state_dict()["state"].keys() == b.state_dict()["state"].keys()
+    for slot in {slot for p in theirs for slot in b.state.get(p, {})}:
+        mine, other = ([o.state[p][slot] for p in ps if slot in o.state[p]] for o, ps in ((a, ours), (b, theirs)))
+        assert [(x.dtype, x.shape) for x in mine] == [(x.dtype, x.shape) for x in other]
+        assert distance(mine, other) <= bound
+
+
+def train(a, b, ours, theirs, steps=3, first=0):
+    for step in range(first, first + steps):
+        set_gradients(ours, step)
+        set_gradients(theirs, step)
+        a.step()
+        b.step()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
+def test_every_rule(name, options, dtype):
+    runs = both(name, options, dtype=dtype)
+    train(*runs, steps=2)
+    assert_alike(*runs, dtype)
+
+
+@pytest.mark.parametrize(("parameter", "gradient"), [(torch.float16, torch.float32), (torch.float64, torch.float16)])
+def test_states_and_gradients_of_other_dtypes(parameter, gradient):
+    a, b, ours, theirs = both("AdamW", {"lr": 0.01, **STATES}, dtype=parameter)
+    for p, q in zip(ours, theirs):
+        p.grad_dtype = q.grad_dtype = gradient
+        p.grad = torch.empty_like(p, dtype=gradient).copy_(torch.randn(p.shape))
+        q.grad = p.grad.clone()
+    a.step()
+    b.step()
+    assert_alike(a, b, ours, theirs, parameter)
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("name", ["LARS", "CLARS", "LAMB"])
+def test_trust_ratios_where_norms_come_first_and_where_they_are_carried(name, noisy, monkeypatch):
+    """And noise relative to the same norms."""
+    noise = fused_opt.WeightNoise(std=0.01, relative=True, seed=5) if noisy else None
+    a, b, ours, theirs = both(name, {"lr": 0.1, "exempt": -1, "noise": noise}, make=contiguous)
+    launches = []
+    launch = table.launch
+    monkeypatch.setattr(table, "launch", lambda f, *rest: (launches.append((f, rest[-1])), launch(f, *rest)))
+    train(a, b, ours, theirs, steps=3)
+    assert_alike(a, b, ours, theirs, bound=1e-6)
+    for mine, other in zip(a.trust_ratios().values(), b.trust_ratios().values(), strict=True):
+        assert mine == pytest.approx(other, rel=1e-5)
+    first = kernel.WANT_DIRECTION.value if name == "LAMB" else kernel.WANT_GRAD.value
+    sums = [wanted for function, wanted in launches if function is kernel.norms]
+    assert sums == [kernel.WANT_WEIGHT.value | first] + [first] * 2
+    assert len(launches) == 6  # and each step's update
+
+
+def contiguous(dtype=torch.float32):
+    """Fewer of them: what counts is a piece, a piece and a bit, less than one, none, and one that is not aligned."""
+    return [p for p in tensors(dtype) if p.is_contiguous() and p.numel() in (0, 1, 257, 1040, 4097)]
+
+
+def test_one_launch_where_norms_are_carried_and_the_parts_are_known(monkeypatch):
+    parameters = [torch.nn.Parameter(torch.ones(3, 2000)), torch.nn.Parameter(torch.ones(5))]
+    optimizer = fused_opt.CLARS(parameters, lr=0.1, backend="triton")
+    optimizer.track_parts()
+    launches = []
+    launch = table.launch
+    monkeypatch.setattr(table, "launch", lambda f, *rest: (launches.append(f), launch(f, *rest)))
+    for _ in range(3):
+        optimizer.zero_grad()
+        sum(p.square().sum() for p in parameters).backward()
+        optimizer.step()
+    assert launches == [kernel.norms, *[kernel.update] * 3]
+
+
+def weights_written(p):
+    with torch.no_grad():
+        p.mul_(2.0)
+
+
+def weights_replaced(p):
+    p.data = p.detach() * 2.0
+
+
+def stepped_without_ratio(p, optimizer):
+    group = optimizer.param_groups[0]
+    ratio, group["trust_ratio"] = group["trust_ratio"], None
+    optimizer.step()
+    group["trust_ratio"] = ratio
+
+
+def rested(p, optimizer):
+    """A step in which this parameter had no gradient, and another hand wrote it."""
+    gradient, p.grad = p.grad, None
+    optimizer.step()
+    p.grad = gradient
+
+
+@pytest.mark.parametrize("event", [weights_written, weights_replaced, stepped_without_ratio, rested])
+def test_a_carried_norm_is_summed_anew_where_the_weights_were_changed(event):
+    a, b, ours, theirs = both(
+        "LARS", {"lr": 10.0}, make=lambda dtype: [torch.nn.Parameter(torch.ones(3, 2000)) for _ in "ab"]
+    )
+    train(a, b, ours, theirs, steps=2)
+    for optimizer, parameters in ((a, ours), (b, theirs)):
+        event(parameters[0], *[optimizer] * (event.__code__.co_argcount - 1))
+    train(a, b, ours, theirs, steps=2, first=2)
+    assert_alike(a, b, ours, theirs)
+    for mine, other in zip(a.trust_ratios().values(), b.trust_ratios().values(), strict=True):
+        assert mine == pytest.approx(other, rel=1e-5)
+
+
+def test_a_write_that_cannot_be_seen_is_missed_for_one_step():
+    """One through p.data."""
+    a, b, ours, theirs = both("LARS", {"lr": 0.1}, make=lambda dtype: [torch.nn.Parameter(torch.ones(3, 20))])
+    train(a, b, ours, theirs, steps=2)
+    ours[0].data.mul_(3.0)
+    theirs[0].data.mul_(3.0)
+    train(a, b, ours, theirs, steps=1, first=2)
+    assert a.trust_ratios()["0 of group 0"] == pytest.approx(b.trust_ratios()["0 of group 0"] / 3, rel=1e-3)
+    train(a, b, ours, theirs, steps=1, first=3)
+    assert a.trust_ratios()["0 of group 0"] == pytest.approx(b.trust_ratios()["0 of group 0"], rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_everything_at_once(dtype):
+    """Two groups with their own ratios, noise, averages and coefficients, clipped, written back."""
+
+    def make(dtype):
+        some = contiguous(dtype)
+        return [
+            {"params": some[::2], "trust_ratio": fused_opt.TrustRatio("lamb", exempt=-1), "weight_decay": 0.1},
+            {"params": some[1::2], "averaging": fused_opt.EMA(0.9), "noise": None, "lr": 0.02},
+        ]
+
+    ours, theirs = make(dtype), make(dtype)
+    options = {
+        "lr": 0.01, "max_grad_norm": 1.0, "averaging": fused_opt.PSWA(2),
+        "noise": fused_opt.WeightNoise(std=0.01, seed=2**63 + 11),
+    }  # fmt: skip
+    a, b = (fused_opt.AdamW(p, backend=which, **options) for p, which in ((ours, "triton"), (theirs, "reference")))
+    ours, theirs = ([p for group in groups for p in group["params"]] for groups in (ours, theirs))
+    a.scale_layers(lr={ours[3]: 0.5}, weight_decay={ours[4]: 3.0})
+    b.scale_layers(lr={theirs[3]: 0.5}, weight_decay={theirs[4]: 3.0})
+    train(a, b, ours, theirs, steps=4)
+    assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-12)
+    # The kernel's normal numbers are float32's; once rounded to float16, a last bit of it.
+    assert_alike(a, b, ours, theirs, dtype, bound=1e-8 if dtype == torch.float64 else None)
+
+
+def test_clipping_serves_the_ratio_with_the_same_sums(monkeypatch):
+    wanted = []
+    launch = table.launch
+    monkeypatch.setattr(
+        table, "launch", lambda f, *rest: (f is kernel.norms and wanted.append(rest[-1]), launch(f, *rest))
+    )
+    a, b, ours, theirs = both("LARS", {"lr": 0.1, "max_grad_norm": 0.5, "exempt": -1}, make=contiguous)
+    train(a, b, ours, theirs, steps=2)
+    assert wanted == [2, 1, 2]  # the gradients for the norm, the weights once, the gradients again
+    assert_alike(a, b, ours, theirs)
+
+
+def test_the_words_of_the_noise_are_the_references():
+    """The kernel's generator, lane for lane, at counters beyond 2**32 too."""
+    counter = torch.tensor([0, 1, 2**32 - 1, 2**32, 5 * 2**32 + 7, 2**40, 3, 2**45 + 1])
+    for seed in (0, 1, 2**63 + 12345, 2**64 - 1):
+        words = torch.zeros(4, 8, dtype=torch.int64)
+        draw[(1,)](counter, words, seed - (2**64 if seed >= 2**63 else 0), 77, 99)
+        low, high = counter & 0xFFFFFFFF, counter >> 32
+        expected = philox([low, high, torch.full_like(low, 77), torch.full_like(low, 99)], seed)
+        assert torch.equal(words, torch.stack(expected))
+
+
+@backend.triton.jit
+def draw(counter, words, seed, index, t):
+    counters = tl.load(counter + tl.arange(0, 8))
+    w0, w1, w2, w3 = rules.words(counters, index, t, seed)
+    tl.store(words + tl.arange(0, 8), w0.to(tl.int64))
+    tl.store(words + 8 + tl.arange(0, 8), w1.to(tl.int64))
+    tl.store(words + 16 + tl.arange(0, 8), w2.to(tl.int64))
+    tl.store(words + 24 + tl.arange(0, 8), w3.to(tl.int64))
+
+
+@pytest.mark.parametrize("numel", [1, 5, 1030, 5000])
+def test_noise_is_the_references(numel):
+    """Within what float32 leaves of a logarithm and a sine, over the whole range of both."""
+    p, q = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(numel, dtype=torch.float64))
+    noise = fused_opt.WeightNoise(std=1.0, seed=3)
+    optimizer = fused_opt.SGD([p, q], lr=1.0, noise=noise, backend="triton")
+    for t in range(2):
+        with torch.no_grad():
+            q.zero_()
+        p.grad, q.grad = torch.zeros_like(p), torch.zeros_like(q)
+        optimizer.step()
+        z = normal(3, 1, t, numel)
+        assert ((q.detach() - z).abs() <= 1.3e-7 * (1 + z.abs())).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_accumulate(dtype):
+    generator = torch.Generator().manual_seed(1)
+    for offset, numel in ((0, 0), (0, 1), (0, 4097), (1, 1030), (0, 9000)):
+        total, part = (torch.randn(numel + offset, generator=generator).to(dtype)[offset:] for _ in range(2))
+        expected = total + part
+        version = total._version
+        sums = backend.accumulate(total, part)
+        assert torch.equal(total, expected)
+        assert total._version == version + 1
+        assert sums == pytest.approx([x.double().square().sum().item() for x in (part, expected)], rel=1e-13)
+        assert backend.accumulate(None, part) == (sums[0], sums[0])
+
+
+def test_pieces_cover_every_element_once_and_their_sums_are_cheap_to_add():
+    for numel in (1, 4096, 2**22, 2**22 + 1, 2_359_296, 10**9, 2**33):
+        size = kernel.piece_size(numel)
+        pieces = -(-numel // size)
+        assert size % kernel.FULL.value == 0
+        assert 8 * pieces <= 2 * size + 8
+        assert size == 4096 or pieces > size / 16  # nor larger than that needs
+
+
+def test_a_tensor_of_several_pieces_and_the_search_for_it():
+    a, b, ours, theirs = both("CLARS", {"lr": 0.1}, make=lambda dtype: [
+        torch.nn.Parameter(torch.randn(n, 3, generator=torch.Generator().manual_seed(n))) for n in (1, 0, 7000, 3, 1400)
+    ])  # fmt: skip
+    train(a, b, ours, theirs)
+    assert_alike(a, b, ours, theirs)
+
+
+def test_the_same_bits_every_time_and_whatever_lies_beside():
+    def run(order):
+        parameters = contiguous()
+        optimizer = fused_opt.LAMB([parameters[i] for i in order], lr=0.1, exempt=-1, backend="triton")
+        for step in range(2):
+            set_gradients(parameters, step)
+            optimizer.step()
+        return parameters
+
+    count = len(contiguous())
+    first = run(range(count))
+    for order in (range(count), reversed(range(count))):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(order)))
+
+
+def few(dtype=torch.float32):
+    return [p for p in tensors(dtype) if p.numel() < 300]
+
+
+def test_gradients_that_come_and_go():
+    a, b, ours, theirs = both("AdamW", {"lr": 0.01, "trust_ratio": fused_opt.TrustRatio("lars")}, make=few)
+    for step in range(4):
+        set_gradients(ours, step)
+        set_gradients(theirs, step)
+        ours[step].grad = theirs[step].grad = None
+        a.step()
+        b.step()
+    assert_alike(a, b, ours, theirs)
+    assert [a.state[p]["step"] for p in ours] == [b.state[p]["step"] for p in theirs]
+
+
+def test_a_gradient_of_another_layout_is_noticed(monkeypatch):
+    monkeypatch.setattr(backends, "BACKENDS", ("triton", "reference"))
+    a, b, ours, theirs = both("AdamW", {"lr": 0.01}, make=lambda dtype: [torch.nn.Parameter(torch.ones(6, 4))])
+    a.backend = "auto"
+    for step, turned in enumerate([False, False, True, False]):
+        set_gradients(ours, step)
+        set_gradients(theirs, step)
+        if turned:
+            ours[0].grad = ours[0].grad.t().contiguous().t()
+        a.step()
+        b.step()
+        assert_alike(a, b, ours, theirs)
+
+
+def test_what_it_leaves_to_the_reference_and_why():
+    p = torch.nn.Parameter(torch.ones(4, 6))
+    for tensors, reason in (
+        ([p, torch.ones(6, 4).t()], r"strides (1, 4) beside (6, 1)"),
+        ([torch.nn.Parameter(torch.ones(8, 6)[::2])], "a tensor with gaps (strides (12, 1))"),
+        ([p, torch.ones(()).expand(4, 6)], "strides (0, 0) beside (6, 1)"),
+        ([torch.ones(2, dtype=torch.complex64)], "a torch.complex64 tensor"),
+        ([torch.ones(2).to_sparse()], "a torch.sparse_coo tensor"),
+        ([torch.ones(2, device="meta")], "a tensor on meta; it steps those on cpu and cuda"),
+    ):
+        assert reason in backend.unsupported(None, tensors)
+    turned = torch.nn.Parameter(torch.ones(4, 6).t())
+    assert backend.unsupported(None, [turned]) is None
+    assert "it counts the elements of contiguous ones" in backend.unsupported(None, [turned], noisy=True)
+    assert backend.unsupported(None, [torch.ones(5, 1), torch.ones(1, 5).t()]) is None  # alike but for idle strides
+
+
+def test_a_nan_stays_in_its_element_and_makes_no_ratio(monkeypatch):
+    monkeypatch.setattr(plan, "_said", set())
+    a, b, ours, theirs = both("LARS", {"lr": 0.1}, make=lambda dtype: [torch.nn.Parameter(torch.ones(2, 3))])
+    for p in (*ours, *theirs):
+        p.grad = torch.ones(2, 3)
+        p.grad[0, 1] = math.nan
+    a.step()  # without a word: to know it, the host would have to wait for the GPU
+    with pytest.warns(UserWarning, match="the norms of parameter 0 of group 0 are not finite"):
+        b.step()
+    assert torch.equal(ours[0].isnan(), theirs[0].isnan())
+    assert ours[0].isnan().sum() == 1
+    assert a.trust_ratios() == b.trust_ratios() == {"0 of group 0": 1.0}
+
+
+def test_amsgrad_keeps_a_nan():
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = fused_opt.Adam([p], lr=0.1, amsgrad=True, backend="triton")
+    for bad in (1.0, math.nan, 1.0):
+        p.grad = torch.tensor([1.0, bad, 1.0])
+        optimizer.step()
+    assert optimizer.state[p]["max_exp_avg_sq"].isnan().tolist() == [False, True, False]
+
+
+def test_a_plan_that_nothing_happened_to_is_kept():
+    a, _, ours, _ = both("Adam", {"lr": 0.1}, make=few)
+    set_gradients(ours, 0)
+    a.step()
+    plan = a._plan
+    tables = [bucket_table.tensors for bucket in plan.buckets for bucket_table in bucket.tables]
+    for step in range(2):
+        a.zero_grad()
+        set_gradients(ours, step)
+        a.param_groups[0]["lr"] = 0.1 * step
+        a.step()
+        assert a._plan is plan
+    assert [bucket_table.tensors for bucket in plan.buckets for bucket_table in bucket.tables] == tables
+    ours[1].data = ours[1].detach().clone()
+    a.step()
+    assert a._plan is not plan
