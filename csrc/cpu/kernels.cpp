@@ -210,8 +210,7 @@ void normal(uint64_t seed, uint32_t index, uint32_t t, uint64_t begin, int64_t n
   }
 }
 
-// Asks for elements [begin, end) of a flat operand. Drawing noise takes as long as fetching what comes next, and
-// without this the one waits for the other.
+// Asks for elements [begin, end) of a flat operand, so that drawing noise and fetching what comes next can overlap.
 FUSED_OPT_FN void prefetch(const Operand& operand, int64_t begin, int64_t end) {
   const int64_t size = operand.dtype == DType::kFloat64 ? 8 : operand.dtype == DType::kFloat32 ? 4 : 2;
   const char* data = static_cast<const char*>(operand.data);
