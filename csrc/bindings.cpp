@@ -12,6 +12,7 @@
 
 #include "cpu/step.h"
 #include "dlpack.h"
+#include "rules.h"
 
 namespace py = pybind11;
 
@@ -20,6 +21,26 @@ namespace {
 
 const dlpack::ExchangeAPI* exchange = nullptr;
 
+// An attribute of torch.Tensor that is written in C: its getter, found once and not by name for every tensor.
+class Attribute {
+ public:
+  void find(const py::object& tensor_type, const char* name) {
+    const py::object found = tensor_type.attr(name);
+    if (!Py_IS_TYPE(found.ptr(), &PyGetSetDescr_Type))
+      throw py::import_error("torch.Tensor." + std::string(name) + " is not the attribute that it was");
+    descriptor_ = reinterpret_cast<PyGetSetDescrObject*>(found.ptr())->d_getset;
+  }
+  py::object operator()(PyObject* tensor) const {
+    PyObject* const value = descriptor_->get(tensor, descriptor_->closure);
+    if (!value) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(value);
+  }
+
+ private:
+  const PyGetSetDef* descriptor_ = nullptr;
+};
+Attribute grad_of, version_of;
+
 void connect(const py::object& tensor_type) {
   exchange = static_cast<const dlpack::ExchangeAPI*>(
       PyCapsule_GetPointer(tensor_type.attr("__dlpack_c_exchange_api__").ptr(), "dlpack_exchange_api"));
@@ -27,6 +48,8 @@ void connect(const py::object& tensor_type) {
   if (exchange->major != 1)
     throw py::import_error("this torch speaks DLPack " + std::to_string(exchange->major) +
                            ", and 1 is understood here");
+  grad_of.find(tensor_type, "grad");
+  version_of.find(tensor_type, "_version");
 }
 
 std::optional<DType> dtype_of(const dlpack::DataType& type) {
@@ -51,6 +74,7 @@ class View {
     data = address(now);
     device_ = now.device;
     ndim = now.ndim;
+    implementation_ = now.shape;
     if (ndim > kFew) many_ = std::make_unique<int64_t[]>(2 * ndim);
     int64_t* layout = many_ ? many_.get() : few_;
     for (int d = 0; d < ndim; ++d) {
@@ -78,6 +102,14 @@ class View {
   bool unmoved(PyObject* tensor) const {
     void* where = nullptr;
     return matches(tensor, &where) && where == data;
+  }
+
+  // Asks the cache for what a look at the tensor will read; an address that has become stale does no harm.
+  FUSED_OPT_FN void prefetch(PyObject* tensor) const {
+    __builtin_prefetch(tensor);
+    __builtin_prefetch(implementation_ - 8);
+    __builtin_prefetch(implementation_);
+    __builtin_prefetch(implementation_ + 8);
   }
 
   const int64_t* sizes() const { return many_ ? many_.get() : few_; }
@@ -120,6 +152,7 @@ class View {
   static constexpr int kFew = 5;
 
   dlpack::Device device_{};
+  const int64_t* implementation_ = nullptr;  // where torch keeps the sizes, inside the tensor's implementation
   // Sizes, then strides. Most tensors have few dimensions, and a look at one should cost one line of the cache.
   int64_t few_[2 * kFew] = {};
   std::unique_ptr<int64_t[]> many_;
@@ -134,6 +167,7 @@ struct Held {
     second.reset(managed, [](dlpack::Managed* m) { m->release(m); });
   }
   bool unmoved() const { return view.unmoved(object.ptr()); }
+  FUSED_OPT_FN void prefetch() const { view.prefetch(object.ptr()); }
 
   py::object object;
   View view;
@@ -151,6 +185,13 @@ struct Parameter {
   std::optional<View> g;  // none: it had no gradient when the plan was made
   double count = 0;
   int64_t version = -1;  // autograd's count of writes, as the last step left it
+
+  FUSED_OPT_FN void prefetch() const {
+    p.prefetch(tensor.ptr());
+    for (const Held& held : states) held.prefetch();
+
+    if (step) step->prefetch();
+  }
 };
 
 Group read_row(const py::tuple& row) {
@@ -232,25 +273,21 @@ class Plan {
     const bool unchanged = visit(
         param_groups, state, [&](PyObject* object) { return next < seen_.size() && seen_[next++].ptr() == object; });
     if (!unchanged || next != seen_.size()) return py::none();
-    static PyObject* const grad_name = PyUnicode_InternFromString("grad");
-    static PyObject* const version_name = PyUnicode_InternFromString("_version");
+    constexpr size_t kAhead = 1;
     keys_.clear();
     active_ = 0;
     for (size_t t = 0; t < parameters_.size(); ++t) {
       Parameter& parameter = parameters_[t];
       Tensor& tensor = table_.tensors[t];
-      const auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(parameter.tensor.ptr(), grad_name));
-      if (!grad) throw py::error_already_set();
+      if (t + kAhead < parameters_.size()) parameters_[t + kAhead].prefetch();
+      const py::object grad = grad_of(parameter.tensor.ptr());
       Layer& layer = table_.layers[t];
       layer.grad_norm2 = layer.part_norms = -1;
       tensor.active = !grad.is_none();
       if (!tensor.active) continue;
       ++active_;
-      if (layer.weight_norm2 >= 0) {
-        const auto version = py::reinterpret_steal<py::object>(PyObject_GetAttr(parameter.tensor.ptr(), version_name));
-        if (!version) throw py::error_already_set();
-        if (PyLong_AsLongLong(version.ptr()) != parameter.version) layer.weight_norm2 = -1;
-      }
+      if (layer.weight_norm2 >= 0 && PyLong_AsLongLong(version_of(parameter.tensor.ptr()).ptr()) != parameter.version)
+        layer.weight_norm2 = -1;
       if (!parameter.g || !parameter.g->matches(grad.ptr(), &tensor.g.data) ||
           !parameter.p.unmoved(parameter.tensor.ptr()))
         return py::none();
@@ -299,18 +336,14 @@ class Plan {
       py::gil_scoped_release unlocked;
       cpu::step(*kernel_, table_, threads);
     }
-    static PyObject* const version_name = PyUnicode_InternFromString("_version");
     std::vector<size_t> not_finite;
     for (size_t t = 0; t < parameters_.size(); ++t) {
       if (!table_.tensors[t].active) continue;
       Parameter& parameter = parameters_[t];
       if (!table_.layers[t].finite) not_finite.push_back(t);
       parameter.fresh = false;
-      if (table_.layers[t].weight_norm2 >= 0) {
-        const auto version = py::reinterpret_steal<py::object>(PyObject_GetAttr(parameter.tensor.ptr(), version_name));
-        if (!version) throw py::error_already_set();
-        parameter.version = PyLong_AsLongLong(version.ptr()) + 1;  // the step's own write is counted after this
-      }
+      if (table_.layers[t].weight_norm2 >= 0)  // the step's own write is counted after this
+        parameter.version = PyLong_AsLongLong(version_of(parameter.tensor.ptr()).ptr()) + 1;
       if (!parameter.step) continue;
       const View& view = parameter.step->view;
       if (view.dtype == DType::kFloat64)

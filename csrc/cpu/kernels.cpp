@@ -270,11 +270,15 @@ double update_as(const Tensor& tensor, const Group& group, const Layer& layer, i
   bool staged = !tensor.flat || tensor.p.dtype != kDTypeOf<T> || tensor.g.dtype != kDTypeOf<T> || carries || averages ||
                 group.sigma != 0;
   ((staged |= tensor.states[S].dtype != kDTypeOf<T>), ...);
-  const int64_t block = staged ? kBlock : end - begin;
+  if (!staged) {
+    apply(rule, lr, static_cast<T>(group.grad_scale), end - begin, static_cast<T*>(tensor.p.data) + begin,
+          static_cast<const T*>(tensor.g.data) + begin, static_cast<T*>(tensor.states[S].data) + begin...);
+    return -1;
+  }
   alignas(64) T buffers[3 + sizeof...(S)][kBlock];
   SumOfSquares weight2;
-  for (; begin < end; begin += block) {
-    const int64_t n = end - begin < block ? end - begin : block;
+  for (; begin < end; begin += kBlock) {
+    const int64_t n = end - begin < kBlock ? end - begin : kBlock;
     T* p = load(tensor, tensor.p, begin, n, buffers[0]);
     const T* g = load(tensor, tensor.g, begin, n, buffers[1]);
     T* states[] = {load(tensor, tensor.states[S], begin, n, buffers[2 + S])..., nullptr};
