@@ -19,8 +19,9 @@ lint: $(VENV)/installed
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
 
-# Every figure of docs/performance.md, against torch.optim, interleaved in one run.
+# Every figure of docs/performance.md and docs/temp_balance.md, against torch.optim and the published ways.
 bench: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet weightwatcher==0.7.7
 	$(BIN)/python -m benchmarks
 	$(BIN)/python benchmarks/spectra.py
 

@@ -2,9 +2,8 @@
 
     python benchmarks/spectra.py [--quick] [--models NAME ...] [--repeats N] [--out DIR]
 
-Prints tables and writes spectra.csv. Ours and the published way take turns in the same run; figures are
-medians.
-WeightWatcher is compared where it is installed (pip install weightwatcher).
+Prints tables and writes spectra.csv. Ours and the published way take turns in the same run; figures are medians.
+WeightWatcher is compared where it is installed: `make bench` installs it.
 """
 
 from __future__ import annotations
@@ -29,6 +28,8 @@ from fused_opt.balance.hill import hill
 from fused_opt.balance.spectrum import spectrum
 
 Shapes = list[tuple[int, ...]]
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def resnet50() -> Shapes:
@@ -202,7 +203,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three small layers")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
+    parser.add_argument("--out", type=Path, help=f"default: {RESULTS} for a whole run, nowhere for others")
     options = parser.parse_args()
     models = QUICK if options.quick else {name: MODELS[name] for name in options.models}
     console = Console()
@@ -217,8 +218,11 @@ def main() -> None:
         show("Beside WeightWatcher", beside, console)
     else:
         console.print("weightwatcher is not installed: not compared")
-    options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "spectra.csv").open("w", newline="") as file:
+    out = options.out or (RESULTS if models == MODELS else None)
+    if out is None:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "spectra.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["table", "row", "quantity", "value"])
         for table, rows in (("speed", fast), ("step", added), ("weightwatcher", beside)):

@@ -45,7 +45,7 @@ def unsupported(rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = Fals
             return f"{type(tensor).__name__} is a tensor subclass; it steps torch.Tensor and torch.nn.Parameter"
         if tensor.layout != torch.strided:
             return f"a {tensor.layout} tensor; it steps strided ones"
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             return f"a tensor on {tensor.device}; it was built for the CPU"
         if tensor.dtype not in DTYPES:
             return f"a {tensor.dtype} tensor; it steps {', '.join(str(dtype) for dtype in DTYPES)}"
