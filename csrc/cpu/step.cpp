@@ -79,7 +79,7 @@ void for_each_chunk(const Table& table, size_t first, size_t last, int threads, 
   }
   // Threads draw runs of chunks, so that a model of many small tensors does not spend its time drawing.
   const int64_t count = static_cast<int64_t>(last - first);
-  const int64_t run = std::max<int64_t>(1, count / (8 * std::max(threads, 1)));
+  const int64_t run = std::max<int64_t>(1, count / (32 * std::max(threads, 1)));
   parallel_for((count + run - 1) / run, elements < kWorthWaking ? 1 : threads, [&](int64_t r) {
     for (size_t c = first + r * run; c < std::min<size_t>(last, first + (r + 1) * run); ++c) {
       const Chunk& chunk = table.chunks[c];
