@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from typing import Any
 
@@ -13,13 +14,19 @@ SETTINGS = {cls.__name__: cls for cls in (TrustRatio, WeightNoise, PSWA, PWALKS,
 
 
 def pack(value: Any) -> Any:
-    """A setting as plain types, which ``torch.load(weights_only=True)`` reads; anything else as it is."""
+    """A setting as one string, which ``torch.load(weights_only=True)`` reads; anything else as it is.
+
+    torch.distributed.checkpoint takes dicts and tuples apart, and could load them only into a setting of the same kind.
+
+    Example:
+        >>> pack(TrustRatio("lars", coefficient=0.5))
+        'TrustRatio {"kind": "lars", "coefficient": 0.5, "cap": Infinity, "eps": 0.0, "exempt": 1}'
+    """
     name = type(value).__name__
-    return {"setting": name, **asdict(value)} if SETTINGS.get(name) is type(value) else value
+    return f"{name} {json.dumps(asdict(value))}" if SETTINGS.get(name) is type(value) else value
 
 
 def unpack(value: Any) -> Any:
     """What ``pack`` was given."""
-    if not (isinstance(value, dict) and value.get("setting") in SETTINGS):
-        return value
-    return SETTINGS[value["setting"]](**{key: item for key, item in value.items() if key != "setting"})
+    name, _, fields = value.partition(" ") if isinstance(value, str) else ("", "", "")
+    return SETTINGS[name](**json.loads(fields)) if name in SETTINGS else value
