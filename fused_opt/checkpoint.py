@@ -12,6 +12,9 @@ from .plan import AVERAGE, Plan, name_of
 from .rule import Rule
 from .step import pack, unpack
 
+# Plain numbers in the groups: load_state_dict would cast tensors in the state to the parameter's dtype.
+COUNTS = ("steps", "samples", "periods", "skipped_steps")
+
 
 class Checkpoints(torch.optim.Optimizer):
     """The part of FusedOptimizer that saves and loads."""
@@ -32,16 +35,20 @@ class Checkpoints(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._plan = self._last = None
         self.__dict__.setdefault("_parts", None)
+        before: list[dict[str, Any]] = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
-        for group in self.param_groups:
+        for group, was in zip(self.param_groups, before or [{}] * len(self.param_groups)):
             for key, value in group.items():
                 group[key] = unpack(value)
             for key, value in self.defaults.items():  # a checkpoint of torch.optim, or one older than the key
-                group.setdefault(key, value)
-            for p in group["params"]:
-                step = self.state[p].get("step") if p in self.state else None
+                group.setdefault(key, value if key in COUNTS else was.get(key, value))
+            for of_p in (self.state[p] for p in group["params"] if p in self.state):
+                # What torch.distributed.checkpoint makes of a state that a flattened checkpoint lacks.
+                for slot in [slot for slot, value in of_p.items() if isinstance(value, dict) and not value]:
+                    del of_p[slot]
+                step = of_p.get("step")
                 if step is not None and getattr(step, "dtype", None) not in (torch.float32, torch.float64):
-                    self.state[p]["step"] = torch.tensor(float(step))
+                    of_p["step"] = torch.tensor(float(step))
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's, in plain types: ``torch.load(weights_only=True)`` reads it, and so does torch.optim."""
@@ -54,8 +61,8 @@ class Checkpoints(torch.optim.Optimizer):
         """Load a state_dict of this class or of torch.optim's class of the same name.
 
         Raises:
-            ValueError: if the groups do not match, or a saved state has another shape than its parameter; nothing has
-                been changed then.
+            ValueError: if the groups do not match, or a saved state has another shape than its parameter, or only one of
+                the two is sharded; nothing has been changed then.
         """
         found: list[tuple[Tensor, str, Tensor]] = []
 
@@ -82,6 +89,12 @@ class Checkpoints(torch.optim.Optimizer):
                         raise ValueError(
                             f"state {slot!r} of parameter {name} is {value.dtype} in the loaded state_dict, and the "
                             f"parameter {p.dtype}, which do not go together"
+                        )
+                    if hasattr(value, "placements") != hasattr(p, "placements"):
+                        kinds = ["a DTensor" if hasattr(t, "placements") else "a plain tensor" for t in (value, p)]
+                        raise ValueError(
+                            f"state {slot!r} of parameter {name} is {kinds[0]} in the loaded state_dict, and the parameter "
+                            f"{kinds[1]}; torch.distributed.checkpoint.state_dict.set_optimizer_state_dict shards and gathers"
                         )
                     found.append((p, slot, value))
 

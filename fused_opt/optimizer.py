@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import backends
-from .checkpoint import Checkpoints
+from .checkpoint import COUNTS, Checkpoints
 from .plan import AVERAGE, Plan, Row, Shape
 from .step import TrustRatio, WeightNoise
 from .step.averaging import Averaging, Fold, swapped_in
@@ -20,8 +20,6 @@ from .step.clipping import NONFINITE, RAISE, allows, clip_factor, wants_norm
 from .step.parts import Microbatches
 from .step.probe import Probe
 from .step.samples import Samples
-
-COUNTS = ("steps", "samples", "periods", "skipped_steps")
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -92,7 +90,6 @@ class FusedOptimizer(Checkpoints):
             "max_grad_norm": max_grad_norm,
             "nonfinite": nonfinite,
         }
-        # Plain numbers in the groups: load_state_dict would cast tensors in the state to the parameter's dtype.
         counts = dict.fromkeys(COUNTS, 0)
         defaults = {**defaults, **extras, **counts}
         self._check_all(defaults)
