@@ -57,8 +57,9 @@ class FusedOptimizer(Checkpoints):
         backend: ``"auto"`` takes for every parameter the first of :func:`fused_opt.backends.available` that can step
             it; a named one steps it or raises with the reason.
 
-    A step in which every group's learning rate is 0 counts for neither noise nor averaging and makes none: such steps are
-    how torch.distributed.checkpoint creates the states that it loads.
+    A step in which every group's learning rate is 0 counts for neither noise nor averaging and makes none. If it is the
+    first and every gradient is zero, as in the step by which torch.distributed.checkpoint creates the states that it saves
+    or loads into, it counts for nothing at all.
     """
 
     _step_supports_amp_scaling = True
@@ -248,6 +249,8 @@ class FusedOptimizer(Checkpoints):
                 return loss
             scale *= clip_factor(self.grad_norm, groups[0]["max_grad_norm"])
         stepping = any(lrs)
+        if not stepping and plan.creates and not any(bucket.grad_norm2() for bucket in plan.buckets):
+            return loss  # how torch.distributed.checkpoint makes states: they stay those of an optimizer that never stepped
         extras = [self._extras(group, lr) if stepping else (None, None, None) for group, lr in zip(groups, lrs)]
         scales = [-scale if group["maximize"] else scale for group in groups]
         plan.run(

@@ -228,6 +228,11 @@ class Plan:
             member.step = of_p["step"] if rule.counts_steps else None
             member.average = of_p[AVERAGE] if averaged else None
 
+    @property
+    def creates(self) -> bool:
+        """Whether states were created for the coming step."""
+        return bool(self._created)
+
     def undo(self, state: dict[Tensor, Any]) -> None:
         """Take away the states that were created for a step that is not made."""
         for p, slot in self._created:
