@@ -62,8 +62,6 @@ class FusedOptimizer(Checkpoints):
     or loads into, it counts for nothing at all.
     """
 
-    _step_supports_amp_scaling = True
-
     #: Norm of all gradients in the last step, where ``max_grad_norm`` or ``nonfinite`` wanted it; before clipping.
     grad_norm: float | None = None
 
@@ -101,6 +99,11 @@ class FusedOptimizer(Checkpoints):
         self._parts: Microbatches | None = None
         self._last: Plan | None = None  # the plan of the last step
         super().__init__(params, defaults)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether torch.amp.GradScaler leaves gradients scaled; Lightning does not clip them then in mixed precision."""
+        return self.defaults.get("fused") is not False
 
     def _check(self, options: Mapping[str, Any]) -> None:
         """Raise if a hyper-parameter of the rule is out of its range."""

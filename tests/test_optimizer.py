@@ -696,6 +696,24 @@ def test_grad_scaler(name, options, bad, unscale, backend):
 
 
 @both_kinds
+def test_fused_is_false_has_the_scaler_unscale(name, options, backend):
+    """Then gradients are what a program that clips between unscale_ and step takes them for, as in torch.optim."""
+    optimizer, oracle = pair(name, {**options, "fused": False, "foreach": None}, backend)
+    for each in (optimizer, oracle):
+        parameters, scaler = parameters_of(each), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        assert scaler.scale(torch.ones(())) == 1024
+        set_gradients(parameters, 0)
+        expected = [p.grad.clone() for p in parameters]
+        for p in parameters:
+            p.grad.mul_(1024)
+        scaler.step(each)
+        assert_close([p.grad for p in parameters], expected, bound=0)
+    assert not optimizer._step_supports_amp_scaling
+    assert not copy.deepcopy(optimizer)._step_supports_amp_scaling
+    assert_same(optimizer, oracle)
+
+
+@both_kinds
 def test_an_overflow_leaves_no_trace(name, options, backend):
     optimizer, _ = pair(name, options, backend)
     fresh, _ = pair(name, options, backend)

@@ -103,7 +103,8 @@ class Adam(FusedOptimizer):
         maximize: ascend instead.
         capturable: accepted as torch.optim accepts it; changes nothing on the CPU.
         differentiable: only ``False``; a fused step cannot be differentiated through.
-        fused: accepted as torch.optim accepts it; changes nothing.
+        fused: accepted as torch.optim accepts it; every step is fused. As there, ``False`` has torch.amp.GradScaler unscale
+            the gradients before the step and not in it, which Lightning wants in mixed precision before it clips them.
         decoupled_weight_decay: AdamW's decay.
         **extras: see :class:`fused_opt.FusedOptimizer`.
 

@@ -63,7 +63,8 @@ class SGD(FusedOptimizer):
         maximize: ascend instead.
         foreach: accepted as torch.optim accepts it; changes nothing, every step is fused.
         differentiable: only ``False``; a fused step cannot be differentiated through.
-        fused: accepted as torch.optim accepts it; changes nothing.
+        fused: accepted as torch.optim accepts it; every step is fused. As there, ``False`` has torch.amp.GradScaler unscale
+            the gradients before the step and not in it, which Lightning wants in mixed precision before it clips them.
         **extras: see :class:`fused_opt.FusedOptimizer`.
 
     Raises:
