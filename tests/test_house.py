@@ -69,8 +69,17 @@ def test_the_core_knows_no_torch():
     [m.name for m in pkgutil.walk_packages(fused_opt.__path__, "fused_opt.") if "_" not in m.name.split(".")[-1][:1]],
 )
 def test_doctests(name):
+    library = name.removeprefix("fused_opt.integrations.")
+    if library in ("lightning", "transformers"):
+        pytest.importorskip(library, exc_type=ImportError)
     failed, _ = doctest.testmod(importlib.import_module(name), extraglobs={"torch": torch, "fused_opt": fused_opt})
     assert failed == 0
+
+
+def test_no_trainer_is_imported_by_who_does_not_ask():
+    libraries = {"accelerate", "lightning", "transformers"}
+    code = f"import sys, fused_opt, fused_opt.integrations.loop; print({libraries} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 def test_report_names_every_backend():
