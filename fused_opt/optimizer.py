@@ -230,6 +230,8 @@ class FusedOptimizer(Checkpoints):
                 shape.rule.coefficients(group, 1.0)  # raises, where it must, before any state is made
             with torch.no_grad():
                 plan = Plan(groups, state, shapes, self.backend, self.state_dtype, self._scales)
+                if plan.creates and not any(lrs) and self._gradients_are_zero():
+                    return loss  # how torch.distributed.checkpoint makes states: as in an optimizer that never stepped
                 keys = plan.gather(groups, state)
                 assert keys is not None
         if self._parts is not None:
@@ -252,8 +254,6 @@ class FusedOptimizer(Checkpoints):
                 return loss
             scale *= clip_factor(self.grad_norm, groups[0]["max_grad_norm"])
         stepping = any(lrs)
-        if not stepping and plan.creates and not any(bucket.grad_norm2() for bucket in plan.buckets):
-            return loss  # how torch.distributed.checkpoint makes states: they stay those of an optimizer that never stepped
         extras = [self._extras(group, lr) if stepping else (None, None, None) for group, lr in zip(groups, lrs)]
         scales = [-scale if group["maximize"] else scale for group in groups]
         plan.run(
@@ -269,6 +269,10 @@ class FusedOptimizer(Checkpoints):
         if self._parts is not None:
             self._parts.reset()
         return loss
+
+    def _gradients_are_zero(self) -> bool:
+        found = [p.grad.any() for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return not any(one.full_tensor() if hasattr(one, "full_tensor") else one for one in found)
 
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
     # torch.compile would bake counts and rates into graphs, and cannot see into C++.
