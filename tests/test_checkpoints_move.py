@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import checkpoint_ranks
@@ -70,19 +71,32 @@ def read(path):
     return torch.load(path, weights_only=True)
 
 
+@cache
+def alone(case):
+    """The weights of a run that was never on shards."""
+    model, optimizer = checkpoint_ranks.made(case)
+    checkpoint_ranks.train(model, optimizer, 0, checkpoint_ranks.STEPS)
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def apart(weights, others):
+    return max((weights[name] - others[name]).abs().max().item() for name in others)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", [*CASES, *NORMED])
 @pytest.mark.parametrize("world", [4, 2, 1])
 def test_a_resumed_run_is_the_uninterrupted_one(world, case, form, saved):
     """Weights, states, counters and averages; on one rank the model is not sharded at all."""
-    if case in NORMED and world != 4:
-        pytest.skip("sharded norms")
     expected = read(saved / case / "uninterrupted.pt")
+    other = case in NORMED and world != 4  # a norm is a sum over shards
+    if other and apart(expected["weights"], alone(case)) > 1e-5:
+        pytest.skip("norms of shards are those of the rank alone: other numbers of ranks are other runs")
     if world == 1:
         found = checkpoint_ranks.resumed(case, saved / case, form)
     else:
         found = read(saved / case / f"resumed-{form}-{world}.pt")
-    assert_close(found, expected, bound=0)
+    assert_close(found, expected, bound=1e-5 if other else 0)
 
 
 # ------------------------------------------------------------------------------------------------- one process
