@@ -123,7 +123,7 @@ def resumed(case, folder, form, mesh=None):
     return result(model, optimizer)
 
 
-def main(what, folder):
+def main(folder, what):
     """Of every case an uninterrupted run, which saves, and resumed ones, as one of the ranks that the environment names."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -140,6 +140,5 @@ def main(what, folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
-    sys.stdout.flush()
+    main(Path(sys.argv[1]), sys.argv[2])
     os._exit(0)  # gloo's threads may outlive the interpreter

@@ -1,14 +1,7 @@
 """Checkpoints that are saved on four ranks and resumed on one, two and four, and that torch.optim wrote or reads."""
 
 import copy
-import os
-import socket
-import subprocess
-import sys
-import time
-from contextlib import ExitStack
 from functools import cache
-from pathlib import Path
 
 import checkpoint_ranks
 import pytest
@@ -16,6 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from checkpoint_ranks import CASES, FORMS, NORMED
 from conftest import assert_close, unchanged
+from ranks import run_ranks
 from torch.distributed.checkpoint import state_dict as dsd
 
 import fused_opt
@@ -26,44 +20,12 @@ pytestmark = [
 ]
 
 
-def run_ranks(world, what, folder):
-    """Start processes as torchrun does and wait for them."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    root = Path(__file__).parents[1]
-    shared = {
-        **os.environ,
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(world),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
-    }
-    command = [sys.executable, "-W", "ignore", checkpoint_ranks.__file__, what, str(folder)]
-    with ExitStack() as stack:
-        logs = [stack.enter_context((folder / f"{what}-{world}-{rank}.txt").open("w")) for rank in range(world)]
-        ranks = [
-            subprocess.Popen(command, env={**shared, "RANK": str(rank)}, stdout=log, stderr=log)
-            for rank, log in enumerate(logs)
-        ]
-        for rank in ranks:
-            stack.callback(rank.wait)
-            stack.callback(rank.kill)
-        deadline = time.monotonic() + 150
-        while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
-            assert time.monotonic() < deadline, "the ranks wait for each other"
-            time.sleep(0.05)
-        failed = [log for rank, log in zip(ranks, logs) if rank.poll()]
-        assert not failed, Path(failed[0].name).read_text()
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A folder of checkpoints from four ranks, and of what became of them on four and on two."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_ranks(4, "save", folder)
-    run_ranks(2, "resume", folder)
+    run_ranks(checkpoint_ranks.__file__, 4, folder, "save")
+    run_ranks(checkpoint_ranks.__file__, 2, folder, "resume")
     return folder
 
 

@@ -8,6 +8,7 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 from conftest import assert_close
+from ranks import run_ranks
 
 import fused_opt
 
@@ -271,6 +272,21 @@ def test_cyclical_batches(tmp_path):
     assert_close(weights(resumed), weights(trainer), bound=0)
     assert rest[-EXAMPLES:] == seen[-EXAMPLES:]
     assert balance_again.balance.alphas == balance.balance.alphas
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
+def test_cyclical_batches_in_two_processes(tmp_path):
+    """Each has half of every epoch's examples, in batches of the schedule, and all else is alike."""
+    run_ranks(str(Path(__file__).with_name("trainer_ranks.py")), 2, tmp_path)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    half = EXAMPLES // 2
+    for epoch in range(4):
+        seen = [found["seen"][epoch * half : (epoch + 1) * half] for found in (first, second)]
+        assert sorted(seen[0] + seen[1]) == list(range(EXAMPLES))
+    assert first["updates"] == second["updates"] == SCHEDULE.updates(4, half) == 16
+    assert all(first[name] == second[name] for name in ("weights", "alphas", "balanced", "losses"))
+    assert (first["balanced"], len(first["losses"])) == (4, 4)
+    assert (first["snapshots"], second["snapshots"]) == (2, 0)
 
 
 def test_cyclical_batches_are_the_only_epochs(tmp_path):
