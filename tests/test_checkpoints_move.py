@@ -120,6 +120,43 @@ def test_every_feature_goes_on_where_it_was(same, form, backend, tmp_path):
     assert_close(other.state_dict(), optimizer.state_dict(), bound=0)
 
 
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_saving_before_the_first_step_changes_nothing(name, backend):
+    """The step that makes the states takes no sample, noise, random number or count, and decays nothing."""
+    options = {"lr": 0.1, "weight_decay": 0.5, **({"momentum": 0.9} if name == "SGD" else {})}
+    found = []
+    for saves in (False, True):
+        model = model_of()
+        optimizer = getattr(fused_opt, name)(model.parameters(), **options, **FEATURES, backend=backend)
+        if saves:
+            before, generator = copy.deepcopy([model.state_dict(), optimizer.param_groups]), torch.get_rng_state()
+            dsd.get_optimizer_state_dict(model, optimizer)
+            assert_close([model.state_dict(), optimizer.param_groups], before, bound=0)
+            assert torch.equal(torch.get_rng_state(), generator)
+            assert all(state["average"].shape == p.shape for p, state in optimizer.state.items())
+        train(model, optimizer, 0, 5)
+        found.append([list(model.parameters()), optimizer.state_dict()])
+    assert_close(found[1], found[0], bound=0)
+
+
+@pytest.mark.parametrize("warm", [True, False], ids=["a gradient", "a gradient of zero for one parameter"])
+def test_a_first_step_of_a_warmup_counts(warm, backend):
+    """A learning rate that begins at 0: the momentum and the count of steps take the gradient, as in torch.optim."""
+    model, oracle_model = model_of(), model_of()
+    optimizer = fused_opt.AdamW(model.parameters(), lr=0.0, backend=backend)
+    oracle = torch.optim.AdamW(oracle_model.parameters(), lr=0.0)
+    for each, of in ((model, optimizer), (oracle_model, oracle)):
+        each(torch.ones(2, 5)).sum().backward()
+        if not warm:
+            each[0].weight.grad.zero_()
+        of.step()
+        for group in of.param_groups:
+            group["lr"] = 0.1
+        train(each, of, 0, 3)
+    assert_close(list(model.parameters()), list(oracle_model.parameters()), 1e-5)
+    assert {of_p["step"].item() for of_p in optimizer.state.values()} == {4.0}
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_from_torch_in_the_middle_of_training(name, form, backend, tmp_path):
