@@ -137,3 +137,12 @@ def test_cyclical_batches():
         loader.set_epoch(epoch)
         sizes.append([len(images) for images, _ in loader])
     assert sizes == [[10] * 10, [20] * 5, [10] * 10]
+
+
+def test_temp_balance_asks_for_what_is_wrapped():
+    run = Run(lambda p: torch.optim.SGD(p, lr=0.1))
+    with pytest.raises(
+        TypeError, match="found AcceleratedOptimizer; where it wraps another one, pass the inner optimizer"
+    ):
+        fused_opt.TempBalance(run.model, run.optimizer)
+    assert not run.raw._optimizer_step_pre_hooks

@@ -30,7 +30,8 @@ def layer_table(optimizer: torch.optim.Optimizer) -> LayerTable:
     """
     if hasattr(optimizer, "scale_layers"):
         return optimizer
-    if not isinstance(optimizer, torch.optim.Optimizer):
+    # Accelerate's wrapper calls itself an Optimizer, and is without the hooks that one has.
+    if not isinstance(optimizer, torch.optim.Optimizer) or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         raise TypeError(
             f"expected an optimizer of fused_opt or of torch.optim, found {type(optimizer).__name__}; "
             "where it wraps another one, pass the inner optimizer"
