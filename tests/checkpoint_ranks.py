@@ -24,7 +24,8 @@ CASES = {
     "bfloat16": ("AdamW", {"lr": 0.01, "state_dtype": torch.float32, "averaging": EMA}),
 }
 if importlib.util.find_spec("fused_opt.shards"):  # who knows which elements of the whole a shard has
-    CASES["noise"] = ("SGD", {"lr": 0.1, "noise": fused_opt.WeightNoise(0.01, schedule="cycle", period=3)})
+    noise = fused_opt.WeightNoise(0.01, schedule="cycle", period=3)
+    CASES["noise"] = ("SGD", {"lr": 0.1, "momentum": 0.9, "noise": noise})
 # With a norm in the step: on other numbers of ranks within rounding.
 NORMED = {
     "CLARS": ("CLARS", {"lr": 0.1, "momentum": 0.9, "averaging": fused_opt.SWM(4, beta=0.5)}),
