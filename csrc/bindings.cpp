@@ -182,7 +182,8 @@ struct Parameter {
   View p;
   std::vector<Held> states;
   std::optional<Held> step, average;
-  std::optional<View> g;  // none: it had no gradient when the plan was made
+  std::vector<int64_t> strides;  // of a shard: those of the whole tensor
+  std::optional<View> g;         // none: it had no gradient when the plan was made
   double count = 0;
   int64_t version = -1;  // autograd's count of writes, as the last step left it
 
@@ -218,8 +219,9 @@ Group read_row(const py::tuple& row) {
 class Plan {
  public:
   // parameters: tuples of tensor, gradient or None, group, fresh, states in the rule's order or None, step tensor or
-  // None, average or None, index of the parameter, multipliers of learning rate and weight decay. `ordered`: the noise
-  // counts elements in row-major order, and so must whoever walks them.
+  // None, average or None, index of the parameter, multipliers of learning rate and weight decay, None or a shard's
+  // offset, run, elsewhere and strides (see Layer). `ordered`: the noise counts elements in row-major order, and so
+  // must whoever walks them.
   Plan(const std::string& rule, const std::optional<std::string>& instruction_set, const py::list& parameters,
        const py::list& param_groups, const py::dict& state, bool ordered) {
     const cpu::InstructionSet* set = cpu::choose(instruction_set ? instruction_set->c_str() : nullptr);
@@ -229,7 +231,7 @@ class Plan {
     parameters_.reserve(parameters.size());
     for (const auto& item : parameters) {
       const auto row = py::cast<py::tuple>(item);
-      Parameter parameter{row[0], row[2].cast<int>(), row[3].cast<bool>(), View(row[0]), {}, {}, {}, {}};
+      Parameter parameter{row[0], row[2].cast<int>(), row[3].cast<bool>(), View(row[0]), {}, {}, {}, {}, {}};
       if (!row[4].is_none())
         for (const auto& s : row[4]) parameter.states.emplace_back(s);
       if (!row[5].is_none()) parameter.step.emplace(row[5]);
@@ -239,6 +241,11 @@ class Plan {
       layer.index = row[7].cast<uint32_t>();
       layer.lr_scale = row[8].cast<double>();
       layer.decay_scale = row[9].cast<double>();
+      if (!row[10].is_none()) {
+        std::tie(layer.offset, layer.run, layer.elsewhere, parameter.strides) =
+            row[10].cast<std::tuple<int64_t, int64_t, int64_t, std::vector<int64_t>>>();
+        layer.strides = parameter.strides.data();  // which moves with the vector
+      }
       table_.layers.push_back(layer);
       parameters_.push_back(std::move(parameter));
     }
@@ -282,7 +289,7 @@ class Plan {
       if (t + kAhead < parameters_.size()) parameters_[t + kAhead].prefetch();
       const py::object grad = grad_of(parameter.tensor.ptr());
       Layer& layer = table_.layers[t];
-      layer.grad_norm2 = layer.part_norms = -1;
+      layer.grad_norm2 = layer.part_norms = layer.direction_norm2 = -1;
       tensor.active = !grad.is_none();
       if (!tensor.active) continue;
       ++active_;
@@ -326,12 +333,32 @@ class Plan {
     return cpu::grad_norm2(*kernel_, table_, threads);
   }
 
+  // For every parameter the squared norms of weights, gradient and direction that a step with these rows wants, of all
+  // gradients where `gradients` says so, and of directions where `directions` does; what was not asked for is -1, or
+  // what is known. Of shards they are to be added up, and handed back.
+  std::vector<std::tuple<double, double, double>> norms(const py::list& rows, bool gradients, bool directions,
+                                                        int threads) {
+    read_rows(rows);
+    {
+      py::gil_scoped_release unlocked;
+      cpu::norms(*kernel_, table_, gradients, directions, threads);
+    }
+    std::vector<std::tuple<double, double, double>> found;
+    for (const Layer& layer : table_.layers)
+      found.emplace_back(layer.weight_norm2, layer.grad_norm2, layer.direction_norm2);
+    return found;
+  }
+  void know_norms(const std::vector<std::tuple<double, double, double>>& norms) {
+    for (size_t t = 0; t < parameters_.size(); ++t) {
+      Layer& layer = table_.layers[t];
+      std::tie(layer.weight_norm2, layer.grad_norm2, layer.direction_norm2) = norms.at(t);
+    }
+  }
+
   // rows: for every pair that `gather` returned, what read_row() reads. Returns the places of the parameters whose
   // trust ratio could not be formed, because a norm is not finite.
   std::vector<size_t> run(const py::list& rows, int threads) {
-    if (rows.size() != keys_.size()) throw py::value_error("one row for every pair that gather() returned");
-    table_.groups.clear();
-    for (const auto& row : rows) table_.groups.push_back(read_row(py::reinterpret_borrow<py::tuple>(row)));
+    read_rows(rows);
     {
       py::gil_scoped_release unlocked;
       cpu::step(*kernel_, table_, threads);
@@ -371,6 +398,12 @@ class Plan {
   }
 
  private:
+  void read_rows(const py::list& rows) {
+    if (rows.size() != keys_.size()) throw py::value_error("one row for every pair that gather() returned");
+    table_.groups.clear();
+    for (const auto& row : rows) table_.groups.push_back(read_row(py::reinterpret_borrow<py::tuple>(row)));
+  }
+
   // Calls f on every object whose replacement would make the plan stale, until it returns false.
   template <class F>
   static bool visit(const py::list& param_groups, const py::dict& state, const F& f) {
@@ -439,6 +472,8 @@ PYBIND11_MODULE(_native, m) {
       .def("run", &Plan::run)
       .def("touched", &Plan::touched)
       .def("know", &Plan::know)
+      .def("norms", &Plan::norms)
+      .def("know_norms", &Plan::know_norms)
       .def("grad_norm2", &Plan::grad_norm2)
       .def("ratios", &Plan::ratios);
 }

@@ -32,17 +32,24 @@ struct Tensor {
   bool active = false;  // has a gradient this step
 };
 
-// Norms are squared; a negative one is not known.
+// Norms are squared; a negative one is not known. Of a shard they are its own until `norms` has been asked for them and
+// the step was told those of the whole tensor.
 struct Layer {
   double lr_scale = 1;
   double decay_scale = 1;
-  uint32_t index = 0;          // which parameter of the optimizer: a key of its noise
-  double weight_norm2 = -1;    // carried from the step that wrote the weights to the next one
-  double grad_norm2 = -1;      // of the gradient as it lies in memory
-  double part_norms = -1;      // sum of the norms (not squared) of the parts that the gradient is a sum of
-  double direction_norm2 = 0;  // LAMB's
+  uint32_t index = 0;           // which parameter of the optimizer: a key of its noise
+  double weight_norm2 = -1;     // carried from the step that wrote the weights to the next one
+  double grad_norm2 = -1;       // of the gradient as it lies in memory
+  double part_norms = -1;       // sum of the norms (not squared) of the parts that the gradient is a sum of
+  double direction_norm2 = -1;  // LAMB's; of one step only
   double ratio = 1;
   bool finite = true;  // whether the norms that the ratio needs are numbers
+
+  // Where the elements of a shard are in the row-major order of the whole tensor, which keys the noise: strides of the
+  // whole in elements (null: this is the whole), its first element, how many neighbours here are neighbours there, and
+  // how many elements are elsewhere.
+  const int64_t* strides = nullptr;
+  int64_t offset = 0, run = INT64_MAX, elsewhere = 0;
 };
 
 struct Group {
@@ -64,6 +71,16 @@ struct Group {
   bool fresh = false, write_back = false;
 };
 
+// Which element of the whole tensor is element i of this part of it, in row-major order both.
+inline int64_t in_whole(const Tensor& tensor, const Layer& layer, int64_t i) {
+  if (!layer.strides) return i;
+  int64_t whole = layer.offset;
+  for (int d = tensor.ndim - 1; d >= 0; --d) {
+    whole += i % tensor.sizes[d] * layer.strides[d];
+    i /= tensor.sizes[d];
+  }
+  return whole;
+}
 inline bool has_ratio(const Tensor& tensor, const Group& group) {
   return group.ratio != Ratio::kNone && tensor.ndim > group.exempt;
 }

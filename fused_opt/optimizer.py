@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import backends
+from .agreement import DIRECTION, GRADIENT, WEIGHT, agree
 from .checkpoint import COUNTS, Checkpoints
 from .plan import AVERAGE, Plan, Row, Shape
 from .step import TrustRatio, WeightNoise
@@ -237,31 +238,41 @@ class FusedOptimizer(Checkpoints):
         if self._parts is not None:
             if found_inf is not None and grad_scale is None:
                 self._parts.recheck()
+            self._parts.share()
             for bucket in plan.buckets:
-                bucket.know([self._parts.norms(member.tensor) for member in bucket.members])
+                bucket.know([self._parts.norms(member.parameter) for member in bucket.members])
 
+        stepping = any(lrs)
+        extras = [self._extras(group, lr) if stepping else (None, None, None) for group, lr in zip(groups, lrs)]
+
+        def rows() -> list[list[Row]]:
+            scales = [-scale if group["maximize"] else scale for group in groups]
+            return [
+                [Row(lrs[g], scales[g], shapes[g].rule.coefficients(groups[g], t), *extras[g]) for g, t in of_bucket]
+                for of_bucket in keys
+            ]
+
+        if plan.shards:
+            self._plan = None  # until the step is made, the norms that it carries are those of whole tensors
+            first = {WEIGHT, GRADIENT} if wants else {WEIGHT, GRADIENT, DIRECTION}
+            agree(plan, rows(), extras, self._parts, gradients=wants, among=first)
         if wants:
             self.grad_norm = scale * math.sqrt(sum(bucket.grad_norm2() for bucket in plan.buckets))
             if not allows(groups[0]["nonfinite"], self.grad_norm):
+                named = ", ".join(plan.nonfinite()) if groups[0]["nonfinite"] == RAISE else None
                 plan.undo(state)
-                if groups[0]["nonfinite"] == RAISE:
+                if named is not None:
                     raise RuntimeError(
-                        f"the gradient of parameter {', '.join(plan.nonfinite())} is not finite, and nonfinite='raise' "
-                        f"was asked for; nonfinite='skip' leaves out such steps"
+                        f"the gradient of parameter {named} is not finite, and nonfinite='raise' was asked for; "
+                        f"nonfinite='skip' leaves out such steps"
                     )
                 for group in groups:
                     group["skipped_steps"] += 1
                 return loss
             scale *= clip_factor(self.grad_norm, groups[0]["max_grad_norm"])
-        stepping = any(lrs)
-        extras = [self._extras(group, lr) if stepping else (None, None, None) for group, lr in zip(groups, lrs)]
-        scales = [-scale if group["maximize"] else scale for group in groups]
-        plan.run(
-            [
-                [Row(lrs[g], scales[g], shapes[g].rule.coefficients(groups[g], t), *extras[g]) for g, t in of_bucket]
-                for of_bucket in keys
-            ]
-        )
+            if plan.shards:
+                agree(plan, rows(), extras, None, gradients=False, among={DIRECTION})
+        plan.run(rows())
         self._plan = plan if plan.lasting else None
         self._last = plan
         if stepping:
@@ -333,11 +344,13 @@ class FusedOptimizer(Checkpoints):
                 their number. ``"sample"``: every sample of ``model``'s batches is, without forming its gradient (see
                 :class:`fused_opt.step.samples.Samples` for the modules). ``"probe"``: what ``.set()`` on the result was
                 given, which :func:`fused_opt.probe_parts` computes from fresh batches.
-            model: for ``"sample"``: the model whose modules own the parameters.
+            model: what the backward runs through. For ``"sample"``, whose modules own the parameters. Where processes train
+                together, as it is wrapped: under DistributedDataParallel the parts are those of all processes; of sharded
+                parameters (FSDP2, tensor parallelism) a micro-batch is that of all processes together.
 
         Raises:
-            ValueError: for another kind, a model whose samples cannot be told apart (BatchNorm in training mode), or
-                where parts are tracked already.
+            ValueError: for another kind, a model whose samples cannot be told apart (BatchNorm in training mode), no model
+                where several processes train, or where parts are tracked already.
         """
         if kind not in ("microbatch", "sample", "probe"):
             raise ValueError(f"Invalid kind of parts: {kind!r}; there are 'microbatch', 'sample' and 'probe'")
@@ -345,9 +358,9 @@ class FusedOptimizer(Checkpoints):
             raise ValueError("parts are tracked already; remove() what track_parts returned first")
         parameters = [p for group in self.param_groups for p in group["params"]]
         if kind == "probe":
-            self._parts = Probe()
+            self._parts = Probe(model)
         else:
-            self._parts = Samples(parameters, model) if kind == "sample" else Microbatches(parameters)
+            self._parts = (Samples if kind == "sample" else Microbatches)(parameters, model)
         return self._parts
 
     @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import backends
 from .rule import Rule
+from .shards import Place, Shard, add_up, check_alike, is_spread, local
 
 AVERAGE = "average"  # the slot in a parameter's state
 _said: set[str] = set()
@@ -47,7 +48,7 @@ class Row(NamedTuple):
 class Member:
     """One parameter of a bucket."""
 
-    tensor: Tensor
+    tensor: Tensor  # what is stepped: of a DTensor the part that lies here
     group: int
     index: int  # in the optimizer
     name: str
@@ -57,6 +58,17 @@ class Member:
     fresh: bool  # its states were made for the coming step
     lr_scale: float = 1.0
     decay_scale: float = 1.0
+    shard: Shard | None = None  # of a DTensor
+
+    @property
+    def parameter(self) -> Tensor:
+        """What the optimizer was given."""
+        return self.tensor if self.shard is None else self.shard.parameter
+
+    @property
+    def place(self) -> Place | None:
+        """Where in the whole tensor a shard lies."""
+        return None if self.shard is None else self.shard.place
 
     def count(self) -> float:
         """How many steps it has taken; 0 or 1 where torch.optim keeps no count."""
@@ -76,6 +88,7 @@ def name_of(group: Mapping[str, Any], group_index: int, index: int) -> str:
 
 
 def _check(name: str, what: str, found: Tensor, p: Tensor) -> None:
+    check_alike(name, p, what, found)
     if found.shape != p.shape:
         raise RuntimeError(
             f"parameter {name} has shape {tuple(p.shape)} and its {what} {tuple(found.shape)}; they must be equal. If "
@@ -128,15 +141,20 @@ class Plan:
         for g, (group, shape) in enumerate(zip(param_groups, shapes)):
             for i, p in enumerate(group["params"]):
                 name = name_of(group, g, i)
-                tensors = self._look(name, shape, p, state.get(p, {}))
-                key = (self._choose(name, shape, backend, tensors), shape.rule)
-                member = Member(p, g, index, name, None, None, None, False, *scales.get(p, (1.0, 1.0)))
+                tensors = [local(tensor) for tensor in self._look(name, shape, p, state.get(p, {}))]
+                shard = Shard(name, p, shape.noisy) if is_spread(p) else None
+                key = (self._choose(name, shape, backend, tensors, shard is not None), shape.rule)
+                tensor = p if shard is None else shard.tensor
+                member = Member(tensor, g, index, name, None, None, None, False, *scales.get(p, (1.0, 1.0)), shard)
                 chosen.setdefault(key, []).append(member)
                 index += 1
         for (_, rule), members in chosen.items():
             for member in members:
                 self._fill(member, rule, param_groups[member.group], state, state_dtype)
 
+        self.shards = [member.shard for members in chosen.values() for member in members if member.shard is not None]
+        for shard in self.shards:
+            shard.lend()
         noisy = any(shape.noisy for shape in shapes)
         self.buckets = [
             backends.get(name).Bucket(rule, members, param_groups, state, noisy)
@@ -176,10 +194,15 @@ class Plan:
         return tensors
 
     @staticmethod
-    def _choose(name: str, shape: Shape, backend: str, tensors: Sequence[Tensor]) -> str:
+    def _choose(name: str, shape: Shape, backend: str, tensors: Sequence[Tensor], shard: bool) -> str:
+        def unsupported(module: Any) -> str | None:
+            if shard and not hasattr(module.Bucket, "norms"):
+                return "a shard of a DTensor; it cannot add up norms over processes"
+            return module.unsupported(shape.rule, tensors, shape.noisy)
+
         if backend != "auto":
             module = backends.get(backend)
-            if reason := module.unavailable() or module.unsupported(shape.rule, tensors, shape.noisy):
+            if reason := module.unavailable() or unsupported(module):
                 raise RuntimeError(
                     f"backend {backend!r} cannot step parameter {name}: {reason}. backend='auto' takes one that can"
                 )
@@ -189,7 +212,7 @@ class Plan:
             if reason := module.unavailable():
                 if tensors[0].device.type in module.DEVICES:
                     warn_once(f"fused_opt runs without its {candidate} backend: {reason}")
-            elif module.unsupported(shape.rule, tensors, shape.noisy) is None:
+            elif unsupported(module) is None:
                 return candidate
         raise AssertionError("the reference backend supports everything")
 
@@ -197,7 +220,8 @@ class Plan:
         self, member: Member, rule: Rule, group: Mapping[str, Any], state: dict[Tensor, Any], dtype: torch.dtype | None
     ) -> None:
         """Point the member at its states; a parameter that has a gradient gets those it lacks."""
-        p, averaged = member.tensor, group["averaging"] is not None
+        p, averaged = member.parameter, group["averaging"] is not None
+        hold = local if member.shard is None else member.shard.hold
         slots = [*(["step"] if rule.counts_steps else []), *rule.states, *([AVERAGE] if averaged else [])]
         if not slots:
             member.states = []
@@ -224,9 +248,9 @@ class Plan:
             if of_p.get(slot) is not None and of_p[slot].is_sparse:  # torch.optim.SGD's, after sparse gradients
                 of_p[slot] = of_p[slot].to_dense()
         if all(of_p.get(slot) is not None for slot in slots):
-            member.states = [of_p[slot] for slot in rule.states]
+            member.states = [hold(of_p[slot]) for slot in rule.states]
             member.step = of_p["step"] if rule.counts_steps else None
-            member.average = of_p[AVERAGE] if averaged else None
+            member.average = hold(of_p[AVERAGE]) if averaged else None
 
     @property
     def creates(self) -> bool:
@@ -240,11 +264,16 @@ class Plan:
             if not state[p]:
                 del state[p]
         self._created.clear()
+        for shard in self.shards:
+            shard.give_back()
 
     def gather(
         self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]
     ) -> list[list[tuple[int, float]]] | None:
         """Find this step's gradients: (group, step count) pairs per bucket, or None: the plan must be made anew."""
+        lent = [shard.lend() for shard in self.shards]  # every one: processes redistribute gradients together
+        if not all(lent):
+            return None
         keys = []
         for bucket in self.buckets:
             if (of_bucket := bucket.gather(param_groups, state)) is None:
@@ -253,12 +282,20 @@ class Plan:
         return keys
 
     def nonfinite(self) -> list[str]:
-        """The parameters whose gradient is not finite."""
+        """The parameters whose gradient is not finite, in whatever process."""
         members = [m for bucket in self.buckets for m in bucket.members if m.tensor.grad is not None]
-        return [m.name for m in members if not m.tensor.grad.isfinite().all()]
+        bad = [float(not m.tensor.grad.isfinite().all()) for m in members]
+        cut = [i for i, member in enumerate(members) if member.shard is not None]
+        for i, (count,) in zip(cut, add_up([[bad[i]] for i in cut], [members[i].parameter for i in cut])):
+            bad[i] = count
+        return [m.name for m, count in zip(members, bad) if count]
 
     def run(self, rows: Sequence[Sequence[Row]]) -> None:
         """Step every bucket, with a row for every pair that ``gather`` returned."""
         for bucket, of_bucket in zip(self.buckets, rows):
             bucket.run(of_bucket)
         self._created.clear()
+        for shard in self.shards:
+            if shard.tensor.grad is not None:
+                shard.written()
+            shard.give_back()

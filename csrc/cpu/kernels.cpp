@@ -219,13 +219,17 @@ FUSED_OPT_FN void prefetch(const Operand& operand, int64_t begin, int64_t end) {
 
 // `ahead(first, last)` is called in between with the elements that lie one block further.
 template <class T, class Ahead>
-void add_noise(const Group& group, const Layer& layer, T sigma, int64_t begin, int64_t n, T* p, const Ahead& ahead) {
+void add_noise(const Tensor& tensor, const Group& group, const Layer& layer, T sigma, int64_t begin, int64_t n, T* p,
+               const Ahead& ahead) {
   alignas(64) float z[256];
-  for (int64_t i = 0; i < n; i += 256) {
-    ahead(begin + i + kBlock, begin + i + kBlock + 256);
-    normal(group.seed, layer.index, group.t, static_cast<uint64_t>(begin + i) / 4, 64, z);
-    const int64_t m = n - i < 256 ? n - i : 256;
-    for (int64_t k = 0; k < m; ++k) p[i + k] += sigma * static_cast<T>(z[k]);
+  for (int64_t i = 0, m; i < n; i += m) {
+    // A shard may begin in the middle of the four elements that share a counter.
+    const int64_t first = in_whole(tensor, layer, begin + i), skipped = first % 4;
+    m = n - i < 256 - skipped ? n - i : 256 - skipped;
+    if (const int64_t left = layer.run - (begin + i) % layer.run; left < m) m = left;
+    ahead(begin + i + kBlock, begin + i + kBlock + m);
+    normal(group.seed, layer.index, group.t, static_cast<uint64_t>(first) / 4, 64, z);
+    for (int64_t k = 0; k < m; ++k) p[i + k] += sigma * static_cast<T>(z[skipped + k]);
   }
 }
 
@@ -264,7 +268,7 @@ double update_as(const Tensor& tensor, const Group& group, const Layer& layer, i
   const T lr = static_cast<T>(group.lr * layer.lr_scale * layer.ratio);
   const bool carries = carries_norm(tensor, group), averages = group.add != 0 || group.write_back;
   const double root_mean_square =
-      group.relative && tensor.numel ? __builtin_sqrt(layer.weight_norm2 / static_cast<double>(tensor.numel)) : 1;
+      group.relative ? __builtin_sqrt(layer.weight_norm2 / static_cast<double>(tensor.numel + layer.elsewhere)) : 1;
   const T sigma = static_cast<T>(group.sigma * root_mean_square);
 
   bool staged = !tensor.flat || tensor.p.dtype != kDTypeOf<T> || tensor.g.dtype != kDTypeOf<T> || carries || averages ||
@@ -285,7 +289,7 @@ double update_as(const Tensor& tensor, const Group& group, const Layer& layer, i
     apply(rule, lr, static_cast<T>(group.grad_scale), n, p, g, states[S]...);
     (store(tensor, tensor.states[S], begin, n, states[S]), ...);
     if (group.sigma != 0)
-      add_noise(group, layer, sigma, begin, n, p, [&](int64_t first, int64_t last) {
+      add_noise(tensor, group, layer, sigma, begin, n, p, [&](int64_t first, int64_t last) {
         if (!tensor.flat || last > tensor.numel) return;
         prefetch(tensor.p, first, last);
         prefetch(tensor.g, first, last);

@@ -101,7 +101,24 @@ Wanted wanted(const Tensor& tensor, const Group& group, const Layer& layer) {
   const bool parts_known = group.ratio == Ratio::kCLARS && layer.part_norms >= 0;
   return {carries_norm(tensor, group) && !(layer.weight_norm2 >= 0),
           ratio && group.ratio != Ratio::kLAMB && !parts_known && layer.grad_norm2 == -1,
-          ratio && group.ratio == Ratio::kLAMB};
+          ratio && group.ratio == Ratio::kLAMB && layer.direction_norm2 == -1};
+}
+
+// Sums what is wanted of the tensors whose chunks are [first, last).
+void measure(const Kernel& kernel, Table& table, const std::vector<Wanted>& wants, std::vector<Norms>& partial,
+             size_t first, size_t last, int threads) {
+  for_each_chunk(table, first, last, threads, [&](size_t c, int32_t t, int64_t begin, int64_t end) {
+    const Tensor& tensor = table.tensors[t];
+    if (wants[t].weight || wants[t].grad || wants[t].direction)
+      partial[c] = kernel.norms(tensor, table.groups[tensor.group], table.layers[t], begin, end, wants[t]);
+  });
+  in_order(table, first, last, [&](int32_t t, size_t c) {
+    Layer& layer = table.layers[t];
+    const bool begins = table.chunks[c].begin == 0;
+    if (wants[t].weight) layer.weight_norm2 = (begins ? 0 : layer.weight_norm2) + partial[c].weight2;
+    if (wants[t].grad) layer.grad_norm2 = (begins ? 0 : layer.grad_norm2) + partial[c].grad2;
+    if (wants[t].direction) layer.direction_norm2 = (begins ? 0 : layer.direction_norm2) + partial[c].direction2;
+  });
 }
 
 void set_trust_ratio(const Group& group, Layer& layer) {
@@ -146,6 +163,23 @@ double grad_norm2(const Kernel& kernel, Table& table, int threads) {
   return total;
 }
 
+void norms(const Kernel& kernel, Table& table, bool gradients, bool directions, int threads) {
+  std::vector<Wanted> wants(table.tensors.size());
+  for (size_t t = 0; t < wants.size(); ++t) {
+    if (!table.tensors[t].active) continue;
+    Layer& layer = table.layers[t];
+    wants[t] = wanted(table.tensors[t], table.groups[table.tensors[t].group], layer);
+    wants[t].grad |= gradients && layer.grad_norm2 == -1;
+    wants[t].direction &= directions;
+    if (table.tensors[t].numel) continue;  // no chunk will come
+    if (wants[t].weight) layer.weight_norm2 = 0;
+    if (wants[t].grad) layer.grad_norm2 = 0;
+    if (wants[t].direction) layer.direction_norm2 = 0;
+  }
+  std::vector<Norms> partial(table.chunks.size());
+  measure(kernel, table, wants, partial, 0, partial.size(), threads);
+}
+
 void step(const Kernel& kernel, Table& table, int threads) {
   const size_t count = table.tensors.size(), chunks = table.chunks.size();
   std::vector<Wanted> wants(count);
@@ -156,9 +190,14 @@ void step(const Kernel& kernel, Table& table, int threads) {
     wants[t] = wanted(table.tensors[t], group, table.layers[t]);
     any |= wants[t].weight || wants[t].grad || wants[t].direction;
     carried |= carries_norm(table.tensors[t], group);
-    table.layers[t].ratio = has_ratio(table.tensors[t], group) ? std::min(group.cap, 1.0) : 1;  // empty tensors keep it
+    table.layers[t].ratio =
+        has_ratio(table.tensors[t], group) ? std::min(group.cap, 1.0) : 1;          // empty tensors keep it,
     if (!carries_norm(table.tensors[t], group)) table.layers[t].weight_norm2 = -1;  // nobody sums what this step writes
     table.layers[t].finite = true;
+    if (!table.tensors[t].numel && table.layers[t].weight_norm2 > 0) {  // but for empty shards of others that are not
+      set_trust_ratio(group, table.layers[t]);
+      table.layers[t].weight_norm2 = 0;
+    }
   }
 
   std::vector<Norms> partial(any ? chunks : 0);
@@ -181,25 +220,11 @@ void step(const Kernel& kernel, Table& table, int threads) {
   } else {
     for (size_t w = 0; w + 1 < table.windows.size(); ++w) {
       const size_t first = table.windows[w], last = table.windows[w + 1];
-      for_each_chunk(table, first, last, threads, [&](size_t c, int32_t t, int64_t begin, int64_t end) {
-        const Tensor& tensor = table.tensors[t];
-        if (wants[t].weight || wants[t].grad || wants[t].direction)
-          partial[c] = kernel.norms(tensor, table.groups[tensor.group], table.layers[t], begin, end, wants[t]);
-      });
-      in_order(table, first, last, [&](int32_t t, size_t c) {
-        Layer& layer = table.layers[t];
-        if (table.chunks[c].begin == 0) {
-          if (wants[t].weight) layer.weight_norm2 = 0;
-          if (wants[t].grad) layer.grad_norm2 = 0;
-          layer.direction_norm2 = 0;
-        }
-        if (wants[t].weight) layer.weight_norm2 += partial[c].weight2;
-        if (wants[t].grad) layer.grad_norm2 += partial[c].grad2;
-        layer.direction_norm2 += partial[c].direction2;
-      });
+      measure(kernel, table, wants, partial, first, last, threads);
       update(first, last);
     }
   }
+  for (Layer& layer : table.layers) layer.direction_norm2 = -1;
   if (!carried) return;
   in_order(table, 0, chunks, [&](int32_t t, size_t c) {
     if (!carries_norm(table.tensors[t], table.groups[table.tensors[t].group])) return;

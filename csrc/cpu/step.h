@@ -55,6 +55,10 @@ struct Table {
 
 void step(const Kernel&, Table&, int threads);
 
+// Fills in the norms that a step wants and does not know, so that they can be added up over shards before it: those of
+// all gradients where `gradients` says so, and LAMB's directions unless their gradients' scale is still to come.
+void norms(const Kernel&, Table&, bool gradients, bool directions, int threads);
+
 // Fills in the norms of the active gradients that are not known, and returns the sum of all their squares.
 double grad_norm2(const Kernel&, Table&, int threads);
 

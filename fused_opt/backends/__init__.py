@@ -7,7 +7,9 @@ A backend is a module with
 - ``unsupported(rule, tensors, noisy) -> None or the reason in words``: whether it can step one parameter, whose
   ``tensors`` are the parameter, then its gradient and states where it has them;
 - ``accumulate(total, part)``: see below;
-- ``Bucket(rule, members, param_groups, state, noisy)``: the parameters it was given, prepared for many steps.
+- ``Bucket(rule, members, param_groups, state, noisy)``: the parameters it was given, prepared for many steps. With
+  ``norms`` and ``know_norms`` it steps shards of DTensors, too: before a step it is asked for what its shards' norms are,
+  and told those of the whole tensors.
 """
 
 from __future__ import annotations

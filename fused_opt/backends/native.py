@@ -75,7 +75,10 @@ class Bucket:
     ) -> None:
         self.members = members
         rows = [
-            (m.tensor, m.tensor.grad, m.group, m.fresh, m.states, m.step, m.average, m.index, m.lr_scale, m.decay_scale)
+            (
+                *(m.tensor, m.tensor.grad, m.group, m.fresh, m.states, m.step, m.average),
+                *(m.index, m.lr_scale, m.decay_scale, m.place),
+            )
             for m in members
         ]
         self.core = _native.Plan(rule.name, os.environ.get("FUSED_OPT_CPU"), rows, param_groups, state, noisy)
@@ -84,11 +87,16 @@ class Bucket:
         self.edges = [torch.autograd.graph.get_gradient_edge(m.tensor) for m in members if m.tensor.requires_grad]
         self.gather = self.core.gather
         self.know = self.core.know
+        self.know_norms = self.core.know_norms
         self.ratios = self.core.ratios
 
     def grad_norm2(self) -> float:
         """Sum of squares of all gradients, as they lie in memory."""
         return self.core.grad_norm2(torch.get_num_threads())
+
+    def norms(self, rows: Sequence[Row], gradients: bool, directions: bool) -> list[tuple[float, float, float]]:
+        """Squared norms of weights, gradient and direction by member, as far as a step with these rows wants them."""
+        return self.core.norms(rows, gradients, directions, torch.get_num_threads())
 
     def run(self, rows: Sequence[Row]) -> None:
         """Step every parameter that has a gradient, on torch's threads."""

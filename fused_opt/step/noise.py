@@ -96,7 +96,16 @@ def philox(counters: list[Tensor], seed: int) -> list[Tensor]:
 
 def normal(seed: int, index: int, t: int, numel: int, device: torch.device | str = "cpu") -> Tensor:
     """The noise of elements 0 to ``numel - 1`` of parameter ``index`` in step ``t``, float64."""
-    counter = torch.arange((numel + 3) // 4, device=device)
+    return _fours(seed, index, t, torch.arange((numel + 3) // 4, device=device)).flatten()[:numel]
+
+
+def normal_at(seed: int, index: int, t: int, elements: Tensor) -> Tensor:
+    """The noise of these elements, int64, of a parameter of which only some are here."""
+    return _fours(seed, index, t, elements // 4).gather(1, (elements % 4)[:, None])[:, 0]
+
+
+def _fours(seed: int, index: int, t: int, counter: Tensor) -> Tensor:
+    """What the four elements that share a counter draw, for every counter."""
     words = philox(
         [counter & 0xFFFFFFFF, counter >> 32, torch.full_like(counter, index), torch.full_like(counter, t)], seed
     )
@@ -108,7 +117,7 @@ def normal(seed: int, index: int, t: int, numel: int, device: torch.device | str
         cosine, sine = r * angle.cos() * torch.where(w1 >> 31 == 1, -1.0, 1.0), r * angle.sin()
         swap = w1 >> 30 & 1 == 1
         lanes += [torch.where(swap, sine, cosine), torch.where(swap, cosine, sine)]
-    return torch.stack(lanes, dim=1).flatten()[:numel]
+    return torch.stack(lanes, dim=1)
 
 
 def uniform(seed: int, t: int) -> float:

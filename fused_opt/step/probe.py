@@ -17,11 +17,12 @@ class Probe(Microbatches):
     """The sum of the parts' norms is what :meth:`set` was given last: CLARS as its authors' code computes it.
 
     A probe is made of batches of its own and does not cut ``p.grad`` into parts. Parameters that were not given count as
-    one part. What was set stays until the next ``set``.
+    one part. What was set stays until the next ``set``. In a model under DistributedDataParallel every process probes with
+    batches of its own, and ``set``, which all call, takes the mean over them.
     """
 
-    def __init__(self) -> None:
-        super().__init__(())
+    def __init__(self, model: nn.Module | None = None) -> None:
+        super().__init__((), model)
         self._norms: dict[Tensor, float] = {}
         self._on = True
 
@@ -37,7 +38,12 @@ class Probe(Microbatches):
         """
         if wrong := [norm for norm in norms.values() if norm < 0]:
             raise ValueError(f"Invalid norms of a gradient: {wrong}; they are at least 0")
-        self._norms = {p: float(norm) for p, norm in norms.items()}
+        found = [float(norm) for norm in norms.values()]
+        if self._replicas is not None and found:
+            mean = torch.tensor(found, dtype=torch.float64, device=next(iter(norms)).device)
+            torch.distributed.all_reduce(mean, group=self._replicas.process_group)
+            found = (mean / torch.distributed.get_world_size(self._replicas.process_group)).tolist()
+        self._norms = dict(zip(norms, found))
 
     def norms(self, p: Tensor) -> tuple[float, float] | None:
         """What was set, and -1: the squared norm of ``p.grad`` is not known."""
@@ -57,6 +63,7 @@ class Probe(Microbatches):
 
     def remove(self) -> None:
         """Forget the norms."""
+        super().remove()
         self._on = False
         self._norms = {}
 

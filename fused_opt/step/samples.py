@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from ..shards import is_spread
 from .forms import FORMS, Form, Part, norm2, size, together
 from .parts import Microbatches
 
@@ -99,6 +100,11 @@ class Samples(Microbatches):
                 f"parameters of shapes {', '.join(map(str, strangers))} are optimized and not in the model; give the "
                 f"model that contains all of them"
             )
+        if cut := [self._names[p] for p in tracked if is_spread(p)]:
+            raise ValueError(
+                f"{', '.join(cut)}: of a sample's gradient every process has a part (DTensor), and its norm is not added up; "
+                f"'microbatch' takes them"
+            )
         if bent := [self._names[p] for p in tracked if p.is_complex()]:
             raise ValueError(f"{', '.join(bent)}: complex parameters have no norms by sample; 'microbatch' takes them")
         modules = {module: name for name, module in model.named_modules() if module is not model}
@@ -111,8 +117,7 @@ class Samples(Microbatches):
         self._checked: set[Tensor] = set()
         self._busy = False
         self._batch, self._samples = 0, -1  # calls of the model so far; samples in this one, -1 outside of it
-        super().__init__(tracked)
-        self._tracked = set(tracked)
+        super().__init__(tracked, model)
         self._handles += [
             model.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True),
             model.register_forward_hook(self._end, always_call=True),
@@ -121,7 +126,7 @@ class Samples(Microbatches):
         for module, name in modules.items():
             if isinstance(module, _BatchNorm):
                 self._handles.append(module.register_forward_pre_hook(partial(self._before_batch_norm, name)))
-            if module not in inside and not self._tracked.isdisjoint(self._owned(module)):
+            if module not in inside and not self._tracked.keys().isdisjoint(self._owned(module)):
                 hook = partial(self._called, name)
                 self._handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
 

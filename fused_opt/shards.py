@@ -1,0 +1,180 @@
+"""Parameters that are spread over processes (DTensor): the part that lies here, and sums over all parts."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Place(NamedTuple):
+    """Where the elements of a shard are in the row-major order of the whole tensor, which keys the noise."""
+
+    offset: int  # of the first
+    run: int  # how many neighbours here are neighbours there
+    elsewhere: int  # how many elements of the whole are not here
+    strides: tuple[int, ...]  # of the whole
+
+    def elements(self, sizes: Sequence[int]) -> Tensor:
+        """The place of every element, in row-major order, int64."""
+        places = torch.full(tuple(sizes), self.offset)
+        for d, (size, stride) in enumerate(zip(sizes, self.strides)):
+            places += (torch.arange(size) * stride).reshape([-1 if d == k else 1 for k in range(len(sizes))])
+        return places.flatten()
+
+
+def is_spread(tensor: Any) -> bool:
+    """Whether it is a DTensor; torch.distributed.tensor is not imported for the question."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Any) -> Tensor:
+    """What of a tensor lies in this process: all of it, unless it is a DTensor."""
+    # Not to_local(): of a parameter it makes a new view every time, and whether it moved is asked every step.
+    return tensor._local_tensor if is_spread(tensor) else tensor
+
+
+def like(tensor: Any, parameter: Any) -> Any:
+    """A gradient, laid out as its parameter: autograd hands over pending sums, and other cuts, too."""
+    if not is_spread(tensor) or tensor.placements == parameter.placements:
+        return tensor
+    with torch.no_grad():
+        return tensor.redistribute(placements=parameter.placements)
+
+
+def spread_of(parameter: Any) -> tuple[Any, tuple[int, ...]]:
+    """The mesh, and its dimensions over which the parameter is cut: a norm is a sum over these."""
+    cut = tuple(d for d, placement in enumerate(parameter.placements) if not placement.is_replicate())
+    return parameter.device_mesh, cut
+
+
+def add_up(numbers: Sequence[Sequence[float]], parameters: Sequence[Any]) -> list[list[float]]:
+    """Numbers that belong to parts of parameters, added up over the processes that hold the other parts.
+
+    One all-reduce for all parameters that are cut alike. A NaN comes back as an infinity, which no backend takes for a
+    norm that is not known.
+    """
+    together: dict[Any, list[int]] = {}
+    for i, parameter in enumerate(parameters):
+        together.setdefault(spread_of(parameter), []).append(i)
+    found: list[list[float]] = [[] for _ in numbers]
+    for (mesh, cut), members in together.items():
+        flat = [number for i in members for number in numbers[i]]
+        if cut and flat:
+            vector = torch.tensor(flat, dtype=torch.float64, device=mesh.device_type)
+            for dimension in cut:
+                torch.distributed.all_reduce(vector, group=mesh.get_group(dimension))
+            flat = vector.tolist()
+        whole = iter(math.inf if math.isnan(number) else number for number in flat)
+        for i in members:
+            found[i] = [next(whole) for _ in numbers[i]]
+    return found
+
+
+def place_of(parameter: Any, here: Tensor) -> Place | None:
+    """Where the part that lies here is in the whole; None where it is not one box, as uneven strided shards are not."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, mesh, placements = parameter.shape, parameter.device_mesh, parameter.placements
+    for m, placement in enumerate(placements):
+        if (factor := getattr(placement, "split_factor", None)) is not None:
+            cuts = {k: mesh.size(k) for k, p in enumerate(placements) if getattr(p, "dim", None) == placement.dim}
+            inner = math.prod(size for k, size in cuts.items() if k > m)
+            if factor != inner or shape[placement.dim] % math.prod(cuts.values()):
+                return None
+    sizes, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
+    if tuple(sizes) != tuple(here.shape):
+        return None
+    strides = torch.empty(shape, device="meta").stride()
+    cut = [d for d, size in enumerate(sizes) if size != shape[d]]
+    return Place(
+        sum(first * stride for first, stride in zip(offsets, strides)),
+        max(1, math.prod(sizes[cut[-1] if cut else 0 :])),
+        parameter.numel() - here.numel(),
+        strides,
+    )
+
+
+def check_alike(name: str, parameter: Any, what: str, found: Any) -> None:
+    """Raise where a gradient or a state is not spread over processes as its parameter is."""
+    alike = not is_spread(parameter) and not is_spread(found)
+    if is_spread(parameter) and is_spread(found):
+        placed = what == "gradient" or found.placements == parameter.placements  # a gradient is redistributed
+        alike = placed and found.device_mesh == parameter.device_mesh
+    if alike:
+        return
+    first, second = (
+        f"a DTensor on {tensor.device_mesh} with {tensor.placements}"
+        if is_spread(tensor)
+        else "a tensor of this process"
+        for tensor in (parameter, found)
+    )
+    raise RuntimeError(
+        f"parameter {name} is {first} and its {what} {second}; they must be laid out alike. "
+        f"torch.distributed.tensor.distribute_tensor cuts a tensor, and torch.distributed.checkpoint.state_dict."
+        f"set_optimizer_state_dict loads states that way"
+    )
+
+
+class Shard:
+    """A DTensor parameter as a backend sees it: ``tensor``, plain, in the memory of the part that lies here.
+
+    Attributes:
+        tensor: what a backend steps; it has a gradient only between ``lend`` and ``give_back``.
+        place: where in the whole tensor the part lies; None where only noise would need it and it is not one box.
+
+    Raises:
+        RuntimeError: for a parameter that is a pending sum, or of which noise cannot tell the elements.
+    """
+
+    def __init__(self, name: str, parameter: Any, noisy: bool) -> None:
+        if any(placement.is_partial() for placement in parameter.placements):
+            raise RuntimeError(
+                f"parameter {name} has the placements {parameter.placements}, and a sum that is still to be made has no "
+                f"elements to step; redistribute() it to Shard or Replicate before making it a parameter"
+            )
+        self.parameter = parameter
+        self._here = local(parameter)
+        self._version = parameter._version
+        self._states: list[tuple[Any, Tensor]] = []
+        self._lent: Any = None
+        self.tensor = self._here.detach()
+        self.place = place_of(parameter, self._here)
+        if noisy and self.place is None:
+            raise RuntimeError(
+                f"parameter {name} of shape {tuple(parameter.shape)} is cut by {parameter.placements} into parts that are "
+                f"not one box each, and noise counts elements; cut dimensions into equal parts, or leave out noise="
+            )
+
+    def hold(self, state: Any) -> Tensor:
+        """The part of a state that lies here, from now on watched as the parameter is."""
+        here = local(state)
+        self._states.append((state, here))
+        return here
+
+    def lend(self) -> bool:
+        """Give ``tensor`` its part of this step's gradient; False where anything has another memory by now."""
+        if local(self.parameter) is not self._here or any(local(state) is not here for state, here in self._states):
+            return False
+        if self.parameter._version != self._version:  # a write that the part's own version does not count
+            torch.autograd.graph.increment_version(self.tensor)
+            self._version = self.parameter._version
+        grad = self.parameter.grad
+        if grad is None or grad is not self._lent:
+            self.tensor.grad = None if grad is None else local(like(grad, self.parameter))
+            self._lent = grad
+        return True
+
+    def give_back(self) -> None:
+        """Let go of the gradient."""
+        self.tensor.grad = self._lent = None
+
+    def written(self) -> None:
+        """Tell autograd that the step has written the parameter."""
+        torch.autograd.graph.increment_version(self.parameter)
+        self._version = self.parameter._version

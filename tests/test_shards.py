@@ -1,0 +1,420 @@
+"""Parameters that are spread over processes: a sharded step is the whole tensor's step, cut; in real processes."""
+
+import copy
+import math
+import tempfile
+from functools import partial
+from itertools import product
+
+import pytest
+import torch
+from processes import run, same_everywhere
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import fused_opt
+
+# Rows that 2 and 4 do not divide, fewer rows than processes (empty shards), one element, kernels of more dimensions.
+SHAPES = [(33, 5), (3, 7), (1,), (70,), (6, 3, 2, 2), (16, 1030)]
+EVERYTHING = {
+    "noise": fused_opt.WeightNoise(std=0.01, seed=5),
+    "averaging": fused_opt.PSWA(period=3),
+}
+BACKENDS = ["reference", "native"] if fused_opt.backends.available()["native"] is None else ["reference"]
+
+
+def raises(kind, words, call):
+    with pytest.raises(kind, match=words):
+        call()
+
+
+def layouts(world):
+    """A mesh, and how a tensor of so many dimensions is cut on it."""
+    line = init_device_mesh("cpu", (world,))
+    found = [(line, lambda ndim: [Shard(0)])]
+    if world == 2:
+        found += [(line, lambda ndim: [Shard(ndim - 1)]), (line, lambda ndim: [Replicate()])]
+    if world == 4:
+        square = init_device_mesh("cpu", (2, 2))
+        found += [
+            (square, lambda ndim: [Replicate(), Shard(0)]),
+            (square, lambda ndim: [Shard(max(0, ndim - 2)), Shard(ndim - 1)]),
+        ]
+    return found
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def cut_as(tensor, mesh, placements):
+    """Every process has the same tensor already, and takes its part."""
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+
+
+def both(make, mesh, cut, dtype=torch.float32, shapes=SHAPES):
+    """An optimizer of whole tensors, and one of the same tensors cut."""
+    generator = torch.Generator().manual_seed(3)
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    plain = [torch.nn.Parameter(tensor.clone()) for tensor in tensors]
+    spread = [torch.nn.Parameter(cut_as(tensor, mesh, cut(tensor.ndim))) for tensor in tensors]
+    return make(plain), make(spread)
+
+
+def parameters_of(optimizer):
+    return optimizer.param_groups[0]["params"]
+
+
+def set_gradients(plain, spread, seed, without=()):
+    generator = torch.Generator().manual_seed(seed)
+    for i, (p, q) in enumerate(zip(parameters_of(plain), parameters_of(spread))):
+        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+        q.grad = cut_as(p.grad, q.device_mesh, q.placements)
+        if i in without:
+            p.grad = q.grad = None
+
+
+def assert_alike(plain, spread, bound):
+    """Weights and states; bound 0: to the last bit."""
+    for i, (p, q) in enumerate(zip(parameters_of(plain), parameters_of(spread))):
+        pairs = {"weight": (p, q)}
+        assert plain.state.get(p, {}).keys() == spread.state.get(q, {}).keys()
+        pairs |= {slot: (value, spread.state[q][slot]) for slot, value in plain.state.get(p, {}).items()}
+        for name, (expected, found) in pairs.items():
+            assert name == "step" or found.placements == q.placements
+            found = whole(found.detach())
+            if bound == 0:
+                assert torch.equal(found, expected.detach()), f"{name} of {i}, {SHAPES[i]}"
+            else:
+                error = (found - expected).abs().max().item() if expected.numel() else 0.0
+                assert error <= bound * max(1.0, expected.abs().max().item()), f"{name} of {i}: {error}"
+
+
+def check_elementwise_steps_are_the_same_to_the_last_bit(rank, world):
+    """With noise and averages: what an element draws does not depend on where it is."""
+    makers = {
+        (fused_opt.SGD, torch.float32): {"momentum": 0.9, "weight_decay": 0.1},
+        (fused_opt.AdamW, torch.float32): {"amsgrad": True},
+        (fused_opt.Adam, torch.bfloat16): {"state_dtype": torch.float32},
+        (fused_opt.SGD, torch.float64): {},
+    }
+    for backend, ((cls, dtype), options), (mesh, cut) in product(BACKENDS, makers.items(), layouts(world)):
+        make = partial(cls, lr=0.1, backend=backend, **options, **EVERYTHING)
+        plain, spread = both(make, mesh, cut, dtype)
+        for step in range(4):
+            set_gradients(plain, spread, step, without=[2] if step == 0 else [])
+            gradients = [q.grad for q in parameters_of(spread)]
+            plain.step()
+            spread.step()
+            assert all(q.grad is g for q, g in zip(parameters_of(spread), gradients))
+        assert_alike(plain, spread, 0)
+
+
+def check_norms_are_those_of_the_whole_tensors(rank, world):
+    ratio = {"coefficient": 0.5, "exempt": 0, "lr": 0.1}
+    makers = {
+        "lars": partial(fused_opt.LARS, **ratio),
+        "clars": partial(fused_opt.CLARS, **ratio),
+        "lamb": partial(fused_opt.LAMB, **ratio),
+        "clipped lars": partial(fused_opt.LARS, **ratio, max_grad_norm=3.0),
+        "clipped lamb": partial(fused_opt.LAMB, **ratio, max_grad_norm=3.0),
+        "clipped": partial(fused_opt.AdamW, lr=0.1, max_grad_norm=3.0),
+        "relative": partial(fused_opt.SGD, lr=0.1, noise=fused_opt.WeightNoise(std=0.1, relative=True)),
+    }
+    for backend, (name, make), (mesh, cut) in product(BACKENDS, makers.items(), layouts(world)):
+        plain, spread = both(partial(make, backend=backend), mesh, cut, torch.float64)
+        for step in range(3):
+            set_gradients(plain, spread, step, without=[1] if step == 0 else [])
+            plain.step()
+            spread.step()
+            assert (plain.grad_norm is None) == (not name.startswith("clipped"))
+            assert (spread.grad_norm or 0.0) == pytest.approx(plain.grad_norm or 0.0, rel=1e-12), name
+            ratios = spread.trust_ratios()
+            assert ratios == pytest.approx(plain.trust_ratios(), rel=1e-12), name
+        assert same_everywhere([torch.tensor(list(ratios.values()), dtype=torch.float64)], rank, world)
+        assert_alike(plain, spread, 1e-12)
+
+
+def check_a_write_between_steps_is_seen(rank, world):
+    """The carried norm of the weights is of weights that were doubled since."""
+    for write in (lambda q: q.mul_(2), lambda q: q.to_local().mul_(2)):
+        plain, spread = both(lambda p: fused_opt.LARS(p, lr=0.1), *layouts(world)[0], torch.float64)
+        for step in range(3):
+            set_gradients(plain, spread, step)
+            plain.step()
+            spread.step()
+            with torch.no_grad():
+                for p, q in zip(parameters_of(plain), parameters_of(spread)):
+                    p.mul_(2)
+                    write(q)
+        assert_alike(plain, spread, 1e-12)
+
+
+def check_autograd_sees_the_step(rank, world):
+    _, spread = both(lambda p: fused_opt.SGD(p, lr=0.1), *layouts(world)[0])
+    loss = sum((q * q).sum() for q in parameters_of(spread))
+    loss.backward(retain_graph=True)
+    spread.step()
+    raises(RuntimeError, "modified by an inplace operation", loss.backward)
+
+
+def check_a_shard_that_is_not_finite_stops_every_process(rank, world):
+    for features in ({}, {"max_grad_norm": 1.0}):
+        plain, spread = both(
+            lambda p: fused_opt.LARS(p, lr=0.1, nonfinite="skip", **features),  # noqa: B023
+            *layouts(world)[0],
+            torch.float64,
+        )
+        for step in range(4):
+            set_gradients(plain, spread, step)
+            if step in (0, 2):
+                parameters_of(plain)[0].grad[-1, 0] = math.nan
+                if rank == world - 1:
+                    parameters_of(spread)[0].grad.to_local()[-1, 0] = math.nan
+            plain.step()
+            spread.step()
+            assert spread.skipped_steps == plain.skipped_steps == step // 2 + 1
+        assert_alike(plain, spread, 1e-12)
+    _, spread = both(lambda p: fused_opt.AdamW(p, lr=0.1, nonfinite="raise"), *layouts(world)[0])
+    set_gradients(spread, spread, 0)
+    if rank == 0:
+        parameters_of(spread)[3].grad.to_local()[0] = math.inf
+    before = copy.deepcopy(parameters_of(spread))
+    raises(RuntimeError, "parameter 3 of group 0 is not finite", spread.step)
+    assert not spread.state
+    assert all(torch.equal(q.to_local(), b.to_local()) for q, b in zip(parameters_of(spread), before))
+
+
+def model_of(seed=0):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(
+        torch.nn.Linear(6, 13), torch.nn.LayerNorm(13), torch.nn.Tanh(), torch.nn.Linear(13, 3), torch.nn.Tanh()
+    ).double()
+
+
+def sharded(model, mesh=None):
+    for layer in (model[0], model[3]):
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def batch(step, size=8):
+    return torch.randn(size, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+
+
+def assert_models_alike(model, plain, bound):
+    for (name, p), q in zip(model.named_parameters(), plain.parameters()):
+        error = (whole(p.detach()) - q.detach()).abs().max().item()
+        assert error <= bound, f"{name}: {error}"
+
+
+MAKERS = {
+    "AdamW": lambda p: fused_opt.AdamW(p, lr=0.01, noise=fused_opt.WeightNoise(std=0.01), averaging=fused_opt.EMA(0.9)),
+    "LAMB": lambda p: fused_opt.LAMB(p, lr=0.01),
+    "CLARS": lambda p: fused_opt.CLARS(p, lr=0.1, max_grad_norm=0.1),
+}
+
+
+def check_fsdp_trains_as_one_process_does(rank, world):
+    """Every process has the same batch, so that even the gradients are the same bits."""
+    for name, make in MAKERS.items():
+        meshes = (
+            [None] if world == 2 else [None, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))]
+        )
+        for mesh in meshes:
+            plain, model = model_of(), sharded(model_of(), mesh)
+            optimizer, spread = make(plain.parameters()), make(model.parameters())
+            for step in range(5):
+                for net, of in ((plain, optimizer), (model, spread)):
+                    net(batch(step)).square().mean().backward()
+                    of.step()
+                    of.zero_grad()
+            assert_models_alike(model, plain, 0 if name == "AdamW" else 1e-13)
+            if name == "AdamW":
+                with spread.averaged_weights(), optimizer.averaged_weights():
+                    assert_models_alike(model, plain, 0)
+                assert_models_alike(model, plain, 0)
+
+
+def check_clipping_is_that_of_torch(rank, world):
+    model, other = sharded(model_of()), sharded(model_of())
+    ours = fused_opt.SGD(model.parameters(), lr=0.1, momentum=0.9, max_grad_norm=0.01)
+    theirs = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)
+    for step in range(3):
+        for net in (model, other):
+            net(batch(world * step + rank)).square().mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(other.parameters(), 0.01).full_tensor().item()
+        ours.step()
+        theirs.step()
+        assert ours.grad_norm == pytest.approx(norm, rel=1e-12)
+        assert norm > 0.02
+        ours.zero_grad()
+        theirs.zero_grad()
+    for p, q in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(p.to_local(), q.to_local(), rtol=1e-12, atol=1e-14)
+
+
+def check_micro_batches_under_fsdp(rank, world):
+    """A part is a micro-batch of all processes together; between the backwards p.grad is what it is without tracking."""
+    make = lambda p: fused_opt.CLARS(p, lr=0.1, cap=math.inf)  # noqa: E731
+    plain, model, untracked = model_of(), sharded(model_of()), sharded(model_of())
+    optimizer, spread = make(plain.parameters()), make(model.parameters())
+    parts, of_spread = optimizer.track_parts("microbatch", model=plain), spread.track_parts("microbatch", model=model)
+    for step in range(3):
+        for micro in range(3):
+            pieces = [batch(100 * step + 10 * micro + r) for r in range(world)]
+            plain(torch.cat(pieces)).square().mean().backward()
+            for net in (model, untracked):
+                net(pieces[rank]).square().mean().backward()
+            for p, q in zip(model.parameters(), untracked.parameters()):
+                assert torch.equal(p.grad.to_local(), q.grad.to_local())
+        assert list(of_spread.counts().values()) == [3] * 6
+        if step == 1:  # clipping scales the parts
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.01)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        optimizer.step()
+        spread.step()
+        assert spread.trust_ratios() == pytest.approx(optimizer.trust_ratios(), rel=1e-9)
+        optimizer.zero_grad()
+        spread.zero_grad()
+        with torch.no_grad():
+            for p, q in zip(untracked.parameters(), model.parameters()):
+                p.copy_(q)
+                p.grad = None
+    assert_models_alike(model, plain, 1e-10)
+    parts.remove()
+    # one part where gradients are not synchronized in between
+    model.set_requires_gradient_sync(False)
+    model(batch(0)).square().mean().backward()
+    assert all(p.grad is None for p in model.parameters())
+    model.set_requires_gradient_sync(True)
+    model(batch(1)).square().mean().backward()
+    assert set(of_spread.counts().values()) == {1}
+    of_spread.remove()
+    model(batch(2)).square().mean().backward()
+    assert not of_spread.counts()
+
+
+def check_tensor_parallel_layers(rank, world):
+    mesh = init_device_mesh("cpu", (world,))
+    for make in MAKERS.values():
+        plain, model = model_of(), model_of()
+        parallelize_module(model[0], mesh, ColwiseParallel(output_layouts=Replicate()))
+        parallelize_module(model[3], mesh, RowwiseParallel(input_layouts=Replicate()))
+        assert model[0].weight.placements == (Shard(0),)
+        assert model[3].weight.placements == (Shard(1),)
+        optimizer, spread = make(plain.parameters()), make(model.parameters())
+        optimizer.track_parts("microbatch", model=plain)
+        spread.track_parts("microbatch", model=model)
+        for step in range(3):
+            for net, of in ((plain, optimizer), (model, spread)):
+                for micro in range(2):
+                    net(batch(2 * step + micro)).square().mean().backward()
+                of.step()
+                of.zero_grad()
+        assert (spread.grad_norm or 0.0) == pytest.approx(optimizer.grad_norm or 0.0, rel=1e-10)
+        assert spread.trust_ratios() == pytest.approx(optimizer.trust_ratios(), rel=1e-10)
+        assert_models_alike(model, plain, 1e-12)
+
+
+def check_fsdp_on_tensor_parallel_layers(rank, world):
+    """Two cuts of one dimension: strided shards."""
+    if world != 4:
+        return
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+    for name, make in MAKERS.items():
+        torch.manual_seed(0)
+        plain = torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.Tanh(), torch.nn.Linear(12, 4)).double()
+        model = copy.deepcopy(plain)
+        parallelize_module(model, mesh["model"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        fully_shard(model, mesh=mesh["data"])
+        optimizer, spread = make(plain.parameters()), make(model.parameters())
+        for step in range(3):
+            for net, of in ((plain, optimizer), (model, spread)):
+                net(batch(step)).square().mean().backward()
+                of.step()
+                of.zero_grad()
+        assert_models_alike(model, plain, 1e-12), name
+
+
+def check_gradients_laid_out_otherwise(rank, world):
+    """What autograd hands over for a replicated parameter may be a pending sum."""
+    mesh = init_device_mesh("cpu", (world,))
+    q = torch.nn.Parameter(distribute_tensor(torch.ones(5, 3), mesh, [Shard(0)]))
+    q.grad = DTensor.from_local(torch.full((5, 3), 1.0 / world), mesh, [Partial()], run_check=False)
+    given = q.grad
+    optimizer = fused_opt.SGD([q], lr=0.5)
+    optimizer.step()
+    assert q.grad is given
+    assert torch.equal(whole(q.detach()), torch.full((5, 3), 0.5))
+
+
+def check_refusals_change_nothing(rank, world):
+    mesh = init_device_mesh("cpu", (world,))
+    plain = torch.ones(4, 3)
+    q = torch.nn.Parameter(distribute_tensor(plain, mesh, [Shard(0)]))
+    q.grad = distribute_tensor(plain, mesh, [Shard(0)])
+    optimizer = fused_opt.SGD([q], lr=0.5, momentum=0.9)
+    optimizer.state[q]["momentum_buffer"] = plain.clone()
+    raises(
+        RuntimeError,
+        "its state 'momentum_buffer' a tensor of this process; they must be laid out alike",
+        optimizer.step,
+    )
+    optimizer.state[q]["momentum_buffer"] = distribute_tensor(plain, mesh, [Shard(1)])
+    raises(RuntimeError, r"Shard\(dim=0\).*and its state 'momentum_buffer' a DTensor.*Shard\(dim=1\)", optimizer.step)
+    assert torch.equal(whole(q.detach()), plain)
+
+    pending = torch.nn.Parameter(DTensor.from_local(plain, mesh, [Partial()], run_check=False))
+    pending.grad = DTensor.from_local(plain, mesh, [Partial()], run_check=False)
+    raises(RuntimeError, "a sum that is still to be made", fused_opt.SGD([pending], lr=0.1).step)
+
+    p = torch.nn.Parameter(plain.clone())
+    p.grad = plain.clone()
+    optimizer = fused_opt.SGD([p], lr=0.5, momentum=0.9)
+    optimizer.state[p]["momentum_buffer"] = distribute_tensor(plain, mesh, [Shard(0)])
+    raises(RuntimeError, "parameter 0 of group 0 is a tensor of this process and its state", optimizer.step)
+    assert torch.equal(p.detach(), plain)
+
+    clars = fused_opt.CLARS([q], lr=0.1)
+    raises(ValueError, "give track_parts the model=", lambda: clars.track_parts("microbatch"))
+    model = sharded(model_of())
+    clars = fused_opt.CLARS(model.parameters(), lr=0.1)
+    raises(
+        ValueError, "of a sample's gradient every process has a part", lambda: clars.track_parts("sample", model=model)
+    )
+
+
+def check_zero_redundancy_optimizer(rank, world):
+    """Every process steps the parameters that it owns."""
+    for name in ("SGD", "AdamW"):
+        options = {"lr": 0.1, "weight_decay": 0.1}
+        plain, model = model_of(), model_of()
+        optimizer = getattr(fused_opt, name)(plain.parameters(), **options)
+        zero = ZeroRedundancyOptimizer(model.parameters(), getattr(fused_opt, name), **options)
+        for step in range(3):
+            for net, of in ((plain, optimizer), (model, zero)):
+                net(batch(step)).square().mean().backward()
+                of.step()
+                of.zero_grad()
+        assert_models_alike(model, plain, 0)
+        zero.consolidate_state_dict(to=0)
+        if rank == 0:
+            optimizer.load_state_dict(zero.state_dict())
+
+
+CHECKS = [check for name, check in sorted(globals().items()) if name.startswith("check_")]
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def reports(request):
+    with tempfile.TemporaryDirectory() as folder:
+        yield run(__name__, request.param, folder)
+
+
+@pytest.mark.parametrize("name", [check.__name__ for check in CHECKS])
+def test_in_processes(name, reports):
+    assert not reports[name], reports[name]
