@@ -43,6 +43,10 @@ class Layer:
             for part, training in modes:
                 part.training = training
 
+    def shape(self) -> torch.Size:
+        """The weight's; where nothing computes it, no process has to gather it."""
+        return self.weight().shape if _parametrization(self.module) else _weight(self.module).shape
+
     def sources(self) -> list[Tensor]:
         """The tensors that the weight is computed from."""
         parts = _parametrization(self.module)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from .hill import layer_alphas
 from .layers import Layer
 from .spectrum import workers
+from .team import Team
 
 
 class Mark(NamedTuple):
@@ -27,6 +29,7 @@ class Sweep:
 
     Args:
         layers: by module name.
+        teams: the processes among which a layer's are divided, by module name; None: this one computes it.
         costs: estimated operations, by module name.
         estimator: keyword arguments of :func:`~fused_opt.balance.hill.layer_alphas`.
         budget: largest share of the operations in one portion.
@@ -36,12 +39,13 @@ class Sweep:
     def __init__(
         self,
         layers: Mapping[str, Layer],
+        teams: Mapping[str, Team | None],
         costs: Mapping[str, float],
         estimator: dict[str, Any],
         budget: float,
         background: bool,
     ) -> None:
-        self._layers, self._costs, self._estimator = layers, costs, estimator
+        self._layers, self._teams, self._costs, self._estimator = layers, teams, costs, estimator
         self._budget, self._background = budget, background
         self._queue: list[list[str]] = []
         self._found: dict[str, float] = {}
@@ -93,6 +97,35 @@ class Sweep:
         self.forget()
 
     def _compute(self, names: list[str]) -> None:
+        together: dict[Team | None, list[str]] = {}
+        for name in names:
+            together.setdefault(self._teams[name], []).append(name)
+        for team, of_team in together.items():
+            if team is None:
+                self._compute_here(of_team)
+                continue
+            divided = team.divide([self._costs[name] for name in of_team])
+            shares = [[of_team[i] for i in share] for share in divided]
+            if team.cut:
+                self._compute_cut(shares, team.place)
+            else:
+                self._compute_here(shares[team.place])
+            mine = [self._found[name] if name in shares[team.place] else 0.0 for name in of_team]
+            self._found |= zip(of_team, team.exchange(mine), strict=True)
+
+    def _compute_cut(self, shares: list[list[str]], place: int) -> None:
+        """All gather one weight after the other, of which each keeps its own; never more than two are whole anywhere."""
+        for turn in zip_longest(*shares):
+            kept: dict[str, Tensor] = {}
+            for taker, name in enumerate(turn):
+                if name is not None:
+                    whole = self._layers[name].weight()
+                    if taker == place:
+                        kept[name] = whole
+                    del whole  # before the next one comes
+            self._found |= zip(kept, layer_alphas(list(kept.values()), **self._estimator), strict=True)
+
+    def _compute_here(self, names: list[str]) -> None:
         marks = {name: Mark(self._layers[name].version(), self._layers[name].sample()) for name in names}
         same = {name: self._known[name][1] for name, mark in marks.items() if self._unchanged(name, mark)}
         self._found |= same

@@ -19,6 +19,7 @@ from .layers import LAYERS, NORMS, Norms, find_layers
 from .plot import plot
 from .spectrum import Windows, matrices
 from .sweep import Sweep
+from .team import reshard, team_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -155,18 +156,21 @@ class TempBalance:
         self.every, self.ramp = every, ramp
         self._until = math.inf if active == 1 or total_steps is None else active * total_steps
 
+        reshard(model)
         layers, first, last = find_layers(model, include, norms)
         ends = {name for name, skip in ((first, skip_first), (last, skip_last)) if skip}
         self.layers = {layer.name: layer for layer in layers}
         self._fixed = {name: skipped for name in self.layers if name in ends}
-        shapes = {layer.name: matrices(layer.weight(), windows).shape for layer in layers if layer.name not in ends}
+        inner = [layer for layer in layers if layer.name not in ends]
+        shapes = {layer.name: matrices(torch.empty(layer.shape(), device="meta"), windows).shape for layer in inner}
         self._costs = {name: _cost(shape) for name, shape in shapes.items() if _count(shape) >= min_eigenvalues}
 
         self.alphas: dict[str, float] = {}
         """Module name to exponent, as last computed."""
         self.history: list[tuple[int, dict[str, float]]] = []
         """What ``alphas`` was after each recomputation, with the number of the call."""
-        self._sweep = Sweep(self.layers, self._costs, self.estimator, budget, background)
+        teams = {name: team_of(self.layers[name], model) for name in self._costs}
+        self._sweep = Sweep(self.layers, teams, self._costs, self.estimator, budget, background)
         self._calls = 0
         self._due = False
         self._since = 0
@@ -190,6 +194,8 @@ class TempBalance:
         if force:
             self._sweep.forget()
         self._due |= force or (self._calls % self.every == 0 and self._calls < self._until)
+        if self._due or self._sweep.busy:
+            reshard(self.model)
         if self._due and not self._sweep.busy:
             self._due = False
             trained = self._trained()
@@ -205,6 +211,7 @@ class TempBalance:
     @property
     def multipliers(self) -> dict[str, float]:
         """Parameter name to multiplier, for all parameters of the model."""
+        reshard(self.model)
         return {name: self._written.get(p, 1.0) for name, p in self.model.named_parameters()}
 
     def log(self, writer: Any = None, step: int | None = None) -> dict[str, float]:
