@@ -3,11 +3,10 @@
 import contextlib
 import copy
 import math
-import tempfile
 
 import pytest
 import torch
-from processes import run, same_everywhere
+from processes import report_of, same_everywhere
 from torch.nn.parallel import DistributedDataParallel
 
 import fused_opt
@@ -297,12 +296,7 @@ def check_refusals(rank, world):
 CHECKS = [check for name, check in sorted(globals().items()) if name.startswith("check_")]
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def reports(request):
-    with tempfile.TemporaryDirectory() as folder:
-        yield run(__name__, request.param, folder)
-
-
-@pytest.mark.parametrize("name", [check.__name__ for check in CHECKS])
-def test_in_processes(name, reports):
-    assert not reports[name], reports[name]
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_in_processes(check, world, request):
+    assert not (report := report_of(check, world, request)), report

@@ -2,13 +2,12 @@
 
 import copy
 import math
-import tempfile
 from functools import partial
 from itertools import product
 
 import pytest
 import torch
-from processes import run, same_everywhere
+from processes import report_of, same_everywhere
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -409,12 +408,7 @@ def check_zero_redundancy_optimizer(rank, world):
 CHECKS = [check for name, check in sorted(globals().items()) if name.startswith("check_")]
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def reports(request):
-    with tempfile.TemporaryDirectory() as folder:
-        yield run(__name__, request.param, folder)
-
-
-@pytest.mark.parametrize("name", [check.__name__ for check in CHECKS])
-def test_in_processes(name, reports):
-    assert not reports[name], reports[name]
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_in_processes(check, world, request):
+    assert not (report := report_of(check, world, request)), report

@@ -240,7 +240,8 @@ class Microbatches:
         known = self._sums.get(p)
         if known is None:  # left by somebody else: one part, none if zeroed
             norm2 = squared_norm(grad)
-            squares = (norm2,) if is_spread(grad) else ()  # of a shard even a zero, or processes had different numbers
+            # Of a shard even a zero is a part, or processes would have different numbers of them.
+            squares: tuple[float, ...] = (norm2,) if is_spread(grad) else ()
             return _Sum(grad, grad._version, math.sqrt(norm2), norm2, int(norm2 > 0), squares)
         # torch's foreach operations, clip_grad_norm_ with them, do not count what they write in DTensors.
         if known.grad is not grad or known.version != grad._version or is_spread(grad):
