@@ -24,6 +24,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet weightwatcher==0.7.7
 	$(BIN)/python -m benchmarks
 	$(BIN)/python benchmarks/spectra.py
+	$(BIN)/python -m benchmarks.communication
 
 $(VENV)/installed: requirements-dev.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
