@@ -1,4 +1,5 @@
 // Tests of the core without Python. Run by ctest; tests/test_cpp.py builds and runs them under sanitizers.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -250,6 +251,85 @@ void accumulate_adds_and_sums_both_squares() {
   }
 }
 
+// A matrix of 37 x 129, and the same one cut into boxes of rows and columns, one of them empty: what they draw and,
+// told the norms of the whole, where they step, does not depend on the cut.
+void shards_step_as_the_whole() {
+  constexpr int64_t kRows = 37, kColumns = 129,
+                    kBoxes[][4] = {
+                        {0, 5, 0, kColumns},  // first row and the one after the last, columns likewise
+                        {5, 5, 0, kColumns},
+                        {5, kRows, 0, 50},
+                        {5, kRows, 50, kColumns},
+                    };
+  const int64_t strides[] = {kColumns, 1};
+  for (const Ratio ratio : {Ratio::kNone, Ratio::kLARS, Ratio::kLAMB}) {
+    Model whole({kRows * kColumns}, 1);
+    std::vector<size_t> numels;
+    for (const auto& box : kBoxes) numels.push_back(static_cast<size_t>((box[1] - box[0]) * (box[3] - box[2])));
+    Model cut(numels, 1);
+    int64_t sizes[4][2];
+    const auto each = [&](size_t b, const auto& f) {
+      const auto& box = kBoxes[b];
+      for (int64_t i = 0; i < sizes[b][0] * sizes[b][1]; ++i)
+        f(static_cast<size_t>(i),
+          static_cast<size_t>((box[0] + i / sizes[b][1]) * kColumns + box[2] + i % sizes[b][1]));
+    };
+    for (size_t b = 0; b < 4; ++b) {
+      const auto& box = kBoxes[b];
+      sizes[b][0] = box[1] - box[0];
+      sizes[b][1] = box[3] - box[2];
+      cut.table.tensors[b].sizes = sizes[b];
+      Layer& layer = cut.table.layers[b];
+      layer.index = 0;
+      layer.strides = strides;
+      layer.offset = box[0] * kColumns + box[2];
+      layer.run = sizes[b][1] == kColumns ? std::max<int64_t>(1, sizes[b][0] * kColumns) : sizes[b][1];
+      layer.elsewhere = kRows * kColumns - sizes[b][0] * sizes[b][1];
+      each(b, [&](size_t i, size_t k) {
+        cut.p[b][i] = whole.p[0][k];
+        cut.g[b][i] = whole.g[0][k];
+      });
+    }
+    Group group;
+    group.lr = 0.1;
+    group.rule[1] = 0.9;
+    group.rule[2] = 1;
+    group.sigma = 0.5;
+    group.seed = 1234567890123;
+    group.ratio = ratio;
+    group.relative = ratio != Ratio::kNone;
+    group.cap = 1e9;
+    whole.table.groups[0] = cut.table.groups[0] = group;
+    const cpu::Kernel* kernel = cpu::choose()->find("momentum_sgd");
+    for (int t = 0; t < 3; ++t) {
+      whole.table.groups[0].t = cut.table.groups[0].t = static_cast<uint32_t>(t);
+      cpu::norms(*kernel, cut.table, true, true, 2);
+      Layer sum;
+      sum.weight_norm2 = sum.grad_norm2 = sum.direction_norm2 = 0;
+      for (const Layer& layer : cut.table.layers) {
+        sum.weight_norm2 += layer.weight_norm2;
+        sum.grad_norm2 += layer.grad_norm2;
+        sum.direction_norm2 += layer.direction_norm2;
+      }
+      for (Layer& layer : cut.table.layers) {
+        if (ratio != Ratio::kNone) layer.weight_norm2 = sum.weight_norm2;
+        layer.grad_norm2 = sum.grad_norm2;
+        if (ratio == Ratio::kLAMB) layer.direction_norm2 = sum.direction_norm2;
+      }
+      cpu::step(*kernel, whole.table, 1);
+      cpu::step(*kernel, cut.table, 2);
+      for (Layer& layer : cut.table.layers) layer.grad_norm2 = -1;
+      for (size_t b = 0; b < 4; ++b) {
+        CHECK(std::fabs(cut.table.layers[b].ratio - whole.table.layers[0].ratio) <= 1e-12);
+        each(b, [&](size_t i, size_t k) {
+          const float bound = ratio == Ratio::kNone ? 0 : 1e-5f;
+          CHECK(std::fabs(cut.p[b][i] - whole.p[0][k]) <= bound * std::fabs(whole.p[0][k]) + bound);
+        });
+      }
+    }
+  }
+}
+
 void lookups_that_find_nothing() {
   CHECK(cpu::choose("no such instruction set") == nullptr);
   CHECK(cpu::choose()->find("no such rule") == nullptr);
@@ -266,6 +346,7 @@ int main() {
   a_carried_norm_is_the_norm_of_what_was_stored();
   strides_and_narrow_types();
   accumulate_adds_and_sums_both_squares();
+  shards_step_as_the_whole();
   lookups_that_find_nothing();
   std::puts("all C++ tests hold");
 }
