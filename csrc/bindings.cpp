@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <deque>
 #include <memory>
 #include <numeric>
 #include <optional>
@@ -182,8 +183,7 @@ struct Parameter {
   View p;
   std::vector<Held> states;
   std::optional<Held> step, average;
-  std::vector<int64_t> strides;  // of a shard: those of the whole tensor
-  std::optional<View> g;         // none: it had no gradient when the plan was made
+  std::optional<View> g;  // none: it had no gradient when the plan was made
   double count = 0;
   int64_t version = -1;  // autograd's count of writes, as the last step left it
 
@@ -220,7 +220,7 @@ class Plan {
  public:
   // parameters: tuples of tensor, gradient or None, group, fresh, states in the rule's order or None, step tensor or
   // None, average or None, index of the parameter, multipliers of learning rate and weight decay, None or a shard's
-  // offset, run, elsewhere and strides (see Layer). `ordered`: the noise counts elements in row-major order, and so
+  // offset, run, elsewhere and strides (see Place). `ordered`: the noise counts elements in row-major order, and so
   // must whoever walks them.
   Plan(const std::string& rule, const std::optional<std::string>& instruction_set, const py::list& parameters,
        const py::list& param_groups, const py::dict& state, bool ordered) {
@@ -231,7 +231,7 @@ class Plan {
     parameters_.reserve(parameters.size());
     for (const auto& item : parameters) {
       const auto row = py::cast<py::tuple>(item);
-      Parameter parameter{row[0], row[2].cast<int>(), row[3].cast<bool>(), View(row[0]), {}, {}, {}, {}, {}};
+      Parameter parameter{row[0], row[2].cast<int>(), row[3].cast<bool>(), View(row[0]), {}, {}, {}, {}};
       if (!row[4].is_none())
         for (const auto& s : row[4]) parameter.states.emplace_back(s);
       if (!row[5].is_none()) parameter.step.emplace(row[5]);
@@ -242,9 +242,11 @@ class Plan {
       layer.lr_scale = row[8].cast<double>();
       layer.decay_scale = row[9].cast<double>();
       if (!row[10].is_none()) {
-        std::tie(layer.offset, layer.run, layer.elsewhere, parameter.strides) =
+        auto& [place, strides] = places_.emplace_back();
+        std::tie(place.offset, place.run, place.elsewhere, strides) =
             row[10].cast<std::tuple<int64_t, int64_t, int64_t, std::vector<int64_t>>>();
-        layer.strides = parameter.strides.data();  // which moves with the vector
+        place.strides = strides.data();
+        layer.place = &place;
       }
       table_.layers.push_back(layer);
       parameters_.push_back(std::move(parameter));
@@ -427,6 +429,7 @@ class Plan {
   const cpu::Kernel* kernel_;
   std::vector<Parameter> parameters_;
   cpu::Table table_;
+  std::deque<std::pair<Place, std::vector<int64_t>>> places_;  // which `table_` points to
   std::vector<py::object> seen_;
   std::vector<std::pair<int, double>> keys_;
   size_t active_ = 0;

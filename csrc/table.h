@@ -32,6 +32,14 @@ struct Tensor {
   bool active = false;  // has a gradient this step
 };
 
+// Where the elements of a shard are in the row-major order of the whole tensor, which keys the noise.
+struct Place {
+  int64_t offset = 0;                // of the first
+  int64_t run = 1;                   // how many neighbours here are neighbours there
+  int64_t elsewhere = 0;             // how many elements of the whole are not here
+  const int64_t* strides = nullptr;  // of the whole, in elements
+};
+
 // Norms are squared; a negative one is not known. Of a shard they are its own until `norms` has been asked for them and
 // the step was told those of the whole tensor.
 struct Layer {
@@ -45,11 +53,7 @@ struct Layer {
   double ratio = 1;
   bool finite = true;  // whether the norms that the ratio needs are numbers
 
-  // Where the elements of a shard are in the row-major order of the whole tensor, which keys the noise: strides of the
-  // whole in elements (null: this is the whole), its first element, how many neighbours here are neighbours there, and
-  // how many elements are elsewhere.
-  const int64_t* strides = nullptr;
-  int64_t offset = 0, run = INT64_MAX, elsewhere = 0;
+  const Place* place = nullptr;  // of a shard
 };
 
 struct Group {
@@ -71,12 +75,11 @@ struct Group {
   bool fresh = false, write_back = false;
 };
 
-// Which element of the whole tensor is element i of this part of it, in row-major order both.
-inline int64_t in_whole(const Tensor& tensor, const Layer& layer, int64_t i) {
-  if (!layer.strides) return i;
-  int64_t whole = layer.offset;
+// Which element of the whole tensor is element i of a shard, in row-major order both.
+inline int64_t in_whole(const Tensor& tensor, const Place& place, int64_t i) {
+  int64_t whole = place.offset;
   for (int d = tensor.ndim - 1; d >= 0; --d) {
-    whole += i % tensor.sizes[d] * layer.strides[d];
+    whole += i % tensor.sizes[d] * place.strides[d];
     i /= tensor.sizes[d];
   }
   return whole;

@@ -271,8 +271,7 @@ class Plan:
         self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]
     ) -> list[list[tuple[int, float]]] | None:
         """Find this step's gradients: (group, step count) pairs per bucket, or None: the plan must be made anew."""
-        lent = [shard.lend() for shard in self.shards]  # every one: processes redistribute gradients together
-        if not all(lent):
+        if self.shards and not all([shard.lend() for shard in self.shards]):  # noqa: C419  # every one is asked
             return None
         keys = []
         for bucket in self.buckets:

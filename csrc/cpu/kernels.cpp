@@ -224,9 +224,10 @@ void add_noise(const Tensor& tensor, const Group& group, const Layer& layer, T s
   alignas(64) float z[256];
   for (int64_t i = 0, m; i < n; i += m) {
     // A shard may begin in the middle of the four elements that share a counter.
-    const int64_t first = in_whole(tensor, layer, begin + i), skipped = first % 4;
+    const int64_t first = layer.place ? in_whole(tensor, *layer.place, begin + i) : begin + i, skipped = first % 4;
     m = n - i < 256 - skipped ? n - i : 256 - skipped;
-    if (const int64_t left = layer.run - (begin + i) % layer.run; left < m) m = left;
+    if (layer.place)
+      if (const int64_t left = layer.place->run - (begin + i) % layer.place->run; left < m) m = left;
     ahead(begin + i + kBlock, begin + i + kBlock + m);
     normal(group.seed, layer.index, group.t, static_cast<uint64_t>(first) / 4, 64, z);
     for (int64_t k = 0; k < m; ++k) p[i + k] += sigma * static_cast<T>(z[skipped + k]);
@@ -267,8 +268,8 @@ double update_as(const Tensor& tensor, const Group& group, const Layer& layer, i
   const auto rule = make<Rule<T>, T>(group, layer);
   const T lr = static_cast<T>(group.lr * layer.lr_scale * layer.ratio);
   const bool carries = carries_norm(tensor, group), averages = group.add != 0 || group.write_back;
-  const double root_mean_square =
-      group.relative ? __builtin_sqrt(layer.weight_norm2 / static_cast<double>(tensor.numel + layer.elsewhere)) : 1;
+  const int64_t whole = tensor.numel + (layer.place ? layer.place->elsewhere : 0);
+  const double root_mean_square = group.relative ? __builtin_sqrt(layer.weight_norm2 / static_cast<double>(whole)) : 1;
   const T sigma = static_cast<T>(group.sigma * root_mean_square);
 
   bool staged = !tensor.flat || tensor.p.dtype != kDTypeOf<T> || tensor.g.dtype != kDTypeOf<T> || carries || averages ||

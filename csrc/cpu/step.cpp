@@ -223,8 +223,9 @@ void step(const Kernel& kernel, Table& table, int threads) {
       measure(kernel, table, wants, partial, first, last, threads);
       update(first, last);
     }
+    for (size_t t = 0; t < count; ++t)
+      if (wants[t].direction) table.layers[t].direction_norm2 = -1;
   }
-  for (Layer& layer : table.layers) layer.direction_norm2 = -1;
   if (!carried) return;
   in_order(table, 0, chunks, [&](int32_t t, size_t c) {
     if (!carries_norm(table.tensors[t], table.groups[table.tensors[t].group])) return;

@@ -268,6 +268,7 @@ void shards_step_as_the_whole() {
     for (const auto& box : kBoxes) numels.push_back(static_cast<size_t>((box[1] - box[0]) * (box[3] - box[2])));
     Model cut(numels, 1);
     int64_t sizes[4][2];
+    Place places[4];
     const auto each = [&](size_t b, const auto& f) {
       const auto& box = kBoxes[b];
       for (int64_t i = 0; i < sizes[b][0] * sizes[b][1]; ++i)
@@ -281,10 +282,10 @@ void shards_step_as_the_whole() {
       cut.table.tensors[b].sizes = sizes[b];
       Layer& layer = cut.table.layers[b];
       layer.index = 0;
-      layer.strides = strides;
-      layer.offset = box[0] * kColumns + box[2];
-      layer.run = sizes[b][1] == kColumns ? std::max<int64_t>(1, sizes[b][0] * kColumns) : sizes[b][1];
-      layer.elsewhere = kRows * kColumns - sizes[b][0] * sizes[b][1];
+      layer.place = &places[b];
+      places[b] = {box[0] * kColumns + box[2],
+                   sizes[b][1] == kColumns ? std::max<int64_t>(1, sizes[b][0] * kColumns) : sizes[b][1],
+                   kRows * kColumns - sizes[b][0] * sizes[b][1], strides};
       each(b, [&](size_t i, size_t k) {
         cut.p[b][i] = whole.p[0][k];
         cut.g[b][i] = whole.g[0][k];
@@ -318,7 +319,7 @@ void shards_step_as_the_whole() {
       }
       cpu::step(*kernel, whole.table, 1);
       cpu::step(*kernel, cut.table, 2);
-      for (Layer& layer : cut.table.layers) layer.grad_norm2 = -1;
+      for (Layer& layer : cut.table.layers) layer.grad_norm2 = layer.direction_norm2 = -1;
       for (size_t b = 0; b < 4; ++b) {
         CHECK(std::fabs(cut.table.layers[b].ratio - whole.table.layers[0].ratio) <= 1e-12);
         each(b, [&](size_t i, size_t k) {
