@@ -35,6 +35,7 @@ class Checkpoints(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._plan = self._last = None
         self.__dict__.setdefault("_parts", None)
+        self.__dict__.setdefault("_partial", False)
         before: list[dict[str, Any]] = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
         for group, was in zip(self.param_groups, before or [{}] * len(self.param_groups)):

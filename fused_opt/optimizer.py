@@ -15,9 +15,10 @@ from . import backends
 from .agreement import DIRECTION, GRADIENT, WEIGHT, agree
 from .checkpoint import COUNTS, Checkpoints
 from .plan import AVERAGE, Plan, Row, Shape
+from .shards import within_zero
 from .step import TrustRatio, WeightNoise
 from .step.averaging import Averaging, Fold, swapped_in
-from .step.clipping import NONFINITE, RAISE, allows, clip_factor, wants_norm
+from .step.clipping import NONFINITE, PASS, RAISE, allows, clip_factor, wants_norm
 from .step.parts import Microbatches
 from .step.probe import Probe
 from .step.samples import Samples
@@ -100,6 +101,15 @@ class FusedOptimizer(Checkpoints):
         self._parts: Microbatches | None = None
         self._last: Plan | None = None  # the plan of the last step
         super().__init__(params, defaults)
+        self._partial = within_zero()
+        for group in self.param_groups if self._partial else ():
+            off = {"max_grad_norm": None, "nonfinite": PASS, "noise": None}
+            if asked := [name for name, value in off.items() if group[name] != value]:
+                raise ValueError(
+                    f"{', '.join(asked)}: ZeroRedundancyOptimizer makes an optimizer of some of the parameters in every "
+                    f"process, and this is about all of them (noise is counted by their places). What would work: "
+                    f"torch.nn.utils.clip_grad_norm_ before the step, or FSDP2 (fully_shard)"
+                )
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -354,6 +364,11 @@ class FusedOptimizer(Checkpoints):
         """
         if kind not in ("microbatch", "sample", "probe"):
             raise ValueError(f"Invalid kind of parts: {kind!r}; there are 'microbatch', 'sample' and 'probe'")
+        if self._partial:
+            raise ValueError(
+                "ZeroRedundancyOptimizer made this optimizer, of the parameters of one process; parts of a gradient are "
+                "tracked in all processes. CLARS under DistributedDataParallel or FSDP2 (fully_shard) has them"
+            )
         if self._parts is not None and self._parts.active:
             raise ValueError("parts are tracked already; remove() what track_parts returned first")
         parameters = [p for group in self.param_groups for p in group["params"]]

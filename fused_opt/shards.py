@@ -47,6 +47,17 @@ def like(tensor: Any, parameter: Any) -> Any:
         return tensor.redistribute(placements=parameter.placements)
 
 
+def within_zero() -> bool:
+    """Whether ZeroRedundancyOptimizer is making an optimizer of this process's parameters; it tells only by calling."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = sys._getframe() if module is not None else None
+    while module is not None and frame is not None:
+        if isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def spread_of(parameter: Any) -> tuple[Any, tuple[int, ...]]:
     """The mesh, and its dimensions over which the parameter is cut: a norm is a sum over these."""
     cut = tuple(d for d, placement in enumerate(parameter.placements) if not placement.is_replicate())

@@ -5,6 +5,7 @@ import torch
 from processes import report_of, same_everywhere
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import fused_opt
@@ -118,6 +119,14 @@ def check_a_layer_that_is_not_finite(rank, world):
     assert balance.alphas["2"] != balance.alphas["2"]
     assert balance.multipliers["2.weight"] == 1.0
     assert balance.multipliers["1.weight"] != 1.0
+
+
+def check_parts_of_an_optimizer_are_refused(rank, world):
+    model = DistributedDataParallel(model_of())
+    zero = ZeroRedundancyOptimizer(model.parameters(), fused_opt.AdamW, lr=0.1)
+    for optimizer in (zero, zero.optim):
+        with pytest.raises(ValueError, match="multipliers compare all of them"):
+            fused_opt.TempBalance(model, optimizer)
 
 
 CHECKS = [check for name, check in sorted(globals().items()) if name.startswith("check_")]

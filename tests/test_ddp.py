@@ -289,6 +289,11 @@ def check_refusals(rank, world):
     parts = torch.nn.ModuleList([DistributedDataParallel(model.first), DistributedDataParallel(model.last)])
     with pytest.raises(ValueError, match="2 modules under DistributedDataParallel"):
         optimizer.track_parts("microbatch", model=parts)
+    ddp = DistributedDataParallel(model)
+    tracked = optimizer.track_parts("microbatch", model=ddp)
+    with ddp.join(), pytest.raises(RuntimeError, match=r"under join\(\) some have no more batches"):
+        ddp(batch(0, rank))
+    tracked.remove()
     optimizer.track_parts("microbatch", model=model).remove()  # each alone
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 

@@ -403,6 +403,11 @@ def check_zero_redundancy_optimizer(rank, world):
         zero.consolidate_state_dict(to=0)
         if rank == 0:
             optimizer.load_state_dict(zero.state_dict())
+    for name, refused in {"max_grad_norm": 1.0, "nonfinite": "skip", "noise": fused_opt.WeightNoise(std=0.1)}.items():
+        make = partial(ZeroRedundancyOptimizer, model.parameters(), fused_opt.AdamW, lr=0.1, **{name: refused})
+        raises(ValueError, f"{name}: ZeroRedundancyOptimizer makes an optimizer of some of the parameters", make)
+    zero = ZeroRedundancyOptimizer(model.parameters(), fused_opt.CLARS, lr=0.1)
+    raises(ValueError, "ZeroRedundancyOptimizer made", lambda: zero.optim.track_parts("microbatch", model=model))
 
 
 CHECKS = [check for name, check in sorted(globals().items()) if name.startswith("check_")]

@@ -73,6 +73,13 @@ def team_of(layer: Layer, model: nn.Module) -> Team | None:
     return None
 
 
+def is_partial(optimizer: Any) -> bool:
+    """Whether it, or what made it, is a ZeroRedundancyOptimizer."""
+    zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    made = getattr(optimizer, "_partial", False)
+    return made or (zero is not None and isinstance(optimizer, zero.ZeroRedundancyOptimizer))
+
+
 def reshard(model: nn.Module) -> None:
     """Have FSDP2 put its parameters back in place: after an evaluation the outermost are whole copies of those trained."""
     fsdp = sys.modules.get("torch.distributed.fsdp")

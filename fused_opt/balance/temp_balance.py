@@ -19,7 +19,7 @@ from .layers import LAYERS, NORMS, Norms, find_layers
 from .plot import plot
 from .spectrum import Windows, matrices
 from .sweep import Sweep
-from .team import reshard, team_of
+from .team import is_partial, reshard, team_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -146,6 +146,11 @@ class TempBalance:
         _require(
             alone or not background,
             "background=True would write at different steps in different processes; use budget instead",
+        )
+        _require(
+            not is_partial(optimizer),
+            "ZeroRedundancyOptimizer has an optimizer of some of the layers in every process, and multipliers compare all of "
+            "them; FSDP2 (fully_shard) divides the states, too",
         )
         lacking = [i for i, group in enumerate(getattr(optimizer, "param_groups", [])) if target not in group]
         _require(not lacking, f"target={target!r}, but the optimizer's groups {lacking} have no such entry")

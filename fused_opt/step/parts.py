@@ -129,6 +129,11 @@ class Microbatches:
     def _before_forward(self, _: Any) -> None:
         if torch.is_grad_enabled():
             assert self._replicas is not None
+            if getattr(getattr(self._replicas, "_join_config", None), "enable", False):
+                raise RuntimeError(
+                    "parts of the gradient are tracked in all processes, and under join() some have no more batches; give "
+                    "all as many, or remove() what track_parts returned first"
+                )
             self._synchronizes = self._replicas.require_backward_grad_sync
 
     def _after_forward(self, output: Any) -> None:
