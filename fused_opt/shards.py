@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -87,26 +88,24 @@ def add_up(numbers: Sequence[Sequence[float]], parameters: Sequence[Any]) -> lis
     return found
 
 
-def place_of(parameter: Any, here: Tensor) -> Place | None:
-    """Where the part that lies here is in the whole; None where it is not one box, as uneven strided shards are not."""
+@lru_cache(maxsize=4096)
+def place_of(shape: torch.Size, mesh: Any, placements: tuple[Any, ...]) -> tuple[tuple[int, ...], Place | None]:
+    """Sizes of the part that lies here, and where it is; None where it is not one box, as uneven strided shards are not."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    shape, mesh, placements = parameter.shape, parameter.device_mesh, parameter.placements
+    sizes, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
     for m, placement in enumerate(placements):
         if (factor := getattr(placement, "split_factor", None)) is not None:
             cuts = {k: mesh.size(k) for k, p in enumerate(placements) if getattr(p, "dim", None) == placement.dim}
             inner = math.prod(size for k, size in cuts.items() if k > m)
             if factor != inner or shape[placement.dim] % math.prod(cuts.values()):
-                return None
-    sizes, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
-    if tuple(sizes) != tuple(here.shape):
-        return None
+                return sizes, None
     strides = torch.empty(shape, device="meta").stride()
     cut = [d for d, size in enumerate(sizes) if size != shape[d]]
-    return Place(
+    return sizes, Place(
         sum(first * stride for first, stride in zip(offsets, strides)),
         max(1, math.prod(sizes[cut[-1] if cut else 0 :])),
-        parameter.numel() - here.numel(),
+        math.prod(shape) - math.prod(sizes),
         strides,
     )
 
@@ -155,7 +154,8 @@ class Shard:
         self._states: list[tuple[Any, Tensor]] = []
         self._lent: Any = None
         self.tensor = self._here.detach()
-        self.place = place_of(parameter, self._here)
+        sizes, place = place_of(parameter.shape, parameter.device_mesh, parameter.placements)
+        self.place = place if tuple(sizes) == tuple(self._here.shape) else None
         if noisy and self.place is None:
             raise RuntimeError(
                 f"parameter {name} of shape {tuple(parameter.shape)} is cut by {parameter.placements} into parts that are "
