@@ -187,6 +187,22 @@ def check_a_shard_that_is_not_finite_stops_every_process(rank, world):
     assert all(torch.equal(q.to_local(), b.to_local()) for q, b in zip(parameters_of(spread), before))
 
 
+def check_weights_that_are_not_finite_in_one_process(rank, world):
+    """Their ratio is that of a tensor whose norm is not finite, in the processes that see none of it, too."""
+    for backend, cls in product(BACKENDS, (fused_opt.LARS, fused_opt.LAMB)):
+        plain, spread = both(partial(cls, lr=0.1, backend=backend), *layouts(world)[0], torch.float64)
+        with torch.no_grad():
+            parameters_of(plain)[0][-1, 0] = math.nan
+            if rank == world - 1:
+                parameters_of(spread)[0].to_local()[-1, 0] = math.nan
+        for step in range(2):
+            set_gradients(plain, spread, step)
+            plain.step()
+            spread.step()
+            assert spread.trust_ratios() == pytest.approx(plain.trust_ratios(), rel=1e-12)
+            assert spread.trust_ratios()["0 of group 0"] == 1.0
+
+
 def model_of(seed=0):
     torch.manual_seed(seed)
     return torch.nn.Sequential(
@@ -292,6 +308,14 @@ def check_micro_batches_under_fsdp(rank, world):
     model.set_requires_gradient_sync(True)
     model(batch(1)).square().mean().backward()
     assert set(of_spread.counts().values()) == {1}
+    # and such a backward leaves a gradient that is there already
+    before = [(p.grad, p.grad.to_local().clone()) for p in model.parameters()]
+    model.set_requires_gradient_sync(False)
+    model(batch(2)).square().mean().backward()
+    for p, (grad, values) in zip(model.parameters(), before):
+        assert p.grad is grad
+        assert torch.equal(grad.to_local(), values)
+    model.set_requires_gradient_sync(True)
     of_spread.remove()
     model(batch(2)).square().mean().backward()
     assert not of_spread.counts()
