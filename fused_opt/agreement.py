@@ -57,7 +57,11 @@ def agree(
                 asked.append((member, b, k, sorted(wanted & among), squares))
     # What a process does not know, for want of a gradient or an element, it has nothing to add to.
     numbers = [[max(norms[b][k][i], 0.0) for i in which] + squares for _, b, k, which, squares in asked]
-    for (_, b, k, which, squares), whole in zip(asked, add_up(numbers, [member.parameter for member, *_ in asked])):
+    for (member, b, k, which, squares), whole in zip(
+        asked, add_up(numbers, [member.parameter for member, *_ in asked])
+    ):
+        if member.tensor.grad is None:  # it takes no part in the step, and keeps what it carries: a shard's norm
+            continue
         for i, norm2 in zip(which, whole):
             norms[b][k][i] = norm2
         if squares:
