@@ -1,7 +1,6 @@
 """What runs in the processes of tests/test_checkpoints_move.py: training on shards, saving and resuming."""
 
 import copy
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -22,10 +21,8 @@ CASES = {
     "SGD": ("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1, "averaging": fused_opt.PSWA(4)}),
     "AdamW": ("AdamW", {"lr": 0.01, "amsgrad": True, "averaging": PSWM}),
     "bfloat16": ("AdamW", {"lr": 0.01, "state_dtype": torch.float32, "averaging": EMA}),
+    "noise": ("SGD", {"lr": 0.1, "momentum": 0.9, "noise": fused_opt.WeightNoise(0.01, schedule="cycle", period=3)}),
 }
-if importlib.util.find_spec("fused_opt.shards"):  # who knows which elements of the whole a shard has
-    noise = fused_opt.WeightNoise(0.01, schedule="cycle", period=3)
-    CASES["noise"] = ("SGD", {"lr": 0.1, "momentum": 0.9, "noise": noise})
 # With a norm in the step: on other numbers of ranks within rounding.
 NORMED = {
     "CLARS": ("CLARS", {"lr": 0.1, "momentum": 0.9, "averaging": fused_opt.SWM(4, beta=0.5)}),
@@ -45,7 +42,7 @@ def made(case, mesh=None):
     weights = [p for p in model.parameters() if p.ndim > 1]
     biases = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": weights}, {"params": biases, "weight_decay": 0.0, "lr": 0.02}]
-    return model, getattr(fused_opt, name)(groups, backend="reference", **options)
+    return model, getattr(fused_opt, name)(groups, **options)
 
 
 def train(model, optimizer, first, last):

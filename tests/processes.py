@@ -51,7 +51,7 @@ def _work(checks, rank, world, port, folder):
     sys.path.insert(0, str(Path(__file__).parent))
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=30))
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
     reports = {}
     for module, name in checks:
         try:
