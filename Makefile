@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CXX_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu clean
 
 # Train on real images with torch.optim and with fused_opt, side by side.
 demo: $(VENV)/installed
@@ -25,6 +25,10 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks
 	$(BIN)/python benchmarks/spectra.py
 	$(BIN)/python -m benchmarks.communication
+
+# Build, test and time on the GPU of this machine, in PYTHON's environment as it is, without network: docs/gpu.md.
+gpu:
+	$(PYTHON) -m benchmarks.gpu
 
 $(VENV)/installed: requirements-dev.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

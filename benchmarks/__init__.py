@@ -1,8 +1,1 @@
-"""``python -m benchmarks``: every figure that the project quotes, measured on this machine.
-
-To add a table, write a module with ``TABLES`` beside this one and name it here.
-"""
-
-from . import against_torch, one_pass
-
-TABLES = [*against_torch.TABLES, *one_pass.TABLES]
+"""``python -m benchmarks``: every figure that the project quotes, measured; ``python -m benchmarks.gpu``: on a GPU."""

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import TABLES
 from .harness import Case, Result, Table, machine, measure, page, save_csv, save_picture
+from .tables import TABLES
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -34,10 +34,13 @@ def clars_of_parts(shapes: Sequence[Shape]) -> Call:
 
 
 def foreach_lars(shapes: Sequence[Shape]) -> Call:
+    """A LARS without kernels, over new parameters."""
+    return foreach_lars_of([normal(shape) for shape in shapes], [normal(shape) for shape in shapes])
+
+
+def foreach_lars_of(parameters: list[Tensor], gradients: list[Tensor]) -> Call:
     """LARS from torch's multi-tensor operations, as one would write it without kernels."""
-    parameters = [normal(shape) for shape in shapes]
-    gradients = [normal(shape) for shape in shapes]
-    buffers = [torch.zeros(shape) for shape in shapes]
+    buffers = [torch.zeros_like(p) for p in parameters]
     lr, momentum, decay = SGD["lr"], SGD["momentum"], SGD["weight_decay"]
 
     @torch.no_grad()

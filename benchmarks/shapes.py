@@ -19,13 +19,30 @@ def resnet50() -> list[Shape]:
     return [*shapes, (1000, channels), (1000,)]
 
 
-def gpt2_small() -> list[Shape]:
-    """The 148 parameters of GPT-2 small (Radford et al., 2019), 124.4 million numbers; the output layer is tied."""
-    width = 768
+def gpt2(width: int, layers: int) -> list[Shape]:
+    """GPT-2 (Radford et al., 2019); the output layer is tied."""
     norm: list[Shape] = [(width,), (width,)]
     attention: list[Shape] = [(width, 3 * width), (3 * width,), (width, width), (width,)]
     perceptron: list[Shape] = [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
-    return [(50257, width), (1024, width), *(norm + attention + norm + perceptron) * 12, *norm]
+    return [(50257, width), (1024, width), *(norm + attention + norm + perceptron) * layers, *norm]
+
+
+def gpt2_small() -> list[Shape]:
+    """148 parameters, 124.4 million numbers."""
+    return gpt2(768, 12)
+
+
+def gpt2_medium() -> list[Shape]:
+    """292 parameters, 354.8 million numbers."""
+    return gpt2(1024, 24)
+
+
+def llama_1b() -> list[Shape]:
+    """The 146 parameters of Llama 3.2 1B (arXiv:2407.21783), 1.236 thousand million numbers; the output layer is tied."""
+    width, hidden, keys = 2048, 8192, 512
+    attention: list[Shape] = [(width, width), (keys, width), (keys, width), (width, width)]
+    perceptron: list[Shape] = [(hidden, width), (hidden, width), (width, hidden)]
+    return [(128256, width), *[*attention, *perceptron, (width,), (width,)] * 16, (width,)]
 
 
 SHAPES: dict[str, list[Shape]] = {

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from . import TABLES
 from .harness import WARM_UP, Case, Table
+from .tables import TABLES
 
 CASES = [
     pytest.param(table, case, label, id=f"{table.name}: {case.name}: {label}")

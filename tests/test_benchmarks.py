@@ -90,7 +90,13 @@ def test_contenders_take_turns(benchmarks):
 
 
 @pytest.mark.parametrize(
-    ("name", "tensors", "numbers"), [("resnet50", 161, 25_557_032), ("gpt2_small", 148, 124_439_808)]
+    ("name", "tensors", "numbers"),
+    [
+        ("resnet50", 161, 25_557_032),
+        ("gpt2_small", 148, 124_439_808),
+        ("gpt2_medium", 292, 354_823_168),
+        ("llama_1b", 146, 1_235_814_400),
+    ],
 )
 def test_the_shapes_are_those_of_the_models(benchmarks, name, tensors, numbers):
     shapes = getattr(sys.modules["benchmarks.shapes"], name)()
