@@ -27,6 +27,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PYTHON = sys.executable
 TOOLS = "/usr/local/cuda/bin"  # where CUDA's are that are not on the PATH
 REHEARSING = {REHEARSAL: "1", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+NOT_INTERPRETED = {REHEARSAL: "1", "OMP_NUM_THREADS": "1"}  # for the tests, whose lines the native backend runs, too
 # What a stage may take in seconds; one that ends early leaves its rest to those behind it. Eight minutes together, with
 # what starting and ending takes.
 BUDGETS = {"machine": 20.0, "build": 110.0, "tests": 105.0, "sanitizer": 80.0, "benchmark": 145.0, "pictures": 10.0}
@@ -90,9 +91,9 @@ class Run:
         shards = max(1, min(8, (os.cpu_count() or 1) // 2)) if self.gpu else 1
 
         def shard(i: int) -> str | None:
-            return self._items(
-                "tests", deadline, lambda done: self.module("verdicts", str(i), str(shards), json.dumps(done))
-            )
+            command = lambda done: self.module("verdicts", str(i), str(shards), json.dumps(done))  # noqa: E731
+            own = NOT_INTERPRETED if self.rehearse else {"OMP_NUM_THREADS": "2"}
+            return self._items("tests", deadline, command, own)
 
         for why in self._together(shard, range(shards)):
             self.report.fail("tests", "the whole of them", why)
@@ -132,7 +133,8 @@ class Run:
         """The figures."""
         if self.gpu is None and not self.rehearse:
             return
-        why = self._items("benchmark", deadline, lambda done: self.module("bench", json.dumps(done)))
+        command = lambda done: self.module("bench", json.dumps(done))  # noqa: E731
+        why = self._items("benchmark", deadline, command, self.environment)
         if why and time.monotonic() >= deadline:
             self.report.not_run(f"part of the benchmark, whose time was over: {why.splitlines()[0]}")
         elif why:
@@ -146,9 +148,11 @@ class Run:
         if status != 0:
             self.report.fail("pictures", "python -m benchmarks.gpu.pictures", last)
 
-    def _items(self, stage: str, deadline: float, command: Callable[[list[str]], Sequence[str]]) -> str | None:
+    def _items(
+        self, stage: str, deadline: float, command: Callable[[list[str]], Sequence[str]], environment: dict[str, str]
+    ) -> str | None:
         hear = lambda line: self.report.hear(stage, line)  # noqa: E731
-        return run_items(command, deadline, hear, environment=self.environment, echo=False)
+        return run_items(command, deadline, hear, environment=environment, echo=False)
 
     @staticmethod
     def _together(function: Callable[[Any], str | None], arguments: Sequence[Any]) -> list[str]:

@@ -18,7 +18,7 @@ from . import DEVICE, ON_CPU
 from .children import say
 from .machine import backends_here
 
-SIZES = (1, 7, 255, 1025) if ON_CPU else (1, 7, 255, 1024, 1025, 4099, 16385, 100_001)
+SIZES = (1, 7, 257) if ON_CPU else (1, 7, 255, 1024, 1025, 4099, 16385, 100_001)
 CASES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": lambda p, **b: fused_opt.SGD(p, lr=0.1, momentum=0.9, **b),
     "AdamW": lambda p, **b: fused_opt.AdamW(p, lr=0.1, amsgrad=True, **b),
@@ -35,7 +35,8 @@ def step(make: Callable[..., Any], backend: str, dtype: torch.dtype) -> list[tor
     """Three steps on tensors around the edges of blocks, the last of them without their alignment."""
     generator = torch.Generator().manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(n, generator=generator).to(dtype).to(DEVICE)) for n in SIZES]
-    parameters.append(torch.nn.Parameter(torch.randn(1042, generator=generator).to(dtype).to(DEVICE)[1:]))
+    unaligned = torch.randn(SIZES[-1] + 1, generator=generator).to(dtype).to(DEVICE)[1:]
+    parameters.append(torch.nn.Parameter(unaligned))
     optimizer = make(parameters, backend=backend)
     for _ in range(3):
         for p in parameters:

@@ -4,14 +4,16 @@ One launch steps all parameters of the same dtypes; two do where norms of gradie
 come first. The launches read tables in device memory; what changes from step to step (the gradients' addresses, the
 coefficients) goes there in one small copy from pinned memory, and nothing is read back. The host waits for the GPU only
 where the interface of a backend gives it numbers: in ``grad_norm2`` (``max_grad_norm``, ``nonfinite``), ``accumulate``
-(``track_parts("microbatch")``) and ``ratios`` (``trust_ratios()``), and for step counts that are kept on the GPU; for the
-same reason a trust ratio that cannot be formed is 1 without a warning. The
-coefficients are the host's, so a step cannot be captured in a CUDA graph.
+(``track_parts("microbatch")``) and ``ratios`` (``trust_ratios()``), and once for step counts that are kept on the GPU; for
+the same reason a trust ratio that cannot be formed is 1 without a warning. The coefficients are the host's, so a step
+cannot be captured in a CUDA graph, and refuses to be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -108,22 +110,24 @@ class Bucket:
         state: Mapping[Tensor, Any],
         noisy: bool,
     ) -> None:
+        _refuse_capture(members)
         self.members = members
-        self.seen = _everything(param_groups, state)
-        self.seen_ids = list(map(id, self.seen))
+        self.seen = [*_everything(param_groups, state)]
         self.idle = [m.tensor for m in members if m.tensor.grad is None]
         alike: dict[tuple[Any, ...], list[int]] = {}
         for place, m in enumerate(members):
             if m.tensor.grad is not None:
                 operands = (m.tensor, m.tensor.grad, *(m.states or ()))
                 average = None if m.average is None else m.average.dtype
-                key = (m.tensor.device, average, *(tensor.dtype for tensor in operands))
+                counted = None if m.step is None else m.step.device
+                key = (m.tensor.device, average, counted, *(tensor.dtype for tensor in operands))
                 alike.setdefault(key, []).append(place)
         self.tables = [Table(rule, [members[place] for place in places], places) for places in alike.values()]
 
     def gather(self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> list[tuple[int, float]] | None:
         """Find this step's gradients: the (group, step count) pairs that ``run`` needs rows for, or None: plan anew."""
-        if list(map(id, _everything(param_groups, state))) != self.seen_ids:
+        _refuse_capture(self.members)
+        if not all(map(is_, _everything(param_groups, state), self.seen)):
             return None
         if any(p.grad is not None for p in self.idle):
             return None
@@ -153,12 +157,15 @@ class Bucket:
         return ratios
 
 
-def _everything(param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> list[Any]:
-    """Every object whose replacement makes a plan stale."""
-    objects: list[Any] = []
-    for group in param_groups:
-        objects += group["params"]
-    for p, of_p in state.items():
-        objects.append(p)
-        objects += of_p.values()
-    return objects
+def _refuse_capture(members: Sequence[Member]) -> None:
+    if members[0].tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "backend 'triton' was asked for a step while a CUDA graph is captured, and its coefficients are the host's: "
+            "every replay would repeat this step's. Step outside of the graph, or take backend='native'"
+        )
+
+
+def _everything(param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> Iterator[Any]:
+    """Every object whose replacement makes a plan stale, and an end that only as many objects have in their place."""
+    params = chain.from_iterable(group["params"] for group in param_groups)
+    return chain(params, state, chain.from_iterable(map(dict.values, state.values())), (Ellipsis,))

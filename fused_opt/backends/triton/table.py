@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from array import array
 from collections.abc import Sequence
 from itertools import accumulate, compress
@@ -17,6 +16,7 @@ from torch import Tensor
 from ...plan import Member, Row
 from ...rule import Rule
 from . import kernel
+from .counts import Counts
 from .rules import RULES
 
 INTERPRETED = not isinstance(kernel.update, triton.JITFunction)  # decided from the environment when Triton was imported
@@ -25,7 +25,6 @@ LARS, CLARS, LAMB = 1, 2, 3
 NO_ROW_EXTRAS: tuple[tuple[Any, ...], ...] = ((0, 1.0, 0.0, 0.0, 0), (0.0, False, 0, 0), (0.0, 0.0, False, False))
 
 _grad, _dtype, _shape, _version = map(attrgetter, ("grad", "dtype", "shape", "_version"))
-_COUNTERS: dict[torch.dtype, Any] = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
 
 
 def arithmetic(dtype: torch.dtype) -> Any:
@@ -63,11 +62,11 @@ class Table:
         gradients = [_grad(p) for p in self.parameters]
         self.layouts = self._layouts(gradients)
         self.groups = [m.group for m in members]
-        # Step counts on the CPU are read and written where they lie; torch's own ways cost a microsecond for each.
-        steps = [m.step for m in members if m.step is not None and m.step.device.type == "cpu"]
-        self.counters = [_COUNTERS[step.dtype].from_address(step.data_ptr()) for step in steps]
-        if len(steps) < len(members):
-            self.counters = []
+        self.distinct_groups = list(dict.fromkeys(self.groups))
+        self.counts = Counts(members)
+        self.nothing = [-1.0] * len(members)  # what is known of norms where nobody said anything
+        self.unknown = array("d", 2 * self.nothing).tobytes()
+        self.nobody: list[int | None] = [None] * len(members)
 
         sizes = [kernel.piece_size(p.numel()) for p in self.parameters]
         *firsts, self.pieces = accumulate(
@@ -90,7 +89,7 @@ class Table:
         self.sums = torch.zeros(3, self.pieces, dtype=torch.float64, device=self.device)
         self.ratios = torch.ones(len(members), dtype=torch.float64, device=self.device)
         self.turn = 0  # which of the first two rows of `sums` holds the carried sums of squares
-        self.versions: list[int | None] = [None] * len(members)  # of the weights whose sums those are; None: of none
+        self.versions = self.nobody  # of the weights whose sums those are; None: of none
 
         self.function = RULES[rule.name]
         self.p_dtype = self.parameters[0].dtype
@@ -107,10 +106,10 @@ class Table:
 
     def gather(self, keys: dict[tuple[int, float], int]) -> bool:
         """Find the gradients, and number the (group, step count) pairs; False: something has changed."""
-        gradients = list(map(_grad, self.parameters))
+        gradients, layouts = list(map(_grad, self.parameters)), self.layouts
         here = [gradient is not None for gradient in gradients]
-        layouts = self.layouts
-        if not all(here):
+        self.here = None if all(here) else here  # None: every one
+        if self.here:
             gradients = list(compress(gradients, here))
             layouts = [list(compress(looks, here)) for looks in layouts]
         try:
@@ -118,18 +117,21 @@ class Table:
                 return False
         except (RuntimeError, NotImplementedError):  # a sparse tensor has no strides
             return False
-        counts = [c.value + 1 for c in self.counters] or [m.count() + 1 for m in self.members]
-        addresses = map(Tensor.data_ptr, gradients)
-        pairs = zip(here, zip(self.groups, counts))
-        self.rows = [keys.setdefault(key, len(keys)) if is_here else -1 for is_here, key in pairs]
-        self.gradients = [next(addresses) if is_here else 0 for is_here in here]
-        self.parts = [-1.0] * len(self.members)
-        self.grad2 = [-1.0] * len(self.members)
+        counts, addresses = self.counts.read(), list(map(Tensor.data_ptr, gradients))
+        if self.here is None and counts.count(counts[0]) == len(counts):
+            row_of = {group: keys.setdefault((group, counts[0] + 1), len(keys)) for group in self.distinct_groups}
+            self.rows, self.gradients = list(map(row_of.__getitem__, self.groups)), addresses
+        else:
+            pairs, left = zip(here, self.groups, counts), iter(addresses)
+            self.rows = [keys.setdefault((group, n + 1), len(keys)) if is_here else -1 for is_here, group, n in pairs]
+            self.gradients = [next(left) if is_here else 0 for is_here in here]
+        self.parts = self.grad2 = self.nothing
         self.summed = False  # whether `sums` holds those of the gradients
         return True
 
     def know(self, norms: Sequence[tuple[float, float] | None]) -> None:
         """The sum of the norms of every gradient's parts, and its sum of squares, where known."""
+        self.parts, self.grad2 = [*self.parts], [*self.grad2]
         for i, known in enumerate(norms):
             if known is not None:
                 self.parts[i], self.grad2[i] = known
@@ -137,7 +139,7 @@ class Table:
     def _upload(self, wanted: list[int], rows: Sequence[Row]) -> None:
         """Tell the device what is new in this step."""
         words = array("q", self.gradients + self.rows + wanted).tobytes()
-        numbers = array("d", self.parts + self.grad2).tobytes()
+        numbers = self.unknown if self.parts is self.nothing else array("d", self.parts + self.grad2).tobytes()
         host = torch.frombuffer(bytearray(b"".join((words, numbers, *map(pack, rows)))), dtype=torch.int64)
         if self.device.type == "cuda":  # torch keeps the pinned memory until the copy is done
             host = host.pin_memory()
@@ -206,15 +208,14 @@ class Table:
 
     def _advance(self, carries: list[bool]) -> None:
         """Count the step, here and for autograd."""
-        here = [row >= 0 for row in self.rows]
-        for counter in compress(self.counters, here):
-            counter.value += 1
-        for member in compress([] if self.counters else self.members, here):
-            member.advance()
+        self.counts.advance(self.here)
+        stepped = self.parameters if self.here is None else list(compress(self.parameters, self.here))
         # Addresses tell autograd nothing; without this a backward through the old weights would pass unnoticed.
-        torch.autograd.graph.increment_version(list(compress(self.parameters, here)))
+        torch.autograd.graph.increment_version(stepped)
         self.turn = 1 - self.turn
-        self.versions = [p._version if carried else None for p, carried in zip(self.parameters, carries)]
+        self.versions = self.nobody
+        if any(carries):
+            self.versions = [p._version if carried else None for p, carried in zip(self.parameters, carries)]
 
 
 def pack(row: Row) -> bytes:
