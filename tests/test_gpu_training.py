@@ -1,7 +1,11 @@
 """On a GPU: what training does to an optimizer besides stepping."""
 
 import copy
+import fcntl
+import gc
 import math
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -221,6 +225,17 @@ LENGTH = 2**31 + 4099 if not REHEARSAL else EDGES[0] + 3
 PART = 2**26
 
 
+@pytest.fixture
+def alone():
+    """One at a time, whatever other processes test beside this one, and nothing kept: it takes much of the memory."""
+    with open(Path(tempfile.gettempdir()) / "fused_opt_much_memory.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        gc.collect()
+        if not REHEARSAL:
+            torch.cuda.empty_cache()
+
+
 def in_parts():
     """Places, a part at a time, so that what is computed from them does not double the memory."""
     for start in range(0, LENGTH, PART):
@@ -231,7 +246,7 @@ def in_parts():
 @pytest.mark.parametrize(
     ("name", "dtype"), [("SGD", torch.float32), ("SGD", torch.bfloat16), ("LARS", torch.bfloat16)], ids=str
 )
-def test_more_elements_than_31_bits_count(name, dtype, backend):
+def test_more_elements_than_31_bits_count(name, dtype, backend, alone):
     """Small whole numbers and halves, which every dtype holds exactly: each of the elements is compared."""
     momentum = 0.5 if dtype == torch.bfloat16 and name == "SGD" else 0.0
     needed = LENGTH * dtype.itemsize * (3 if momentum else 2) / 1e9 + 3
@@ -259,7 +274,7 @@ def test_more_elements_than_31_bits_count(name, dtype, backend):
 
 
 @each_backend
-def test_a_norm_over_more_elements_than_31_bits_count(backend):
+def test_a_norm_over_more_elements_than_31_bits_count(backend, alone):
     """The sum of squares is a whole number, which float64 holds exactly."""
     needed = 2 * LENGTH * 2 / 1e9 + 3
     if gigabytes_free() < needed:

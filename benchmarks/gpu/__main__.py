@@ -93,7 +93,8 @@ class Run:
         def shard(i: int) -> str | None:
             command = lambda done: self.module("verdicts", str(i), str(shards), json.dumps(done))  # noqa: E731
             own = NOT_INTERPRETED if self.rehearse else {"OMP_NUM_THREADS": "2"}
-            return self._items("tests", deadline, command, own)
+            # Whatever plugins this machine has, the tests need none.
+            return self._items("tests", deadline, command, {**own, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
 
         for why in self._together(shard, range(shards)):
             self.report.fail("tests", "the whole of them", why)

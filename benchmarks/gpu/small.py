@@ -18,7 +18,7 @@ from . import DEVICE, ON_CPU
 from .children import say
 from .machine import backends_here
 
-SIZES = (1, 7, 257) if ON_CPU else (1, 7, 255, 1024, 1025, 4099, 16385, 100_001)
+SIZES = (7, 257) if ON_CPU else (1, 7, 255, 1024, 1025, 4099, 16385, 100_001)
 CASES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": lambda p, **b: fused_opt.SGD(p, lr=0.1, momentum=0.9, **b),
     "AdamW": lambda p, **b: fused_opt.AdamW(p, lr=0.1, amsgrad=True, **b),
