@@ -30,7 +30,7 @@ REHEARSING = {REHEARSAL: "1", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 NOT_INTERPRETED = {REHEARSAL: "1", "OMP_NUM_THREADS": "1"}  # for the tests, whose lines the native backend runs, too
 # What a stage may take in seconds; one that ends early leaves its rest to those behind it. Eight minutes together, with
 # what starting and ending takes.
-BUDGETS = {"machine": 20.0, "build": 110.0, "tests": 105.0, "sanitizer": 80.0, "benchmark": 145.0, "pictures": 10.0}
+BUDGETS = {"machine": 20.0, "build": 110.0, "tests": 105.0, "sanitizer": 80.0, "benchmark": 140.0, "pictures": 15.0}
 
 
 class Run:

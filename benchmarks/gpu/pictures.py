@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import BACKENDS
+
 OURS = ("#d1495b", "#edae49")
 PEERS = ("#2f6690", "#9aa5b1", "#66a182", "#8a6d9e", "#c9a66b")
 Figure = dict[str, Any]
@@ -31,39 +33,42 @@ PICTURES: list[tuple[str, str, str, Callable[[Figure], float], float, bool]] = [
 
 
 def draw(figures: list[Figure], words: str, picture: tuple[Any, ...], path: Path) -> None:
-    """Horizontal bars, a panel for each case, a group for each shape."""
+    """Horizontal bars: a row of panels for each case, a column for each shape."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     _, title, axis, value, target, logarithmic = picture
-    cases = list(dict.fromkeys(figure["case"] for figure in figures))
-    of_case = {case: [f for f in figures if f["case"] == case and f["contender"] != "copy of memory"] for case in cases}
-    heights = [len(found) + 1.5 for found in of_case.values()]
+    found = {(f["case"], f["shape"], f["contender"]): value(f) for f in figures if f["contender"] != "copy of memory"}
+    cases, shapes = (list(dict.fromkeys(key[place] for key in found)) for place in (0, 1))
+    labels = {case: list(dict.fromkeys(label for of, _, label in found if of == case)) for case in cases}
+    heights = [len(labels[case]) + 1.5 for case in cases]
+    size = (3.5 + 3 * len(shapes), 1 + 0.24 * sum(heights))
     panels, axes = plt.subplots(
-        len(cases), figsize=(10, 1 + 0.24 * sum(heights)), layout="constrained", squeeze=False, height_ratios=heights
+        len(cases), len(shapes), figsize=size, layout="constrained", squeeze=False, height_ratios=heights, sharey="row"
     )
     colours: dict[str, str] = {}
-    for (case, found), area in zip(of_case.items(), axes[:, 0]):
-        labels = [f"{f['shape']}: {f['contender']}" for f in found]
-        values = [value(f) for f in found]
-        for label in (f["contender"] for f in found):
-            backend = next((i for i, name in enumerate(("native", "triton")) if label.startswith(name)), None)
-            colour = PEERS[len(colours) % len(PEERS)] if backend is None else OURS[backend]
-            colours.setdefault(label, colour)
-        bars = area.barh(labels, values, color=[colours[f["contender"]] for f in found])
-        area.bar_label(bars, fmt="%.3g", fontsize=7, padding=3)
-        area.axvline(target, color="black", linewidth=1)
-        area.set_title(case, loc="left", fontsize=9, fontweight="bold")
-        area.tick_params(axis="y", labelsize=7, length=0)
-        area.invert_yaxis()
-        area.spines[["top", "right", "left"]].set_visible(False)
-        if logarithmic:
-            area.set_xscale("log")
-    axes[-1, 0].set_xlabel(f"{axis}; black: the target. Red: CUDA, yellow: Triton\n{words}", fontsize=8)
+    for label in (label for of_case in labels.values() for label in of_case):
+        ours = [colour for name, colour in zip(BACKENDS, OURS) if label.startswith(name)]
+        colours.setdefault(label, *ours or [PEERS[len(colours) % len(PEERS)]])
+    for case, row in zip(cases, axes):
+        for shape, area in zip(shapes, row):
+            values = [found.get((case, shape, label), float("nan")) for label in labels[case]]
+            bars = area.barh(labels[case], values, color=[colours[label] for label in labels[case]])
+            area.bar_label(bars, [f"{x:.3g}" for x in values], fontsize=7, padding=3)
+            area.axvline(target, color="black", linewidth=1)
+            area.set_title(f"{case}: {shape}", loc="left", fontsize=9)
+            area.tick_params(labelsize=7)
+            area.spines[["top", "right", "left"]].set_visible(False)
+            if logarithmic:
+                area.set_xscale("log")
+            else:
+                area.set_xlim(0, 1.15 * max(target, *(x for x in values if x == x)))
+        row[0].invert_yaxis()
+    panels.supxlabel(f"{axis}; black: the target. Red: CUDA, yellow: Triton; no bar: not measured\n{words}", fontsize=8)
     panels.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    panels.savefig(path, dpi=110)
+    panels.savefig(path, dpi=100)
     plt.close(panels)
 
 
