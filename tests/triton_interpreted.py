@@ -389,3 +389,13 @@ def test_counts_that_are_not_on_the_cpu_are_asked_for_once():
     assert counts.read() == [1.0, 7.0, 3.0]
     counts.advance(None)
     assert [m.step.item() for m in members] == counts.read() == [2.0, 8.0, 4.0]
+
+
+def test_a_count_that_was_moved_is_noticed():
+    a, b, ours, theirs = both("AdamW", {"lr": 0.01}, make=few)
+    train(a, b, ours, theirs, steps=2)
+    for optimizer, p in ((a, ours[1]), (b, theirs[1])):
+        optimizer.state[p]["step"].data = torch.tensor(7.0)
+    train(a, b, ours, theirs, steps=2, first=2)
+    assert_alike(a, b, ours, theirs)
+    assert a.state[ours[1]]["step"].item() == 9.0

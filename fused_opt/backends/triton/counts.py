@@ -30,9 +30,15 @@ class Counts:
         self.cells = [
             _CELLS[step.dtype].from_address(step.data_ptr()) for step in self.steps if step.device.type == "cpu"
         ]
+        self.addresses = list(map(torch.Tensor.data_ptr, self.steps))
+        self.memory = [step.detach() for step in self.steps]  # kept, so that an address belongs to nothing else
         self.known: list[float] = []
         self.versions: list[int] = []
         self.fresh = any(m.fresh for m in members)
+
+    def moved(self) -> bool:
+        """Whether one of them lies elsewhere; of a single element its address says all."""
+        return list(map(torch.Tensor.data_ptr, self.steps)) != self.addresses
 
     def read(self) -> list[float]:
         """Of every member."""

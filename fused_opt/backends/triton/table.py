@@ -55,9 +55,8 @@ class Table:
         self.parameters = [m.tensor for m in members]
         self.device = self.parameters[0].device
         # Whoever moves one of these parts it from its alias, and the alias keeps its memory from being given to another.
-        optional = [(m.average, m.step) for m in members]
         self.held = [*self.parameters, *(s for m in members for s in m.states or ())]
-        self.held += [tensor for both in optional for tensor in both if tensor is not None]
+        self.held += [m.average for m in members if m.average is not None]
         self.aliases = [tensor.detach() for tensor in self.held]
         gradients = [_grad(p) for p in self.parameters]
         self.layouts = self._layouts(gradients)
@@ -113,7 +112,9 @@ class Table:
             gradients = list(compress(gradients, here))
             layouts = [list(compress(looks, here)) for looks in layouts]
         try:
-            if self._layouts(gradients) != layouts or not all(map(Tensor.is_set_to, self.held, self.aliases)):
+            if self._layouts(gradients) != layouts or self.counts.moved():
+                return False
+            if not all(map(Tensor.is_set_to, self.held, self.aliases)):
                 return False
         except (RuntimeError, NotImplementedError):  # a sparse tensor has no strides
             return False
