@@ -12,10 +12,11 @@ import torch
 
 import fused_opt
 from fused_opt.backends import triton as backend
+from fused_opt.plan import Member
 
 triton = pytest.importorskip("triton")
 tl = triton.language
-kernel, rules = backend.kernel, backend.rules
+kernel, rules, Counts = backend.kernel, backend.rules, backend.table.Counts
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 F32, F64, BF16, F16 = tl.float32, tl.float64, tl.bfloat16, tl.float16
@@ -129,6 +130,23 @@ def test_values_in_the_interpreter():
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search(r"\d+ passed|\[100%\]", result.stdout)
+
+
+def test_counts_that_are_not_on_the_cpu_are_asked_for_once():
+    """As if the step counts were on a GPU: read again only after a write of somebody else's."""
+    members = [Member(torch.ones(1), 0, i, "", [], torch.tensor(float(i)), None, False) for i in range(3)]
+    counts = Counts(members)
+    assert len(counts.cells) == 3
+    counts.cells = []
+    assert counts.read() == [0.0, 1.0, 2.0]
+    counts.advance([True, False, True])
+    known = counts.known
+    assert counts.read() is known
+    assert known == [m.step.item() for m in members] == [1.0, 1.0, 3.0]
+    members[1].step.fill_(7.0)
+    assert counts.read() == [1.0, 7.0, 3.0]
+    counts.advance(None)
+    assert [m.step.item() for m in members] == counts.read() == [2.0, 8.0, 4.0]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -14,7 +14,6 @@ from triton import language as tl
 import fused_opt
 from fused_opt import backends, plan
 from fused_opt.backends import triton as backend
-from fused_opt.backends.triton.counts import Counts
 from fused_opt.step.noise import normal, philox
 
 kernel, rules, table = backend.kernel, backend.rules, backend.table
@@ -372,23 +371,6 @@ def test_a_plan_that_nothing_happened_to_is_kept():
     ours[1].data = ours[1].detach().clone()
     a.step()
     assert a._plan is not plan
-
-
-def test_counts_that_are_not_on_the_cpu_are_asked_for_once():
-    """As if the step counts were on a GPU: read again only after a write of somebody else's."""
-    members = [plan.Member(torch.ones(1), 0, i, "", [], torch.tensor(float(i)), None, False) for i in range(3)]
-    counts = Counts(members)
-    assert len(counts.cells) == 3
-    counts.cells = []
-    assert counts.read() == [0.0, 1.0, 2.0]
-    counts.advance([True, False, True])
-    known = counts.known
-    assert counts.read() is known
-    assert known == [m.step.item() for m in members] == [1.0, 1.0, 3.0]
-    members[1].step.fill_(7.0)
-    assert counts.read() == [1.0, 7.0, 3.0]
-    counts.advance(None)
-    assert [m.step.item() for m in members] == counts.read() == [2.0, 8.0, 4.0]
 
 
 def test_a_count_that_was_moved_is_noticed():

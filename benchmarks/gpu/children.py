@@ -52,7 +52,7 @@ def run(
         Its exit status, or None where it was ended or not found, and the last lines that it said.
     """
     lines: queue.Queue[str | None] = queue.Queue()
-    last: deque[str] = deque(maxlen=60)
+    last: deque[str] = deque(maxlen=200)
     try:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=ROOT,
