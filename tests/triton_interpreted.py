@@ -191,6 +191,17 @@ def test_everything_at_once(dtype):
     assert_alike(a, b, ours, theirs, dtype, bound=1e-8 if dtype == torch.float64 else None)
 
 
+def test_rows_of_sums_are_aligned_alike():
+    """Or the steps would alternate between two kernels, which add up in other orders perhaps."""
+    parameters = [torch.nn.Parameter(torch.ones(n)) for n in (3, 4097)]
+    optimizer = fused_opt.LARS(parameters, lr=0.1, backend="triton")
+    set_gradients(parameters, 0)
+    optimizer.step()
+    (made,) = optimizer._plan.buckets[0].tables
+    assert made.pieces == 3
+    assert [row.data_ptr() % 16 for row in made.sums] == [0, 0, 0]
+
+
 def test_clipping_serves_the_ratio_with_the_same_sums(monkeypatch):
     wanted = []
     launch = table.launch

@@ -85,7 +85,8 @@ class Table:
             *addresses,
         ]
         self.tensors = torch.tensor(columns, dtype=torch.int64).to(self.device)
-        self.sums = torch.zeros(3, self.pieces, dtype=torch.float64, device=self.device)
+        # Of even width, so that every row is aligned to 16 bytes: Triton compiles a kernel anew for other alignments.
+        self.sums = torch.zeros(3, self.pieces + self.pieces % 2, dtype=torch.float64, device=self.device)
         self.ratios = torch.ones(len(members), dtype=torch.float64, device=self.device)
         self.turn = 0  # which of the first two rows of `sums` holds the carried sums of squares
         self.versions = self.nobody  # of the weights whose sums those are; None: of none
