@@ -160,6 +160,22 @@ def test_no_stage_stops_another_and_the_file_is_whole_after_each(gpu, tmp_path, 
     assert "2 failures\n  first: the command itself\n  second: x" in capsys.readouterr().out
 
 
+def test_a_figure_is_judged_as_soon_as_it_is_there(gpu, tmp_path, capsys):
+    report = gpu["report"].Report()
+    report.path = tmp_path / "gpu.json"
+    missing = {"id": "ResNet-50: AdamW: native AdamW", "outcome": "failed", "text": "an illegal access\nand where"}
+    for line in (
+        missing,
+        {**figure("native SGD", host=59.0), "id": "ResNet-50: SGD: native SGD", "outcome": "measured"},
+    ):
+        report.hear("benchmark", line)
+    targets = json.loads(report.path.read_text())["targets"]
+    found = {v["target"]: (v["verdict"], v.get("why")) for v in targets if v["shape"] == "ResNet-50"}
+    assert found["native SGD: host, microseconds"] == ("met", None)
+    assert found["native AdamW: host, microseconds"] == ("not measured", "an illegal access")
+    assert "FAILED benchmark: ResNet-50: AdamW: native AdamW" in capsys.readouterr().out
+
+
 def figure(contender, case="SGD", shape="ResNet-50", gpu=100.0, host=50.0, share=0.95, kernels=1):
     launches = {"kernels": kernels} if kernels is not None else {}
     return {

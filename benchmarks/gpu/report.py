@@ -80,12 +80,13 @@ class Report:
                 for name, fields in line.items():
                     self.data.setdefault(name, {}).update(fields)
             else:
-                self.reasons[line["id"]] = line.get("text", "")
                 kind = "passed" if outcome == "measured" else outcome
                 self.stage(stage)[kind] += 1
                 if outcome == "failed":
+                    self.reasons[line["id"]] = line.get("text", "")
                     self.fail(stage, line["id"], line.get("text", ""))
                 elif outcome == "skipped":
+                    self.reasons[line["id"]] = line["text"]
                     self.skipped[line.get("text", "")] += 1
                 elif outcome == "measured":
                     self.data["figures"].append({name: value for name, value in line.items() if name != "id"})

@@ -90,7 +90,7 @@ def judge(figures: Sequence[dict[str, Any]], reasons: Mapping[str, str], instead
                     "bound": f"{'at least' if target.at_least else 'at most'} {target.bound:g}",
                 }
                 missing = [name for name in names if (shape, case, name) not in found]
-                why = instead or next((reasons.get(f"{shape}: {case}: {name}", "no figure") for name in missing), "")
+                why = instead or next((reasons.get(f"{shape}: {case}: {name}") or "no figure" for name in missing), "")
                 if not why and target.value is kernels and not found[shape, case, names[0]]["launches"]:
                     why = "launches were not counted"
                 if why:
