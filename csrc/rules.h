@@ -2,10 +2,11 @@
 // the states of one element and returns the direction u in which the step goes, p <- p - lr * u. Whoever applies a rule
 // owns p and lr, so learning-rate multipliers and trust ratios need nothing from a rule.
 #pragma once
+#include <cstdint>
 
 #ifdef __CUDACC__
 #define FUSED_OPT_FN __host__ __device__ __forceinline__
-#else
+#elif !defined(FUSED_OPT_FN)
 // Always inlined: one copy compiled for AVX-512 must never be the one that the linker keeps for other processors.
 #define FUSED_OPT_FN inline __attribute__((always_inline))
 #endif
@@ -79,6 +80,20 @@ struct AMSGrad {
     return unbias1 * m / (unbias2 * square_root(largest) + eps) + (1 - coupled) * weight_decay * p;
   }
 };
+
+// x^t for a whole t, by squaring: within 2 log2(t) roundings.
+FUSED_OPT_FN double power(double x, double t) {
+  double result = 1;
+  for (uint64_t n = static_cast<uint64_t>(t); n; n >>= 1, x *= x)
+    if (n & 1) result *= x;
+  return result;
+}
+
+// Adam's and AMSGrad's coefficients for step t, made of those for an infinite one, where only the device knows t.
+FUSED_OPT_FN void unbias(double (&coefficients)[8], double t) {
+  coefficients[5] = 1 / (1 - power(1 - coefficients[2], t));
+  coefficients[6] = 1 / square_root(1 - power(coefficients[3], t));
+}
 
 // The name a rule has in Python, and its type.
 #define FUSED_OPT_RULES(RULE)       \

@@ -84,11 +84,5 @@ inline int64_t in_whole(const Tensor& tensor, const Place& place, int64_t i) {
   }
   return whole;
 }
-inline bool has_ratio(const Tensor& tensor, const Group& group) {
-  return group.ratio != Ratio::kNone && tensor.ndim > group.exempt;
-}
-inline bool carries_norm(const Tensor& tensor, const Group& group) {
-  return has_ratio(tensor, group) || (group.relative && group.sigma > 0);
-}
 
 }  // namespace fused_opt

@@ -14,7 +14,8 @@ def main() -> None:
         if name == "native" and reason is None:
             threads = torch.get_num_threads()
             print(f"{'':10}   cpu: ready, instruction set {native.instruction_set()}, {threads} threads")
-            print(f"{'':10}   cuda: not here: this version has kernels for the CPU only")
+            gpu = native.gpu_unavailable()
+            print(f"{'':10}   cuda: {'ready, by name: no GPU has run it yet' if gpu is None else 'not here: ' + gpu}")
 
 
 if __name__ == "__main__":

@@ -14,11 +14,12 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from . import backends
 from .agreement import DIRECTION, GRADIENT, WEIGHT, agree
 from .checkpoint import COUNTS, Checkpoints
-from .plan import AVERAGE, Plan, Row, Shape
+from .plan import AVERAGE, Plan, Row, Shape, Signals
 from .shards import within_zero
 from .step import TrustRatio, WeightNoise
 from .step.averaging import Averaging, Fold, swapped_in
 from .step.clipping import NONFINITE, PASS, RAISE, allows, clip_factor, wants_norm
+from .step.device import host_decides, norm_reader, rates
 from .step.parts import Microbatches
 from .step.probe import Probe
 from .step.samples import Samples
@@ -64,8 +65,7 @@ class FusedOptimizer(Checkpoints):
     or loads into, it counts for nothing at all.
     """
 
-    #: Norm of all gradients in the last step, where ``max_grad_norm`` or ``nonfinite`` wanted it; before clipping.
-    grad_norm: float | None = None
+    _grad_norm: float | Callable[[], float] | None = None
 
     def __init__(
         self,
@@ -222,14 +222,14 @@ class FusedOptimizer(Checkpoints):
         # torch.amp.GradScaler sets these for the duration of a step. It multiplies by a grad_scale that it finds, None
         # included, so the class must not have one.
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is not None and found_inf.item():
-            return loss
-        scale = 1.0 if grad_scale is None else 1.0 / grad_scale.item()
-
         groups, state, plan = self.param_groups, self.state, self._plan
-        lrs = [float(group["lr"]) for group in groups]
-        if any(map(math.isnan, lrs)):
-            raise ValueError("Invalid learning rate: nan")
+        # Where the plan's GPU can be left alone with them, nobody waits for what it knows.
+        device = None if plan is None or plan.device is None or host_decides(groups, found_inf) else plan.device
+        if device is None and found_inf is not None and found_inf.item():
+            return loss
+        scale = 1.0 if device is not None or grad_scale is None else 1.0 / grad_scale.item()
+        signals = None if device is None else Signals(found_inf, grad_scale)
+        lrs = rates(groups, device)
         wants = wants_norm(groups)
         shapes = [Shape(self._rule(g), g["noise"] is not None, g["averaging"] is not None) for g in groups]
         keys = None
@@ -237,6 +237,9 @@ class FusedOptimizer(Checkpoints):
             keys = plan.gather(groups, state)
         if plan is None or keys is None:
             self._plan = None
+            if signals is not None:  # to make a plan, the host must know them after all
+                self._step()
+                return loss
             for group, shape in zip(groups, shapes):
                 shape.rule.coefficients(group, 1.0)  # raises, where it must, before any state is made
             with torch.no_grad():
@@ -252,7 +255,7 @@ class FusedOptimizer(Checkpoints):
             for bucket in plan.buckets:
                 bucket.know([self._parts.norms(member.parameter) for member in bucket.members])
 
-        stepping = any(lrs)
+        stepping = any(isinstance(lr, Tensor) or lr for lr in lrs)
         extras = [self._extras(group, lr) if stepping else (None, None, None) for group, lr in zip(groups, lrs)]
 
         def rows() -> list[list[Row]]:
@@ -266,9 +269,13 @@ class FusedOptimizer(Checkpoints):
             self._plan = None  # until the step is made, the norms that it carries are those of whole tensors
             first = {WEIGHT, GRADIENT} if wants else {WEIGHT, GRADIENT, DIRECTION}
             agree(plan, rows(), extras, self._parts, gradients=wants, among=first)
-        if wants:
-            self.grad_norm = scale * math.sqrt(sum(bucket.grad_norm2() for bucket in plan.buckets))
-            if not allows(groups[0]["nonfinite"], self.grad_norm):
+        if wants and signals is not None:
+            norm2 = plan.sum_gradients()
+            signals = signals._replace(norm2=norm2, max_norm=groups[0]["max_grad_norm"])
+            self._grad_norm = norm_reader(norm2, grad_scale)
+        elif wants:
+            self._grad_norm = norm = scale * math.sqrt(sum(bucket.grad_norm2() for bucket in plan.buckets))
+            if not allows(groups[0]["nonfinite"], norm):
                 named = ", ".join(plan.nonfinite()) if groups[0]["nonfinite"] == RAISE else None
                 plan.undo(state)
                 if named is not None:
@@ -279,10 +286,10 @@ class FusedOptimizer(Checkpoints):
                 for group in groups:
                     group["skipped_steps"] += 1
                 return loss
-            scale *= clip_factor(self.grad_norm, groups[0]["max_grad_norm"])
+            scale *= clip_factor(norm, groups[0]["max_grad_norm"])
             if plan.shards:
                 agree(plan, rows(), extras, None, gradients=False, among={DIRECTION})
-        plan.run(rows())
+        plan.run(rows(), signals)
         self._plan = plan if plan.lasting else None
         self._last = plan
         if stepping:
@@ -300,12 +307,12 @@ class FusedOptimizer(Checkpoints):
     _untraced_step = torch._disable_dynamo(_hooked_step)
 
     @staticmethod
-    def _extras(group: dict[str, Any], lr: float) -> tuple[Any, Any, Any]:
+    def _extras(group: dict[str, Any], lr: float | Tensor) -> tuple[Any, Any, Any]:
         """The rest of a group's row: trust ratio, noise, average."""
         ratio, noise, averaging, t = group["trust_ratio"], group["noise"], group["averaging"], group["steps"]
         return (
             None if ratio is None else ratio.row(),
-            None if noise is None else (noise.sigma(t, lr), noise.relative, noise.seed, t),
+            None if noise is None else (noise.sigma(t, float(lr)), noise.relative, noise.seed, t),
             None if averaging is None else averaging.fold(t + 1, group["samples"], group["periods"]),
         )
 
@@ -334,6 +341,16 @@ class FusedOptimizer(Checkpoints):
                     for p in group["params"]:
                         for slot in (*rule.states, "step"):
                             self.state[p].pop(slot, None)
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Norm of all gradients in the last step, where ``max_grad_norm`` or ``nonfinite`` wanted it; before clipping.
+
+        Where a GPU has it, it is waited for here, and not in the step.
+        """
+        if callable(self._grad_norm):
+            self._grad_norm = self._grad_norm()
+        return self._grad_norm
 
     @property
     def skipped_steps(self) -> int:
@@ -376,6 +393,7 @@ class FusedOptimizer(Checkpoints):
             self._parts = Probe(model)
         else:
             self._parts = (Samples if kind == "sample" else Microbatches)(parameters, model)
+        self._parts.backend = self.backend
         return self._parts
 
     @contextmanager

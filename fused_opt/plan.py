@@ -16,6 +16,7 @@ from .shards import Place, Shard, add_up, check_alike, is_spread, local
 
 AVERAGE = "average"  # the slot in a parameter's state
 _said: set[str] = set()
+_captured: list[Tensor] = []  # what CUDA graphs refer to, which may outlive the plan
 
 
 def warn_once(message: str) -> None:
@@ -36,12 +37,21 @@ class Shape(NamedTuple):
 class Row(NamedTuple):
     """What a step does to the parameters of one group that have taken equally many steps."""
 
-    lr: float
+    lr: float | Tensor  # a tensor only where Plan.device has it
     grad_scale: float
     coefficients: Sequence[float]
     ratio: tuple[int, float, float, float, int] | None = None  # TrustRatio.row()
     noise: tuple[float, bool, int, int] | None = None  # sigma, relative, seed, t
     average: tuple[float, float, bool, bool] | None = None  # averaging.Fold
+
+
+class Signals(NamedTuple):
+    """What of a step's scale is left on the device, for whoever steps there to read."""
+
+    found_inf: Tensor | None = None  # not 0: nothing is stepped, nothing counted
+    grad_scale: Tensor | None = None  # what the gradients were multiplied with
+    norm2: Tensor | None = None  # the sum of squares of all gradients, float64, to be clipped
+    max_norm: float = 0.0  # to this norm
 
 
 @dataclass
@@ -103,6 +113,12 @@ def _check(name: str, what: str, found: Tensor, p: Tensor) -> None:
         raise RuntimeError(f"parameter {name} is {p.dtype} and its {what} {found.dtype}, which do not go together")
 
 
+def _counts_there(backend: str, p: Tensor) -> bool:
+    """Whether a backend counts the steps of a parameter on its device."""
+    counts_there = getattr(backends.get(backend), "counts_there", None)
+    return counts_there is not None and counts_there(p)
+
+
 def warn_not_finite(member: Member) -> None:
     """Say, once per parameter, that its trust ratio could not be formed."""
     warn_once(f"the norms of parameter {member.name} are not finite: its trust ratio is 1 in such steps")
@@ -136,21 +152,24 @@ class Plan:
     ) -> None:
         self.shapes = shapes
         self._created: list[tuple[Tensor, str]] = []
-        chosen: dict[tuple[str, Rule], list[Member]] = {}
+        chosen: dict[tuple[str, Rule, Any], list[Member]] = {}
         index = 0
         for g, (group, shape) in enumerate(zip(param_groups, shapes)):
             for i, p in enumerate(group["params"]):
                 name = name_of(group, g, i)
                 tensors = [local(tensor) for tensor in self._look(name, shape, p, state.get(p, {}))]
                 shard = Shard(name, p, shape.noisy) if is_spread(p) else None
-                key = (self._choose(name, shape, backend, tensors, shard is not None), shape.rule)
+                of_p = self._choose(name, shape, backend, tensors, shard is not None)
+                # A launch is on one GPU and in one arithmetic.
+                lane = (p.device, p.dtype == torch.float64) if _counts_there(of_p, p) else None
+                key = (of_p, shape.rule, lane)
                 tensor = p if shard is None else shard.tensor
                 member = Member(tensor, g, index, name, None, None, None, False, *scales.get(p, (1.0, 1.0)), shard)
                 chosen.setdefault(key, []).append(member)
                 index += 1
-        for (_, rule), members in chosen.items():
+        for (name, rule, _), members in chosen.items():
             for member in members:
-                self._fill(member, rule, param_groups[member.group], state, state_dtype)
+                self._fill(member, rule, param_groups[member.group], state, state_dtype, name)
 
         self.shards = [member.shard for members in chosen.values() for member in members if member.shard is not None]
         for shard in self.shards:
@@ -158,10 +177,14 @@ class Plan:
         noisy = any(shape.noisy for shape in shapes)
         self.buckets = [
             backends.get(name).Bucket(rule, members, param_groups, state, noisy)
-            for (name, rule), members in chosen.items()
+            for (name, rule, _), members in chosen.items()
         ]
+        #: Of all buckets, if they can leave numbers there that the host need not know.
+        devices = {getattr(bucket, "device", None) for bucket in self.buckets}
+        self.device: torch.device | None = devices.pop() if len(devices) == 1 else None
+        self._norm2 = None if self.device is None else torch.zeros((), dtype=torch.float64, device=self.device)
         # The reference cannot tell that nothing changed; alone, planning anew each step is what costs least.
-        self.lasting = any(name != "reference" for name, _ in chosen)
+        self.lasting = any(name != "reference" for name, *_ in chosen)
 
     @staticmethod
     def _look(name: str, shape: Shape, p: Tensor, of_p: Mapping[str, Any]) -> list[Tensor]:
@@ -196,7 +219,8 @@ class Plan:
     @staticmethod
     def _choose(name: str, shape: Shape, backend: str, tensors: Sequence[Tensor], shard: bool) -> str:
         def unsupported(module: Any) -> str | None:
-            if shard and not hasattr(module.Bucket, "norms"):
+            there = getattr(module, "counts_there", None)
+            if shard and (not hasattr(module.Bucket, "norms") or (there and there(tensors[0]))):
                 return "a shard of a DTensor; it cannot add up norms over processes"
             return module.unsupported(shape.rule, tensors, shape.noisy)
 
@@ -209,6 +233,8 @@ class Plan:
             return backend
         for candidate in backends.BACKENDS:
             module = backends.get(candidate)
+            if (candidate, tensors[0].device.type) in backends.UNSEEN:
+                continue
             if reason := module.unavailable():
                 if tensors[0].device.type in module.DEVICES:
                     warn_once(f"fused_opt runs without its {candidate} backend: {reason}")
@@ -217,7 +243,13 @@ class Plan:
         raise AssertionError("the reference backend supports everything")
 
     def _fill(
-        self, member: Member, rule: Rule, group: Mapping[str, Any], state: dict[Tensor, Any], dtype: torch.dtype | None
+        self,
+        member: Member,
+        rule: Rule,
+        group: Mapping[str, Any],
+        state: dict[Tensor, Any],
+        dtype: torch.dtype | None,
+        backend: str,
     ) -> None:
         """Point the member at its states; a parameter that has a gradient gets those it lacks."""
         p, averaged = member.parameter, group["averaging"] is not None
@@ -247,6 +279,8 @@ class Plan:
         for slot in rule.states:
             if of_p.get(slot) is not None and of_p[slot].is_sparse:  # torch.optim.SGD's, after sparse gradients
                 of_p[slot] = of_p[slot].to_dense()
+        if of_p.get("step") is not None and _counts_there(backend, p):
+            of_p["step"] = of_p["step"].to(device=p.device, dtype=torch.float32)
         if all(of_p.get(slot) is not None for slot in slots):
             member.states = [hold(of_p[slot]) for slot in rule.states]
             member.step = of_p["step"] if rule.counts_steps else None
@@ -280,6 +314,15 @@ class Plan:
             keys.append(of_bucket)
         return keys
 
+    def sum_gradients(self) -> Tensor:
+        """The sum of squares of all gradients, left on the device."""
+        assert self._norm2 is not None
+        if self._norm2.is_cuda and torch.cuda.is_current_stream_capturing():
+            _captured.append(self._norm2)
+        for place, bucket in enumerate(self.buckets):
+            bucket.sum_gradients(self._norm2, place > 0)
+        return self._norm2
+
     def nonfinite(self) -> list[str]:
         """The parameters whose gradient is not finite, in whatever process."""
         members = [m for bucket in self.buckets for m in bucket.members if m.tensor.grad is not None]
@@ -289,9 +332,11 @@ class Plan:
             bad[i] = count
         return [m.name for m, count in zip(members, bad) if count]
 
-    def run(self, rows: Sequence[Sequence[Row]]) -> None:
+    def run(self, rows: Sequence[Sequence[Row]], signals: Signals | None = None) -> None:
         """Step every bucket, with a row for every pair that ``gather`` returned."""
         for bucket, of_bucket in zip(self.buckets, rows):
+            if self.device is not None:
+                bucket.signals = signals or Signals()
             bucket.run(of_bucket)
         self._created.clear()
         for shard in self.shards:

@@ -1,6 +1,7 @@
 """What every test shares: the backends of this machine, and tensors that hurt."""
 
 import copy
+import os
 from contextlib import contextmanager
 
 import pytest
@@ -10,7 +11,8 @@ import fused_opt
 from fused_opt import backends
 from fused_opt.backends import native, triton
 
-INSTRUCTION_SETS = native._native.instruction_sets() if native.unavailable() is None else []
+# And the kernels for GPUs, with the host in a GPU's place.
+INSTRUCTION_SETS = [*native._native.instruction_sets(), native.IN_ITS_PLACE] if native.unavailable() is None else []
 # What Triton interprets takes milliseconds for each program: tests/test_triton.py runs some files again with nothing else.
 EVERYWHERE = ["reference", *(f"native-{name}" for name in INSTRUCTION_SETS)]
 
@@ -25,6 +27,11 @@ def backend(request, monkeypatch):
     if instruction_set:
         monkeypatch.setenv("FUSED_OPT_CPU", instruction_set)
     return name
+
+
+def as_on_a_gpu():
+    """Whether this test's native backend does what it does on a GPU: the host waits for nothing, and does not know all."""
+    return os.environ.get("FUSED_OPT_CPU") == native.IN_ITS_PLACE
 
 
 def layouts(dtype=torch.float32, seed=0, chunk=16384):
@@ -158,6 +165,7 @@ def unchanged(optimizer):
 
 
 __all__ = [
+    "as_on_a_gpu",
     "assert_close",
     "assert_same",
     "backends",

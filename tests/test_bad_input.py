@@ -4,7 +4,17 @@ import copy
 
 import pytest
 import torch
-from conftest import assert_close, assert_same, clones, pair, parameters_of, set_gradients, train_both, unchanged
+from conftest import (
+    as_on_a_gpu,
+    assert_close,
+    assert_same,
+    clones,
+    pair,
+    parameters_of,
+    set_gradients,
+    train_both,
+    unchanged,
+)
 
 import fused_opt
 from fused_opt import backends, plan
@@ -122,6 +132,8 @@ def test_a_parameter_twice_in_a_group_is_refused():
 @whenever
 @both_kinds
 def test_a_learning_rate_that_becomes_nan(name, options, steps_before, bad, backend):
+    if as_on_a_gpu() and steps_before and isinstance(bad, torch.Tensor):
+        pytest.skip("a rate that is on a GPU is not looked at by the host")
     optimizer, oracle = pair(name, options, backend)
     train_both(optimizer, oracle, steps_before)
     set_gradients(parameters_of(optimizer), 0)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import clones, layouts, set_gradients
+from conftest import as_on_a_gpu, clones, layouts, set_gradients
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -469,6 +469,8 @@ def test_the_carried_norm_is_that_of_the_weights(backend):
 
 
 def test_a_norm_that_is_not_finite_is_said_once(backend, monkeypatch, recwarn):
+    if as_on_a_gpu():
+        pytest.skip("to know it, the host would have to wait")
     monkeypatch.setattr(plan, "_said", set())
     p = torch.nn.Parameter(torch.ones(2, 2))
     optimizer = fused_opt.LARS([p], lr=0.1, backend=backend)

@@ -9,6 +9,8 @@
 #include <utility>
 
 #include "../noise.h"
+#include "../pass.h"
+#include "../types.h"
 #include "step.h"
 
 namespace fused_opt::cpu {
@@ -16,58 +18,6 @@ namespace {
 
 // Elements that are staged at once where storage and arithmetic differ; all operands of a block stay in the L1 cache.
 constexpr int64_t kBlock = 512;
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-FUSED_OPT_FN float widen(float x) {
-  return x;
-}
-FUSED_OPT_FN double widen(double x) {
-  return x;
-}
-FUSED_OPT_FN float widen(_Float16 x) {
-  return static_cast<float>(x);
-}
-FUSED_OPT_FN float widen(BFloat16 x) {
-  return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16);
-}
-
-template <class To>
-FUSED_OPT_FN To narrow(double x) {
-  return static_cast<To>(x);
-}
-template <class To>
-FUSED_OPT_FN To narrow(float x) {
-  if constexpr (std::is_same_v<To, BFloat16>) {
-    const uint32_t bits = __builtin_bit_cast(uint32_t, x);
-    // To the nearest, ties to even; a NaN keeps its sign and a quiet bit, since rounding could carry it to infinity.
-    const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    return {static_cast<uint16_t>(x == x ? rounded : (bits >> 16) | 0x40)};
-  } else {
-    return static_cast<To>(x);
-  }
-}
-template <>
-FUSED_OPT_FN BFloat16 narrow<BFloat16>(double x) {
-  return narrow<BFloat16>(static_cast<float>(x));
-}
-
-// Calls f with a null pointer of the element type that `dtype` names.
-template <class F>
-FUSED_OPT_FN void with_type(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return f(static_cast<float*>(nullptr));
-    case DType::kFloat64:
-      return f(static_cast<double*>(nullptr));
-    case DType::kBFloat16:
-      return f(static_cast<BFloat16*>(nullptr));
-    case DType::kFloat16:
-      return f(static_cast<_Float16*>(nullptr));
-  }
-}
 
 // Calls f(k, offset) for the k-th of `n` elements from `begin` in row-major order, offset in elements of the operand.
 template <class F>
@@ -234,43 +184,13 @@ void add_noise(const Tensor& tensor, const Group& group, const Layer& layer, T s
   }
 }
 
-template <class T>
-void fold(const Group& group, int64_t n, T* __restrict v, T* __restrict p) {
-  const T add = static_cast<T>(group.add), share = static_cast<T>(group.share);
-  if (group.fresh)
-    for (int64_t k = 0; k < n; ++k) v[k] = add * p[k];
-  else
-    for (int64_t k = 0; k < n; ++k) v[k] += add * (p[k] - share * v[k]);
-  if (group.write_back)
-    for (int64_t k = 0; k < n; ++k) p[k] = v[k];
-}
-
-template <class Rule, class T, class... State>
-void apply(const Rule rule, const T lr, const T grad_scale, const int64_t n, T* __restrict p, const T* __restrict g,
-           State* __restrict... states) {
-  for (int64_t i = 0; i < n; ++i) p[i] -= lr * rule(p[i], grad_scale * g[i], states[i]...);
-}
-
-// A rule is nothing but its coefficients, in the order of the table.
-template <class Rule, class T>
-Rule make(const Group& group, const Layer& layer) {
-  constexpr int kCoefficients = sizeof(Rule) / sizeof(T);
-  T coefficients[kCoefficients];
-  for (int k = 0; k < kCoefficients; ++k) coefficients[k] = static_cast<T>(group.rule[k] * (k ? 1 : layer.decay_scale));
-  Rule rule;
-  std::memcpy(&rule, coefficients, sizeof rule);
-  return rule;
-}
-
 template <template <class> class Rule, class T, size_t... S>
 double update_as(const Tensor& tensor, const Group& group, const Layer& layer, int64_t begin, int64_t end,
                  std::index_sequence<S...>) {
-  const auto rule = make<Rule<T>, T>(group, layer);
+  const auto rule = make<Rule<T>, T>(group.rule, layer.decay_scale);
   const T lr = static_cast<T>(group.lr * layer.lr_scale * layer.ratio);
-  const bool carries = carries_norm(tensor, group), averages = group.add != 0 || group.write_back;
-  const int64_t whole = tensor.numel + (layer.place ? layer.place->elsewhere : 0);
-  const double root_mean_square = group.relative ? __builtin_sqrt(layer.weight_norm2 / static_cast<double>(whole)) : 1;
-  const T sigma = static_cast<T>(group.sigma * root_mean_square);
+  const bool carries = carries_norm(tensor, group), averages = fused_opt::averages(group);
+  const T sigma = static_cast<T>(fused_opt::sigma(tensor, group, layer));
 
   bool staged = !tensor.flat || tensor.p.dtype != kDTypeOf<T> || tensor.g.dtype != kDTypeOf<T> || carries || averages ||
                 group.sigma != 0;
@@ -316,7 +236,7 @@ double update_as(const Tensor& tensor, const Group& group, const Layer& layer, i
 template <template <class> class Rule, class T, size_t... S>
 Norms norms_as(const Tensor& tensor, const Group& group, const Layer& layer, int64_t begin, int64_t end, Wanted wanted,
                std::index_sequence<S...>) {
-  const auto rule = make<Rule<T>, T>(group, layer);
+  const auto rule = make<Rule<T>, T>(group.rule, layer.decay_scale);
   const T grad_scale = static_cast<T>(group.grad_scale);
   alignas(64) T buffers[3 + sizeof...(S)][kBlock];
   SumOfSquares weight2, grad2, direction2;

@@ -3,7 +3,6 @@
 #include <pthread.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include "parallel.h"
@@ -96,14 +95,6 @@ void in_order(const Table& table, size_t first, size_t last, const F& f) {
     if (table.tensors[table.chunks[c].tensor].active) f(table.chunks[c].tensor, c);
 }
 
-Wanted wanted(const Tensor& tensor, const Group& group, const Layer& layer) {
-  const bool ratio = has_ratio(tensor, group);
-  const bool parts_known = group.ratio == Ratio::kCLARS && layer.part_norms >= 0;
-  return {carries_norm(tensor, group) && !(layer.weight_norm2 >= 0),
-          ratio && group.ratio != Ratio::kLAMB && !parts_known && layer.grad_norm2 == -1,
-          ratio && group.ratio == Ratio::kLAMB && layer.direction_norm2 == -1};
-}
-
 // Sums what is wanted of the tensors whose chunks are [first, last).
 void measure(const Kernel& kernel, Table& table, const std::vector<Wanted>& wants, std::vector<Norms>& partial,
              size_t first, size_t last, int threads) {
@@ -119,28 +110,6 @@ void measure(const Kernel& kernel, Table& table, const std::vector<Wanted>& want
     if (wants[t].grad) layer.grad_norm2 = (begins ? 0 : layer.grad_norm2) + partial[c].grad2;
     if (wants[t].direction) layer.direction_norm2 = (begins ? 0 : layer.direction_norm2) + partial[c].direction2;
   });
-}
-
-void set_trust_ratio(const Group& group, Layer& layer) {
-  const double weight = std::sqrt(layer.weight_norm2), scale = std::fabs(group.grad_scale);
-  double denominator = 0;  // without eps and decay: LARS's and LAMB's are the norm of one thing
-  switch (group.ratio) {
-    case Ratio::kNone:
-      return;
-    case Ratio::kLARS:
-      denominator = scale * std::sqrt(layer.grad_norm2);
-      if (denominator != 0) denominator += group.rule[0] * layer.decay_scale * weight;
-      break;
-    case Ratio::kCLARS:
-      denominator = scale * (layer.part_norms >= 0 ? layer.part_norms : std::sqrt(layer.grad_norm2));
-      break;
-    case Ratio::kLAMB:
-      denominator = std::sqrt(layer.direction_norm2);
-      break;
-  }
-  layer.finite = std::isfinite(weight) && std::isfinite(denominator);
-  const bool usable = layer.finite && weight > 0 && denominator > 0;
-  layer.ratio = std::min(group.cap, usable ? group.coefficient * weight / (denominator + group.eps) : 1);
 }
 
 }  // namespace
@@ -195,7 +164,7 @@ void step(const Kernel& kernel, Table& table, int threads) {
     if (!carries_norm(table.tensors[t], group)) table.layers[t].weight_norm2 = -1;  // nobody sums what this step writes
     table.layers[t].finite = true;
     if (!table.tensors[t].numel && table.layers[t].weight_norm2 > 0) {  // but for empty shards of others that are not
-      set_trust_ratio(group, table.layers[t]);
+      table.layers[t].ratio = trust_ratio(group, group.grad_scale, table.layers[t]);
       table.layers[t].weight_norm2 = 0;
     }
   }
@@ -207,7 +176,8 @@ void step(const Kernel& kernel, Table& table, int threads) {
       const int32_t t = table.chunks[c].tensor;
       if (!table.tensors[t].active) continue;
       const Group& group = table.groups[table.tensors[t].group];
-      if (table.chunks[c].begin == 0 && has_ratio(table.tensors[t], group)) set_trust_ratio(group, table.layers[t]);
+      if (table.chunks[c].begin == 0 && has_ratio(table.tensors[t], group))
+        table.layers[t].ratio = trust_ratio(group, group.grad_scale, table.layers[t]);
     }
     for_each_chunk(table, first, last, threads, [&](size_t c, int32_t t, int64_t begin, int64_t end) {
       const Tensor& tensor = table.tensors[t];

@@ -3,15 +3,12 @@
 #include <cstddef>
 #include <vector>
 
-#include "../table.h"
+#include "../pass.h"
 
 namespace fused_opt::cpu {
 
 struct Norms {
   double weight2 = 0, grad2 = 0, direction2 = 0;
-};
-struct Wanted {
-  bool weight = false, grad = false, direction = false;
 };
 
 // The part of a step that is compiled once per instruction set (kernels.cpp). All work on elements [begin, end).

@@ -10,25 +10,11 @@
 
 #include "../cpu/step.h"
 #include "../noise.h"
+#include "check.h"
 
 using namespace fused_opt;
 
 namespace {
-
-void check(bool holds, const char* what, const char* file, int line) {
-  if (holds) return;
-  std::fprintf(stderr, "%s:%d: %s does not hold\n", file, line, what);
-  std::exit(1);
-}
-#define CHECK(condition) check(condition, #condition, __FILE__, __LINE__)
-
-std::vector<float> randn(size_t n, unsigned seed) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<float> normal;
-  std::vector<float> values(n);
-  for (float& value : values) value = normal(generator);
-  return values;
-}
 
 // A model of float32 tensors with the states of a rule, all flat.
 struct Model {

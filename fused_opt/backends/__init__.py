@@ -10,6 +10,10 @@ A backend is a module with
 - ``Bucket(rule, members, param_groups, state, noisy)``: the parameters it was given, prepared for many steps. With
   ``norms`` and ``know_norms`` it steps shards of DTensors, too: before a step it is asked for what its shards' norms are,
   and told those of the whole tensors.
+
+
+One that leaves numbers on a device has ``counts_there(p)``, whether it counts the steps of a parameter there, and buckets
+with a ``device``, ``signals`` and ``sum_gradients`` (see native.py).
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ from torch import Tensor
 
 # Triton stands behind the reference, where "auto" never gets to, until its kernels have been seen to run on a GPU.
 BACKENDS = ("native", "reference", "triton")
+# What "auto" leaves alone for the same reason: backend and type of device.
+UNSEEN = {("native", "cuda")}
 
 
 @lru_cache
@@ -42,9 +48,13 @@ def available() -> dict[str, str | None]:
     return {name: get(name).unavailable() for name in BACKENDS}
 
 
-def accumulate(total: Tensor | None, part: Tensor) -> tuple[float, float]:
-    """``total += part`` in one pass with the sums of squares of the part and of the new total; None: there is only a part."""
-    for name in BACKENDS:
+def accumulate(total: Tensor | None, part: Tensor, backend: str = "auto") -> tuple[float, float]:
+    """``total += part`` in one pass with the sums of squares of the part and of the new total; None: there is only a part.
+
+    A named backend does it where it can; otherwise, and for ``"auto"``, the first that can does.
+    """
+    seen = [name for name in BACKENDS if (name, part.device.type) not in UNSEEN]
+    for name in seen if backend == "auto" else (backend, *seen):
         module = get(name)
         if module.unsupported(None, [part] if total is None else [total, part]) is None:
             return module.accumulate(total, part)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..plan import Member, Row, warn_not_finite
+from ..plan import Member, Row, Signals, warn_not_finite
 from ..rule import Rule
+from . import reference
 
 try:
     from . import _native  # type: ignore[attr-defined]
@@ -22,7 +25,8 @@ except ImportError as error:
 except AttributeError:
     _reason = f"torch {torch.__version__} has no DLPack C exchange API; torch 2.10 or newer has"
 
-DEVICES = ("cpu",)
+DEVICES = ("cpu", "cuda")
+IN_ITS_PLACE = "gpu"  # FUSED_OPT_CPU for tests: what is on the CPU goes through the kernels for GPUs, run by the host
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Only these two reach a raw pointer: what a subclass's data pointer means is its own business (DTensor, FakeTensor).
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -31,9 +35,27 @@ PLAIN = (Tensor, torch.nn.Parameter)
 def unavailable() -> str | None:
     """Why the compiled core cannot run here, or None."""
     wanted = os.environ.get("FUSED_OPT_CPU")
-    if _reason is None and wanted is not None and wanted not in (sets := _native.instruction_sets()):
+    if _reason is None and wanted not in (None, IN_ITS_PLACE, *(sets := _native.instruction_sets())):
         return f"this processor does not run FUSED_OPT_CPU={wanted!r}; it runs {', '.join(map(repr, sets))}"
     return _reason
+
+
+@lru_cache
+def gpu_unavailable(number: int = -1) -> str | None:
+    """Why the GPU of that number cannot be used, or any for -1, or None."""
+    return _reason or _native.unavailable(number) or None
+
+
+def _number(tensor: Tensor) -> int | None:
+    """Of the GPU that steps a tensor; -1: the host in its place; None: the CPU's own kernels do."""
+    if tensor.is_cuda:
+        return tensor.device.index
+    return -1 if os.environ.get("FUSED_OPT_CPU") == IN_ITS_PLACE else None
+
+
+def counts_there(p: Tensor) -> bool:
+    """Whether the steps of a parameter are counted on its device, in float32, as torch.optim's fused ones are."""
+    return _number(p) is not None
 
 
 def unsupported(rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = False) -> str | None:
@@ -46,24 +68,49 @@ def unsupported(rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = Fals
         if tensor.layout != torch.strided:
             return f"a {tensor.layout} tensor; it steps strided ones"
         if not tensor.is_cpu:
-            return f"a tensor on {tensor.device}; it was built for the CPU"
+            if not tensor.is_cuda:
+                return f"a tensor on {tensor.device}; it steps those on {' and '.join(DEVICES)}"
+            if reason := gpu_unavailable(tensor.device.index):
+                return f"a tensor on {tensor.device}, and {reason}"
         if tensor.dtype not in DTYPES:
             return f"a {tensor.dtype} tensor; it steps {', '.join(str(dtype) for dtype in DTYPES)}"
         if tensor.is_neg():
             return "a tensor with a lazy negation"
+    if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return (
+            "a CUDA graph is being captured, and the tables of these tensors would have to be made in it; step once with "
+            "gradients like these before the capture"
+        )
     return None
 
 
 def accumulate(total: Tensor | None, part: Tensor) -> tuple[float, float]:
-    """``total += part`` in one pass with the sums of squares of both."""
-    sums = _native.accumulate(total, part, torch.get_num_threads())
+    """``total += part`` in one pass with the sums of squares of both; on a GPU it is waited for."""
+    number = _number(part)
+    if number is None:
+        sums = _native.accumulate(total, part, torch.get_num_threads())
+    else:
+        scratch = torch.zeros(_native.scratch_words(part.numel()), dtype=torch.float64, device=part.device)
+        with _current(part.device):
+            if not _native.accumulate_there(number, total, part, scratch):  # they do not lie alike in memory
+                return reference.accumulate(total, part)
+        sums = tuple(scratch[:2].tolist())
     if total is not None:
         torch.autograd.graph.increment_version(total)
     return sums
 
 
+def _current(device: torch.device) -> Any:
+    """Within the block a GPU is torch's current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 class Bucket:
-    """The parameters as a plan in C++."""
+    """Parameters that torch's threads step, as a plan in C++; those on a GPU make a :class:`GPUBucket`."""
+
+    def __new__(cls, rule: Rule, members: Sequence[Member], *rest: Any) -> Bucket:
+        """Of the kind that the parameters, all on one device, need."""
+        return super().__new__(cls if _number(members[0].tensor) is None else GPUBucket)
 
     def __init__(
         self,
@@ -81,14 +128,16 @@ class Bucket:
             )
             for m in members
         ]
-        self.core = _native.Plan(rule.name, os.environ.get("FUSED_OPT_CPU"), rows, param_groups, state, noisy)
+        self.core = self._plan(rule.name, rows, param_groups, state, noisy)
         # The gradient's edge refers to the parameter from C++, which makes looking at the parameter three times cheaper
-        # (see Held in bindings.cpp) and, unlike other references, is one that torch.utils.swap_tensors allows.
+        # (see Held in view.h) and, unlike other references, is one that torch.utils.swap_tensors allows.
         self.edges = [torch.autograd.graph.get_gradient_edge(m.tensor) for m in members if m.tensor.requires_grad]
         self.gather = self.core.gather
         self.know = self.core.know
         self.know_norms = self.core.know_norms
-        self.ratios = self.core.ratios
+
+    def _plan(self, rule: str, *rest: Any) -> Any:
+        return _native.Plan(rule, os.environ.get("FUSED_OPT_CPU"), *rest)
 
     def grad_norm2(self) -> float:
         """Sum of squares of all gradients, as they lie in memory."""
@@ -104,6 +153,59 @@ class Bucket:
             warn_not_finite(self.members[index])
         # Raw pointers tell autograd nothing; without this a backward through the old weights would pass unnoticed.
         torch.autograd.graph.increment_version(self.core.touched())
+
+    def ratios(self) -> list[float]:
+        """The trust ratio of every member in the last step."""
+        return self.core.ratios()
+
+
+class GPUBucket(Bucket):
+    """Parameters on one GPU, all of them float64 or none.
+
+    A step is queued on torch's current stream and never waited for, except where the host is asked for a number:
+    ``grad_norm2``, ``ratios``, and making the plan. For the same reason nobody warns of a ratio that cannot be formed.
+    """
+
+    def __init__(self, rule: Rule, members: Sequence[Member], *rest: Any) -> None:
+        self.device = members[0].tensor.device
+        self.signals = Signals()
+        super().__init__(rule, members, *rest)
+
+    def _plan(self, rule: str, *rest: Any) -> Any:
+        number = _number(torch.empty(0, device=self.device))
+        with _current(self.device):
+            try:
+                return _native.DevicePlan(rule, number, *rest)
+            except MemoryError:  # torch keeps what it has freed
+                torch.cuda.empty_cache()
+                return _native.DevicePlan(rule, number, *rest)
+
+    def sum_gradients(self, norm2: Tensor, add: bool) -> None:
+        """Put the sum of squares of all gradients into ``norm2``, or add it to what is there, without waiting for it."""
+        with _current(self.device):
+            self.core.sum_gradients(norm2.data_ptr(), add)
+
+    def grad_norm2(self) -> float:
+        """Sum of squares of all gradients, as they lie in memory."""
+        with _current(self.device):
+            return self.core.grad_norm2()
+
+    def run(self, rows: Sequence[Row]) -> None:
+        """Queue the step of every parameter that has a gradient."""
+        found_inf, grad_scale, norm2, max_norm = self.signals
+        scalars = [
+            None if scalar is None else scalar.to(self.device, torch.float32, non_blocking=True)
+            for scalar in (found_inf, grad_scale)
+        ]
+        addresses = [0 if scalar is None else scalar.data_ptr() for scalar in (*scalars, norm2)]
+        with _current(self.device):
+            self.core.run(rows, *addresses, max_norm)
+        torch.autograd.graph.increment_version(self.core.touched())
+
+    def ratios(self) -> list[float]:
+        """The trust ratio of every member in the last step."""
+        with _current(self.device):
+            return self.core.ratios()
 
 
 def instruction_set() -> str:

@@ -101,7 +101,8 @@ class Adam(FusedOptimizer):
         amsgrad: divide by the largest second moment so far.
         foreach: accepted as torch.optim accepts it; changes nothing, every step is fused.
         maximize: ascend instead.
-        capturable: accepted as torch.optim accepts it; changes nothing on the CPU.
+        capturable: accepted as torch.optim accepts it; changes nothing. On a GPU the native backend's steps can always be
+            captured in a CUDA graph, and the others' never.
         differentiable: only ``False``; a fused step cannot be differentiated through.
         fused: accepted as torch.optim accepts it; every step is fused. As there, ``False`` has torch.amp.GradScaler unscale
             the gradients before the step and not in it, which Lightning wants in mixed precision before it clips them.

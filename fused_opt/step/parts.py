@@ -98,6 +98,8 @@ class Microbatches:
         model: what the backward runs through, where processes train together.
     """
 
+    backend = "auto"  # the optimizer's
+
     def __init__(self, parameters: Iterable[Tensor], model: torch.nn.Module | None = None) -> None:
         parameters = list(parameters)
         self._tracked = {p: None for p in parameters if p.requires_grad}  # in their order
@@ -194,7 +196,7 @@ class Microbatches:
                 p.grad = part if total is None else total + part
             norm2 = squared_norm(p.grad.detach())
         else:
-            part2, norm2 = backends.accumulate(None if total is None else local(total), local(part))
+            part2, norm2 = backends.accumulate(None if total is None else local(total), local(part), self.backend)
             if total is not None and is_spread(total):
                 torch.autograd.graph.increment_version(total)
             p.grad = part if total is None else total

@@ -1,0 +1,364 @@
+// What the kernels do. `Where` says which block this is and how its threads wait for each other: `each(f)` calls f for
+// every thread of the block and waits, `one(f)` for one. On a GPU a thread calls its own f; on the host they are a
+// loop.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "../noise.h"
+#include "memory.h"
+
+namespace fused_opt::cuda {
+
+// ---- sums
+
+FUSED_OPT_FN void operator+=(Norms& sums, const Norms& others) {
+  sums.weight2 += others.weight2;
+  sums.grad2 += others.grad2;
+  sums.direction2 += others.direction2;
+}
+
+FUSED_OPT_FN Norms fetch_norms(const Norms* at) {
+  return {fetch(&at->weight2), fetch(&at->grad2), fetch(&at->direction2)};
+}
+
+template <int V, class T>
+FUSED_OPT_FN void add_squares(const T (&x)[V], double& sum) {
+  FUSED_OPT_UNROLL
+  for (int k = 0; k < V; ++k) sum += static_cast<double>(x[k]) * static_cast<double>(x[k]);
+}
+
+// Sums what the threads of a block have, in lanes[0]: a tree, always the same.
+template <class Where>
+FUSED_OPT_FN void sum_lanes(const Where& where, Norms* lanes) {
+  FUSED_OPT_ROLLED
+  for (int width = kThreads / 2; width; width /= 2)
+    where.each([&](int thread) {
+      if (thread < width) lanes[thread] += lanes[thread + width];
+    });
+}
+
+// Sums n partial sums in lanes[0], in an order that only n decides.
+template <class Where, class At>
+FUSED_OPT_FN void sum_all(const Where& where, Norms* lanes, int64_t n, const At& at) {
+  where.each([&](int thread) {
+    Norms sum;
+    FUSED_OPT_ROLLED
+    for (int64_t k = thread; k < n; k += kThreads) sum += at(k);
+    lanes[thread] = sum;
+  });
+  sum_lanes(where, lanes);
+}
+
+// ---- a step
+
+// What the threads of a block share about the tensor that they are at.
+template <class Rule, class T>
+struct Shared {
+  Entry entry;
+  Now now;
+  Row row;
+  int64_t first, next;  // its pieces
+  Norms lanes[kThreads];
+  Rule rule;
+  T lr, grad_scale, sigma;
+  int head;
+  bool carries, averages, noisy;
+  bool kept, counts, last, all;  // see walk()
+};
+
+FUSED_OPT_FN double clip_factor(double norm, double limit) {
+  const double clip = limit / (norm + 1e-6);
+  return clip > 1 ? 1 : clip;
+}
+
+FUSED_OPT_FN double full_scale(const Signals& signals, double grad_scale) {
+  double scale = signals.grad_scale ? 1 / static_cast<double>(fetch(signals.grad_scale)) : 1;
+  if (signals.norm2) scale *= clip_factor(scale * square_root(fetch(signals.norm2)), signals.max_norm);
+  return grad_scale * scale;
+}
+
+FUSED_OPT_FN double grad_norm2(const Launch& launch, const Now& now, int64_t t) {
+  return now.grad_norm2 != -1 ? now.grad_norm2 : fetch(&launch.norms[t].grad2);
+}
+
+// Copies as words, by all threads.
+template <class S>
+FUSED_OPT_FN void copy_words(const S* from, S* to, int thread) {
+  static_assert(sizeof(S) % 8 == 0);
+  FUSED_OPT_ROLLED
+  for (int word = thread; word < static_cast<int>(sizeof(S) / 8); word += kThreads) {
+    const uint64_t value = fetch(reinterpret_cast<const uint64_t*>(from) + word);
+#ifdef __CUDA_ARCH__
+    reinterpret_cast<uint64_t*>(to)[word] = value;
+#else
+    std::memcpy(reinterpret_cast<char*>(to) + 8 * word, &value, 8);
+#endif
+  }
+}
+
+// After the copies of what the tables say of a tensor: the numbers that all elements need.
+template <class Rule, class T>
+FUSED_OPT_FN void prepare(const Launch& launch, int64_t t, Shared<Rule, T>& shared) {
+  Tensor& tensor = shared.entry.tensor;
+  tensor.g.data = shared.now.g;
+  Group& group = shared.row.group;
+  Layer& layer = shared.entry.layer;
+  if (shared.entry.step) unbias(group.rule, static_cast<double>(fetch(shared.entry.step)) + 1);
+  const double grad_scale = full_scale(launch.signals, group.grad_scale);
+  shared.rule = make<Rule, T>(group.rule, layer.decay_scale);
+  shared.grad_scale = static_cast<T>(grad_scale);
+
+  const Norms norms = fetch_norms(&launch.norms[t]);
+  layer.weight_norm2 = norms.weight2;
+  layer.grad_norm2 = grad_norm2(launch, shared.now, t);
+  layer.direction_norm2 = norms.direction2;
+  layer.part_norms = shared.now.part_norms;
+  layer.ratio = has_ratio(tensor, group) ? trust_ratio(group, grad_scale, layer) : 1;
+  double lr[1] = {group.lr};
+  if (shared.row.lr.data) load(shared.row.lr, 0, lr);
+  shared.lr = static_cast<T>(lr[0] * layer.lr_scale * layer.ratio);
+  shared.sigma = static_cast<T>(sigma(tensor, group, layer));
+  shared.noisy = group.sigma != 0;
+  shared.carries = carries_norm(tensor, group);
+  shared.averages = averages(group);
+
+  Operand operands[3 + Rule::kStates] = {tensor.p, tensor.g};
+  for (int s = 0; s < Rule::kStates; ++s) operands[2 + s] = tensor.states[s];
+  if (shared.averages) operands[2 + Rule::kStates] = tensor.average;
+  shared.head = peel<T>(operands, tensor.flat);
+  if (shared.noisy && shared.head % 4) shared.head = -1;  // four neighbours draw together, from a multiple of 4 on
+}
+
+template <int V, class T>
+FUSED_OPT_FN void add_noise(const Group& group, const Layer& layer, T sigma, int64_t i, T (&p)[V]) {
+  FUSED_OPT_UNROLL
+  for (int k = 0; k < V; k += 4) {
+    const uint64_t counter = static_cast<uint64_t>(i + k) / 4;
+    uint64_t c0 = counter & 0xFFFFFFFF, c1 = counter >> 32, c2 = layer.index, c3 = group.t;
+    philox<OneLane>(c0, c1, c2, c3, static_cast<uint32_t>(group.seed), static_cast<uint32_t>(group.seed >> 32));
+    float z[4];
+    box_muller(static_cast<uint32_t>(c0), static_cast<uint32_t>(c1), z[0], z[1]);
+    box_muller(static_cast<uint32_t>(c2), static_cast<uint32_t>(c3), z[2], z[3]);
+    if constexpr (V == 1) {
+      const int lane = i % 4;
+      p[0] += sigma * static_cast<T>(lane == 0 ? z[0] : lane == 1 ? z[1] : lane == 2 ? z[2] : z[3]);
+    } else {
+      FUSED_OPT_UNROLL
+      for (int lane = 0; lane < 4; ++lane) p[k + lane] += sigma * static_cast<T>(z[lane]);
+    }
+  }
+}
+
+template <int V, class Rule, class T, size_t... S>
+FUSED_OPT_FN void step_some(const Shared<Rule, T>& shared, int64_t i, Norms& sums, std::index_sequence<S...> slots) {
+  constexpr int kAverage = 2 + sizeof...(S);
+  const Tensor& tensor = shared.entry.tensor;
+  int64_t at[kAverage + 1];
+  locate<V>(tensor, i, at, slots);
+  Sixteen raw[kAverage][2];
+  T p[V], g[V], states[sizeof...(S) + 1][V];
+  fetch_raw<V>(tensor.p, i, raw[0]);
+  fetch_raw<V>(tensor.g, i, raw[1]);
+  (fetch_raw<V>(tensor.states[S], i, raw[2 + S]), ...);
+  convert(tensor.p, at[0], raw[0], p);
+  convert(tensor.g, at[1], raw[1], g);
+  (convert(tensor.states[S], at[2 + S], raw[2 + S], states[S]), ...);
+
+  apply(shared.rule, shared.lr, shared.grad_scale, V, p, g, states[S]...);
+  (store(tensor.states[S], at[2 + S], states[S]), ...);
+  if (shared.noisy) add_noise(shared.row.group, shared.entry.layer, shared.sigma, i, p);
+  store(tensor.p, at[0], p);
+  if (shared.averages) {
+    T v[V];
+    load(tensor.average, at[kAverage], v);
+    fold(shared.row.group, V, v, p);
+    store(tensor.average, at[kAverage], v);
+    if (shared.row.group.write_back) store(tensor.p, at[0], p);
+  }
+  if (shared.carries) add_squares(p, sums.weight2);
+}
+
+template <int V, class Rule, class T, size_t... S>
+FUSED_OPT_FN void sum_some(const Shared<Rule, T>& shared, int64_t i, Norms& sums, std::index_sequence<S...> slots) {
+  const Tensor& tensor = shared.entry.tensor;
+  int64_t at[3 + sizeof...(S)];
+  locate<V>(tensor, i, at, slots);
+  T p[V], g[V];
+  if (shared.now.wanted & (kWeight | kDirection)) load(tensor.p, at[0], p);
+  if (shared.now.wanted & (kGrad | kDirection)) load(tensor.g, at[1], g);
+  if (shared.now.wanted & kWeight) add_squares(p, sums.weight2);
+  if (shared.now.wanted & kGrad) add_squares(g, sums.grad2);
+  if (shared.now.wanted & kDirection) {
+    T states[sizeof...(S) + 1][V];
+    (load(tensor.states[S], at[2 + S], states[S]), ...);
+    FUSED_OPT_UNROLL
+    for (int k = 0; k < V; ++k) p[k] = shared.rule(p[k], shared.grad_scale * g[k], states[S][k]...);
+    add_squares(p, sums.direction2);
+  }
+}
+
+// One thread's share of n elements from `begin` on: `vector(i)` where kVector lie together, `scalar(i)` otherwise.
+template <class T, class Vector, class Scalar>
+FUSED_OPT_FN void for_each(int64_t begin, int32_t n, int head, int thread, const Vector& vector, const Scalar& scalar) {
+  const Span s = span<T>(n, head);
+  FUSED_OPT_ROLLED
+  for (int32_t k = s.first + thread * kVector<T>; k < s.last; k += kThreads * kVector<T>) vector(begin + k);
+  FUSED_OPT_ROLLED
+  for (int32_t k = thread; k < s.first + n - s.last; k += kThreads)
+    scalar(begin + (k < s.first ? k : s.last + k - s.first));
+}
+
+// How many elements lie in `pieces` pieces from element `begin` on.
+FUSED_OPT_FN int32_t elements(const Tensor& tensor, int64_t begin, int64_t pieces) {
+  const int64_t left = tensor.numel - begin;
+  return static_cast<int32_t>(left < pieces * kPiece ? left : pieces * kPiece);
+}
+
+// Walks the pieces of this block, tensor by tensor. `work(begin, n, thread, sums)` does n elements; where `keeps`, its
+// sums are kept for every piece, and the last block to arrive at a tensor adds them up in shared.lanes[0] and calls
+// `finish(t)`.
+template <class Rule, class T, class Where, class Keeps, class Work, class Finish>
+FUSED_OPT_FN void walk(const Where& where, const Launch& launch, Shared<Rule, T>& shared, const Keeps& keeps,
+                       const Work& work, const Finish& finish) {
+  int64_t piece = first_piece(launch.pieces, where.block(), where.blocks());
+  const int64_t end = first_piece(launch.pieces, where.block() + 1, where.blocks());
+  for (int64_t t = find(launch.first, launch.count, piece); piece < end; ++t) {
+    const int64_t begin = piece, next = launch.first[t + 1], stop = next < end ? next : end;
+    piece = stop;
+    if (launch.now[t].row < 0) continue;
+    where.each([&](int thread) {
+      copy_words(&launch.entries[t], &shared.entry, thread);
+      copy_words(&launch.now[t], &shared.now, thread);
+      copy_words(&launch.rows[launch.now[t].row], &shared.row, thread);
+    });
+    where.one([&] {
+      prepare(launch, t, shared);
+      shared.first = launch.first[t];
+      shared.next = launch.first[t + 1];
+      if (launch.ratios && begin == shared.first) launch.ratios[t] = shared.entry.layer.ratio;
+      shared.kept = keeps();
+      shared.counts = shared.kept || shared.entry.step || launch.total;
+    });
+    // What no sums are kept of goes in long runs, and no thread waits for another.
+    const int64_t longest = shared.kept ? 1 : kLongest;
+    FUSED_OPT_ROLLED
+    for (int64_t k = begin; k < stop; k += longest) {
+      where.each([&](int thread) {
+        Norms sums;
+        const int64_t from = (k - shared.first) * kPiece;
+        work(from, elements(shared.entry.tensor, from, stop - k < longest ? stop - k : longest), thread, sums);
+        if (shared.kept) shared.lanes[thread] = sums;
+      });
+      if (!shared.kept) continue;
+      sum_lanes(where, shared.lanes);
+      where.one([&] { launch.partial[k] = shared.lanes[0]; });
+    }
+    if (!shared.counts) continue;
+    where.one([&] { shared.last = where.arrive(&launch.arrived[t], stop - begin, shared.next - shared.first); });
+    if (!shared.last) continue;
+    if (shared.kept)
+      sum_all(where, shared.lanes, shared.next - shared.first,
+              [&](int64_t k) { return fetch_norms(&launch.partial[shared.first + k]); });
+    finish(t);
+  }
+}
+
+template <template <class> class Rule, class T, class Where>
+FUSED_OPT_FN void update(const Where& where, const Launch& launch, Shared<Rule<T>, T>& shared) {
+  if (launch.signals.found_inf && fetch(launch.signals.found_inf) != 0) return;
+  constexpr auto states = std::make_index_sequence<Rule<T>::kStates>();
+  walk(
+      where, launch, shared, [&] { return shared.carries; },
+      [&](int64_t begin, int32_t n, int thread, Norms& sums) {
+        for_each<T>(
+            begin, n, shared.head, thread, [&](int64_t i) { step_some<kVector<T>>(shared, i, sums, states); },
+            [&](int64_t i) { step_some<1>(shared, i, sums, states); });
+      },
+      [&](int64_t t) {
+        where.one([&] {
+          if (shared.kept) launch.norms[t].weight2 = shared.lanes[0].weight2;
+          if (shared.entry.step) put(shared.entry.step, fetch(shared.entry.step) + 1);
+        });
+      });
+}
+
+template <template <class> class Rule, class T, class Where>
+FUSED_OPT_FN void norms(const Where& where, const Launch& launch, Shared<Rule<T>, T>& shared) {
+  constexpr auto states = std::make_index_sequence<Rule<T>::kStates>();
+  walk(
+      where, launch, shared, [&] { return shared.now.wanted != 0; },
+      [&](int64_t begin, int32_t n, int thread, Norms& sums) {
+        if (!shared.now.wanted) return;
+        for_each<T>(
+            begin, n, shared.head, thread, [&](int64_t i) { sum_some<kVector<T>>(shared, i, sums, states); },
+            [&](int64_t i) { sum_some<1>(shared, i, sums, states); });
+      },
+      [&](int64_t t) {
+        where.one([&] {
+          Norms& of_tensor = launch.norms[t];
+          if (shared.now.wanted & kWeight) of_tensor.weight2 = shared.lanes[0].weight2;
+          if (shared.now.wanted & kGrad) of_tensor.grad2 = shared.lanes[0].grad2;
+          if (shared.now.wanted & kDirection) of_tensor.direction2 = shared.lanes[0].direction2;
+          shared.all = launch.total && where.arrive(&launch.arrived[launch.count], 1, launch.active);
+        });
+        if (!shared.all) return;
+        sum_all(where, shared.lanes, launch.count, [&](int64_t k) {
+          Norms of_tensor;
+          if (launch.now[k].row >= 0) of_tensor.grad2 = grad_norm2(launch, launch.now[k], k);
+          return of_tensor;
+        });
+        where.one([&] {
+          const double others = launch.add ? fetch(launch.signals.norm2) : 0;
+          put(launch.signals.norm2, others + shared.lanes[0].grad2);
+        });
+      });
+}
+
+template <class T, class Where>
+FUSED_OPT_FN void accumulate(const Where& where, const Accumulation& work, Norms* lanes, bool& last) {
+  const Tensor& tensor = work.tensor;
+  const Operand operands[] = {tensor.p, tensor.g};
+  const int head = peel<T>(operands, tensor.flat);
+  const int64_t begin = first_piece(work.pieces, where.block(), where.blocks());
+  const int64_t end = first_piece(work.pieces, where.block() + 1, where.blocks());
+  const auto add = [&](int64_t i, auto& p, auto& g, Norms& sums) {
+    load(tensor.g, i, g);
+    add_squares(g, sums.grad2);
+    if (!tensor.p.data) return;
+    load(tensor.p, i, p);
+    FUSED_OPT_UNROLL
+    for (size_t k = 0; k < sizeof p / sizeof(T); ++k) p[k] += g[k];
+    store(tensor.p, i, p);
+    add_squares(p, sums.weight2);
+  };
+  FUSED_OPT_ROLLED
+  for (int64_t piece = begin; piece < end; ++piece) {
+    where.each([&](int thread) {
+      Norms sums;
+      for_each<T>(
+          piece * kPiece, elements(tensor, piece * kPiece, 1), head, thread,
+          [&](int64_t i) {
+            T p[kVector<T>], g[kVector<T>];
+            add(i, p, g, sums);
+          },
+          [&](int64_t i) {
+            T p[1], g[1];
+            add(i, p, g, sums);
+          });
+      lanes[thread] = sums;
+    });
+    sum_lanes(where, lanes);
+    where.one([&] { work.partial[piece] = lanes[0]; });
+  }
+  where.one([&] { last = begin < end && where.arrive(work.arrived, end - begin, work.pieces); });
+  if (!last) return;
+  sum_all(where, lanes, work.pieces, [&](int64_t k) { return fetch_norms(&work.partial[k]); });
+  where.one([&] {
+    work.sums[0] = lanes[0].grad2;
+    work.sums[1] = tensor.p.data ? lanes[0].weight2 : lanes[0].grad2;
+  });
+}
+
+}  // namespace fused_opt::cuda

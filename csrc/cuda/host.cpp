@@ -1,0 +1,117 @@
+// The kernels' source on the host, for tests: blocks one after the other, or each on a thread of its own.
+#include "host.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "body.h"
+#include "machine.h"
+
+namespace fused_opt::cuda {
+
+std::atomic<int64_t> host_blocks{3};
+std::atomic<bool> host_threads{false};
+
+namespace {
+
+struct Place {
+  int64_t block_, blocks_;
+  int64_t block() const { return block_; }
+  int64_t blocks() const { return blocks_; }
+  template <class F>
+  void each(const F& f) const {
+    for (int thread = 0; thread < kThreads; ++thread) f(thread);
+  }
+  template <class F>
+  void one(const F& f) const {
+    f();
+  }
+  bool arrive(uint64_t* counter, int64_t n, int64_t all) const {
+    if (static_cast<int64_t>(__atomic_add_fetch(counter, n, __ATOMIC_ACQ_REL)) != all) return false;
+    __atomic_store_n(counter, 0, __ATOMIC_RELAXED);
+    return true;
+  }
+};
+
+template <class F>
+void run(const F& block) {
+  const int64_t blocks = host_blocks;
+  if (!host_threads) {
+    for (int64_t b = blocks; b-- > 0;) block(Place{b, blocks});  // backwards: the order must not matter
+    return;
+  }
+  std::vector<std::thread> threads;
+  for (int64_t b = 0; b < blocks; ++b) threads.emplace_back([&block, b, blocks] { block(Place{b, blocks}); });
+  for (auto& thread : threads) thread.join();
+}
+
+template <template <class> class Rule, class T>
+void update_as(const Launch& launch) {
+  run([&](const Place& place) {
+    Shared<Rule<T>, T> shared;
+    update<Rule, T>(place, launch, shared);
+  });
+}
+template <template <class> class Rule, class T>
+void norms_as(const Launch& launch) {
+  run([&](const Place& place) {
+    Shared<Rule<T>, T> shared;
+    norms<Rule, T>(place, launch, shared);
+  });
+}
+template <class T>
+void accumulate_as(const Accumulation& work) {
+  run([&](const Place& place) {
+    Norms lanes[kThreads];
+    bool last = false;
+    accumulate<T>(place, work, lanes, last);
+  });
+}
+
+using Kernel = void (*)(const Launch&);
+#define FUSED_OPT_UPDATE(name, Rule) {update_as<Rule, float>, update_as<Rule, double>},
+#define FUSED_OPT_NORMS(name, Rule) {norms_as<Rule, float>, norms_as<Rule, double>},
+constexpr Kernel kUpdate[][2] = {FUSED_OPT_RULES(FUSED_OPT_UPDATE)};
+constexpr Kernel kNorms[][2] = {FUSED_OPT_RULES(FUSED_OPT_NORMS)};
+
+}  // namespace
+
+const Machine& host() {
+  static const Machine machine = {
+      [](size_t bytes) { return std::calloc(bytes, 1); },
+      [](void* memory) { std::free(memory); },
+      [](size_t) { return static_cast<Staging*>(nullptr); },
+      [](Staging*) {},
+      [](Staging*, void* to, const void* from, size_t bytes, void*) { std::memcpy(to, from, bytes); },
+      [](void* memory, size_t bytes, void*) { std::memset(memory, 0, bytes); },
+      [](void* to, const void* from, size_t bytes, void*) { std::memcpy(to, from, bytes); },
+      [](void*) { return false; },
+      [](int rule, bool wide, const Launch& launch, void*) { kUpdate[rule][wide](launch); },
+      [](int rule, bool wide, const Launch& launch, void*) { kNorms[rule][wide](launch); },
+      [](bool wide, const Accumulation& work, void*) { (wide ? accumulate_as<double> : accumulate_as<float>)(work); },
+  };
+  return machine;
+}
+
+int rule_index(const char* rule) {
+  int index = 0;
+#define FUSED_OPT_INDEX(name, Rule)           \
+  if (!std::strcmp(rule, name)) return index; \
+  ++index;
+  FUSED_OPT_RULES(FUSED_OPT_INDEX)
+  return -1;
+}
+
+#ifndef FUSED_OPT_CUDA
+std::string unavailable(int) {
+  return "it was built without nvcc; reinstall where the CUDA toolkit's nvcc is on the PATH";
+}
+const Machine& gpu() {
+  return host();  // nobody gets here: see unavailable()
+}
+void use(int) {}
+#endif
+
+}  // namespace fused_opt::cuda

@@ -1,0 +1,37 @@
+// What a plan asks of the machine that its tensors are on: a GPU (gpu.cu), or for tests the host in its place
+// (host.cpp).
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "table.h"
+
+namespace fused_opt::cuda {
+
+struct Staging;  // memory that a copy may still be reading when the next one is prepared
+
+// A kernel by rule, in FUSED_OPT_RULES' order; `wide`: float64 arithmetic. Everything goes to a stream in its order.
+// Errors are std::runtime_error in words.
+struct Machine {
+  void* (*allocate)(size_t bytes);  // filled with 0
+  void (*release)(void* memory);    // after everything that reads it
+  Staging* (*stage)(size_t bytes);
+  void (*unstage)(Staging*);
+  void (*upload)(Staging*, void* to, const void* from, size_t bytes, void* stream);  // `from` may change at once
+  void (*clear)(void* memory, size_t bytes, void* stream);
+  void (*download)(void* to, const void* from, size_t bytes, void* stream);  // waits for the stream
+  bool (*capturing)(void* stream);  // into a graph, whose replays read the memory of today again
+  void (*update)(int rule, bool wide, const Launch&, void* stream);
+  void (*norms)(int rule, bool wide, const Launch&, void* stream);
+  void (*accumulate)(bool wide, const Accumulation&, void* stream);
+};
+
+const Machine& host();
+const Machine& gpu();                 // once unavailable() is empty
+void use(int device);                 // makes a GPU the one that `gpu` is
+std::string unavailable(int device);  // why the GPU of that number cannot be used, or nothing; -1: any
+
+int rule_index(const char* rule);  // -1: there is no such rule
+
+}  // namespace fused_opt::cuda

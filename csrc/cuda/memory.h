@@ -1,0 +1,134 @@
+// How elements come from memory and go back, the same on the host and on a GPU.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "../types.h"
+#include "table.h"
+
+namespace fused_opt::cuda {
+
+template <int bytes>
+struct Plain;
+#ifdef __CUDACC__
+template <>
+struct Plain<2> {
+  using type = unsigned short;
+};
+template <>
+struct Plain<4> {
+  using type = unsigned int;
+};
+template <>
+struct Plain<8> {
+  using type = unsigned long long;
+};
+template <>
+struct Plain<16> {
+  using type = uint4;
+};
+#endif
+
+// Past the first cache: nothing here is read twice by the same processor, and what another one wrote is seen.
+template <class T>
+FUSED_OPT_FN T fetch(const T* at) {
+#ifdef __CUDA_ARCH__
+  return __builtin_bit_cast(T, __ldcg(reinterpret_cast<const typename Plain<sizeof(T)>::type*>(at)));
+#else
+  T value;
+  std::memcpy(&value, at, sizeof value);
+  return value;
+#endif
+}
+template <class T>
+FUSED_OPT_FN void put(T* at, T value) {
+#ifdef __CUDA_ARCH__
+  using Word = typename Plain<sizeof(T)>::type;
+  __stcg(reinterpret_cast<Word*>(at), __builtin_bit_cast(Word, value));
+#else
+  std::memcpy(at, &value, sizeof value);
+#endif
+}
+
+struct alignas(16) Sixteen {
+  uint32_t words[4];
+};
+
+// Where element i of every operand is: of p, g, the states, the average. Vectors are of flat tensors.
+template <int V, size_t... S>
+FUSED_OPT_FN void locate(const Tensor& x, int64_t i, int64_t (&at)[3 + sizeof...(S)], std::index_sequence<S...>) {
+  FUSED_OPT_UNROLL
+  for (int64_t& offset : at) offset = V > 1 || x.flat ? i : 0;
+  if constexpr (V == 1) {
+    FUSED_OPT_ROLLED
+    for (int d = x.flat ? 0 : x.ndim; d-- > 0;) {
+      const int64_t rest = i / x.sizes[d], k = i - rest * x.sizes[d];
+      at[0] += k * x.p.strides[d];
+      at[1] += k * x.g.strides[d];
+      ((at[2 + S] += k * x.states[S].strides[d]), ...);
+      if (x.average.data) at[2 + sizeof...(S)] += k * x.average.strides[d];
+      i = rest;
+    }
+  }
+}
+
+// V elements from offset i on: one, or a vector on a boundary of 16 bytes. `fetch_raw` only asks for them, so that the
+// loads of all operands are on their way before the first is converted.
+template <int V>
+FUSED_OPT_FN void fetch_raw(const Operand& operand, int64_t i, Sixteen (&raw)[2]) {
+  if constexpr (V > 1) {
+    const int64_t size = size_of(operand.dtype);
+    const auto* at = reinterpret_cast<const Sixteen*>(static_cast<const char*>(operand.data) + i * size);
+    raw[0] = fetch(at);
+    if (size * V > 16) raw[1] = fetch(at + 1);
+  }
+}
+
+template <int V, class T>
+FUSED_OPT_FN void convert(const Operand& operand, int64_t i, const Sixteen (&raw)[2], T (&x)[V]) {
+  with_type(operand.dtype, [&](auto* type) {
+    using Element = std::remove_pointer_t<decltype(type)>;
+    if constexpr (V == 1) {
+      x[0] = static_cast<T>(widen(fetch(static_cast<const Element*>(operand.data) + i)));
+    } else if constexpr (sizeof(Element[V]) <= sizeof raw) {
+      Element elements[V];
+      std::memcpy(&elements, &raw, sizeof elements);
+      FUSED_OPT_UNROLL
+      for (int k = 0; k < V; ++k) x[k] = static_cast<T>(widen(elements[k]));
+    }
+  });
+}
+
+template <int V, class T>
+FUSED_OPT_FN void load(const Operand& operand, int64_t i, T (&x)[V]) {
+  Sixteen raw[2];
+  fetch_raw<V>(operand, i, raw);
+  convert(operand, i, raw, x);
+}
+
+// Leaves in x what was stored.
+template <int V, class T>
+FUSED_OPT_FN void store(const Operand& operand, int64_t i, T (&x)[V]) {
+  with_type(operand.dtype, [&](auto* type) {
+    using Element = std::remove_pointer_t<decltype(type)>;
+    Element elements[V];
+    FUSED_OPT_UNROLL
+    for (int k = 0; k < V; ++k) {
+      elements[k] = narrow<Element>(x[k]);
+      x[k] = static_cast<T>(widen(elements[k]));
+    }
+    auto* data = static_cast<Element*>(operand.data);
+    if constexpr (V == 1) {
+      put(data + i, elements[0]);
+    } else if constexpr (sizeof elements == 16 || sizeof elements == 32) {
+      Sixteen raw[sizeof elements / 16];
+      std::memcpy(&raw, &elements, sizeof elements);
+      FUSED_OPT_UNROLL
+      for (size_t k = 0; k < sizeof elements / 16; ++k) put(reinterpret_cast<Sixteen*>(data + i) + k, raw[k]);
+    }
+  });
+}
+
+}  // namespace fused_opt::cuda

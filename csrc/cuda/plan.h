@@ -1,0 +1,66 @@
+// A plan's tensors on one GPU: tables in its memory, and what of them is new in a step.
+#pragma once
+#include <vector>
+
+#include "machine.h"
+#include "table.h"
+
+namespace fused_opt::cuda {
+
+// One stretch of device memory that follows the host's: only what has changed since the last time is copied.
+class Mirror {
+ public:
+  Mirror(const Machine&, size_t bytes);
+  ~Mirror();
+  Mirror(const Mirror&) = delete;
+  char* now() { return now_.data(); }  // write what shall be there, then follow()
+  char* device() const { return device_; }
+  void follow(size_t bytes, void* stream);
+  bool captured() const { return captured_; }
+
+ private:
+  const Machine& machine_;
+  std::vector<char> now_, last_;
+  char* device_;
+  Staging* staging_;
+  bool captured_ = false;  // a graph's replays write here, too: what is there is not known any more
+};
+
+// The tensors and layers that the functions take are those of the constructor, as the step's host sees them: whether a
+// gradient is there and where, which row, and norms that are known. A `weight_norm2` of 0 says that the device knows
+// it.
+class Plan {
+ public:
+  // steps: where the count of every tensor is, or null. All arithmetic is in float64 (`wide`) or in float32.
+  Plan(const Machine&, const char* rule, bool wide, const std::vector<Tensor>&, const std::vector<Layer>&,
+       const std::vector<float*>& steps);
+  ~Plan();
+  Plan(const Plan&) = delete;
+
+  // signals.norm2 <- (add ? signals.norm2 : 0) + the sum of squares of the gradients.
+  void sum_gradients(const std::vector<Tensor>&, const std::vector<Layer>&, const Signals&, bool add, void* stream);
+  double grad_norm2(const std::vector<Tensor>&, const std::vector<Layer>&, void* stream);  // waits
+  void run(const std::vector<Tensor>&, std::vector<Layer>&, const std::vector<Row>&, const Signals&, void* stream);
+  std::vector<double> ratios(void* stream) const;  // waits
+
+ private:
+  Launch launch(Mirror&, const std::vector<Tensor>&, const std::vector<Layer>&, const std::vector<Row>&, const Signals&,
+                void* stream, bool* any, bool gradients);
+
+  const Machine& machine_;
+  const int rule_;
+  const bool wide_;
+  const int64_t count_;
+  int64_t pieces_ = 0;
+  char* memory_;
+  Launch fixed_{};  // the addresses of the tables
+  double* norm2_;
+  Mirror sums_, step_;   // Now and Row of every tensor: for the sums of gradients alone, and for a step
+  bool summed_ = false;  // the gradients of the coming step
+};
+
+// total += part, and the sums of both squares; `scratch`: 8 * scratch_words(numel) bytes of zeros on the device.
+int64_t scratch_words(int64_t numel);
+void accumulate(const Machine&, const Tensor&, void* scratch, void* stream);
+
+}  // namespace fused_opt::cuda

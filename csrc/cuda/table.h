@@ -1,0 +1,126 @@
+// What a launch knows, and which block does what: plain structs and arithmetic, the same on the host and on a GPU.
+#pragma once
+#include <cstdint>
+
+#include "../pass.h"
+#include "../types.h"
+
+namespace fused_opt::cuda {
+
+constexpr int kThreads = 128;
+
+// A tensor is cut into pieces of this many elements, an empty one into one piece. Sums are formed piece by piece and
+// added in an order that only the number of pieces decides, so their bits do not depend on the number of blocks.
+constexpr int64_t kPiece = 4096;
+constexpr int64_t kLongest =
+    (int64_t{1} << 30) / kPiece;  // pieces that are walked at once: 32 bits count their elements
+
+FUSED_OPT_FN int64_t pieces_of(int64_t numel) {
+  return numel > kPiece ? (numel - 1) / kPiece + 1 : 1;
+}
+
+// The first piece of a block: blocks take runs of pieces, of equal length to within one.
+FUSED_OPT_FN int64_t first_piece(int64_t pieces, int64_t block, int64_t blocks) {
+  const int64_t longer = pieces % blocks;
+  return pieces / blocks * block + (block < longer ? block : longer);
+}
+
+// Which tensor a piece belongs to: the last one whose first piece is not after it.
+FUSED_OPT_FN int64_t find(const int64_t* first, int64_t count, int64_t piece) {
+  int64_t low = 0, high = count - 1;
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (first[middle] <= piece)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return low;
+}
+
+// Elements that a thread takes at once: 32 bytes in the arithmetic's type, 16 or 32 as they are stored.
+template <class T>
+constexpr int kVector = 32 / sizeof(T);
+
+// How many elements to leave before all operands lie on a boundary of 16 bytes, or -1: they never do together.
+template <class T, int N>
+FUSED_OPT_FN int peel(const Operand (&operands)[N], bool flat) {
+  FUSED_OPT_ROLLED
+  for (int head = 0; flat && head < kVector<T>; ++head) {
+    bool aligned = true;
+    for (const Operand& operand : operands) {
+      if (!operand.data) continue;
+      const int64_t size = size_of(operand.dtype), bytes = size * kVector<T>;
+      aligned &= (bytes == 16 || bytes == 32) && (reinterpret_cast<uintptr_t>(operand.data) + head * size) % 16 == 0;
+    }
+    if (aligned) return head;
+  }
+  return -1;
+}
+
+// Of n elements, [first, last) go by the vector, those before and after one by one.
+struct Span {
+  int32_t first, last;
+};
+template <class T>
+FUSED_OPT_FN Span span(int32_t n, int head) {
+  if (head < 0 || n < head) return {0, 0};
+  return {head, head + (n - head) / kVector<T> * kVector<T>};
+}
+
+struct Norms {
+  double weight2 = 0, grad2 = 0, direction2 = 0;
+};
+constexpr uint32_t kWeight = 1, kGrad = 2, kDirection = 4;  // which of them are wanted
+
+// A tensor, made when something moved. Its `g`, `group` and `active` are in Now, its layer's norms in Norms.
+struct Entry {
+  Tensor tensor;
+  Layer layer;
+  float* step = nullptr;  // the count of steps, where the rule keeps one
+};
+
+// What is new of a tensor in a step.
+struct Now {
+  void* g = nullptr;
+  int32_t row = -1;  // -1: it has no gradient
+  uint32_t wanted = 0;
+  double part_norms = -1, grad_norm2 = -1;  // where the host knows them
+};
+
+struct Row {
+  Group group;
+  Operand lr;  // where it is in device memory, if it is
+};
+
+// What of a step's scale is in device memory.
+struct Signals {
+  const float* found_inf = nullptr;   // not 0: nothing is done and nothing counted
+  const float* grad_scale = nullptr;  // what the gradients were multiplied with
+  double* norm2 = nullptr;            // sum of squares of all gradients
+  double max_norm = 0;                // what to clip it to, where `norm2` is given
+};
+
+struct Launch {
+  int64_t count, pieces, active;
+  const Entry* entries;
+  const int64_t* first;  // pieces before each tensor, and all of them at the end
+  const Now* now;
+  const Row* rows;
+  Norms *norms, *partial;  // of the tensors; of the pieces, for the length of a launch
+  double* ratios;
+  uint64_t* arrived;  // pieces of each tensor that are done, and tensors that are: 0 between launches
+  Signals signals;
+  bool total = false, add = false;  // what the sums of the gradients are for: signals.norm2, with what is there or not
+};
+
+// total += part.
+struct Accumulation {
+  Tensor tensor;  // p: the total, or nothing; g: the part
+  int64_t pieces;
+  Norms* partial;
+  double* sums;  // of the part, of the total
+  uint64_t* arrived;
+};
+
+}  // namespace fused_opt::cuda

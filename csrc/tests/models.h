@@ -1,0 +1,151 @@
+// Models, rules and settings that the kernels for GPUs are tried on.
+#pragma once
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "../cpu/step.h"
+#include "../cuda/plan.h"
+#include "check.h"
+
+namespace {
+
+using namespace fused_opt;
+
+// Tensors of one dtype each for p, g, states and average, at an offset of their memory, between words that must stay.
+struct Kind {
+  DType p, g, state, average;
+  int64_t offset;  // in elements
+  bool strided;
+};
+
+struct Model {
+  std::vector<std::vector<char>> memory;
+  std::vector<std::array<int64_t, 6>> layouts;
+  cpu::Table table;
+  std::vector<float> counts;
+  std::vector<float*> steps;
+
+  Model(const std::vector<int64_t>& sizes, int states, const Kind& kind, bool whole = false) {
+    layouts.resize(sizes.size());
+    counts.assign(sizes.size(), 0);
+    for (size_t t = 0; t < sizes.size(); ++t) {
+      Tensor tensor;
+      tensor.numel = sizes[t];
+      tensor.active = true;
+      tensor.ndim = 2;
+      tensor.flat = !kind.strided;
+      const int64_t rows = kind.strided ? 3 : 1, columns = sizes[t] / rows;
+      tensor.numel = rows * columns;
+      layouts[t] = {rows, columns, columns, 1, 1, rows};
+      tensor.sizes = layouts[t].data();
+      const unsigned seed = static_cast<unsigned>(10 * t);
+      tensor.p = operand(kind.p, tensor.numel, kind.offset, seed, whole, layouts[t].data() + 2);
+      tensor.g = operand(kind.g, tensor.numel, kind.offset, seed + 1, whole, layouts[t].data() + 4);
+      for (int s = 0; s < states; ++s)
+        tensor.states[s] = operand(kind.state, tensor.numel, kind.offset, seed + 2 + s, whole, layouts[t].data() + 2);
+      tensor.average = operand(kind.average, tensor.numel, kind.offset, seed + 6, whole, layouts[t].data() + 4);
+      table.tensors.push_back(tensor);
+      table.layers.emplace_back();
+      table.layers.back().index = static_cast<uint32_t>(3 * t);
+      table.layers.back().lr_scale = 1 + 0.25 * static_cast<double>(t % 3);
+      table.layers.back().decay_scale = t % 2 ? 0.5 : 1;
+      steps.push_back(&counts[t]);
+    }
+    table.groups.resize(1);
+    table.cut();
+  }
+
+  Operand operand(DType dtype, int64_t n, int64_t offset, unsigned seed, bool whole, const int64_t* strides) {
+    const std::vector<float> values = randn(static_cast<size_t>(n + 24), seed);
+    memory.emplace_back((n + 24) * size_of(dtype) + 16);
+    // An address of its own, whatever the allocator gives: 16 bytes, then the offset.
+    char* data = memory.back().data();
+    data += (16 - reinterpret_cast<uintptr_t>(data) % 16) % 16;
+    for (int64_t i = 0; i < n + 24; ++i) {
+      float value = whole ? std::round(values[i] * 4) / 4 : values[i];
+      if (seed % 10 > 2 && seed % 10 < 6) value = std::fabs(value);  // second moments
+      if (dtype == DType::kFloat64) {
+        const double wide = whole ? value : value + 1e-9 * value;
+        std::memcpy(data + 8 * i, &wide, 8);
+      } else if (dtype == DType::kFloat32) {
+        std::memcpy(data + 4 * i, &value, 4);
+      } else {
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        const uint16_t half = dtype == DType::kBFloat16
+                                  ? static_cast<uint16_t>(bits >> 16)
+                                  : static_cast<uint16_t>(__builtin_bit_cast(uint16_t, static_cast<_Float16>(value)));
+        std::memcpy(data + 2 * i, &half, 2);
+      }
+    }
+    return {data + offset * size_of(dtype), dtype, strides};
+  }
+};
+
+const std::vector<int64_t> kSizes = {0, 1, 3, 7, 8, 9, 15, 33, 4095, 4096, 4097, 9001};
+
+Group group_of(const std::string& rule) {
+  Group group;
+  group.lr = 0.1;
+  group.grad_scale = -0.5;
+  const double sgd[] = {0.01, 0.9, 0.7, 1, 0, 0, 0, 0}, adam[] = {0.01, 1, 0.1, 0.999, 0.001, 10, 31.6, 1e-8};
+  std::memcpy(group.rule, rule.find("sgd") == std::string::npos ? adam : sgd, sizeof sgd);
+  return group;
+}
+
+struct Case {
+  std::string name;
+  void (*change)(Group&);
+};
+const std::vector<Case> kPlain = {
+    {"plain", [](Group&) {}},
+    {"noise",
+     [](Group& group) {
+       group.sigma = 0.01;
+       group.seed = 0x123456789ABCDEF0;
+       group.t = 7;
+     }},
+    {"average", [](Group& group) { group.add = 0.25, group.share = 1; }},
+    {"fresh average", [](Group& group) { group.add = 1, group.share = 1, group.fresh = true; }},
+    {"written back",
+     [](Group& group) { group.sigma = 0.01, group.add = 0.5, group.share = 1, group.write_back = true; }},
+};
+const std::vector<Case> kNormed = {
+    {"lars", [](Group& group) { group.ratio = Ratio::kLARS, group.cap = 10, group.exempt = -1; }},
+    {"clars", [](Group& group) { group.ratio = Ratio::kCLARS, group.cap = 10, group.eps = 1e-6; }},
+    {"lamb", [](Group& group) { group.ratio = Ratio::kLAMB, group.cap = INFINITY; }},
+    {"relative noise", [](Group& group) { group.sigma = 0.01, group.relative = true; }},
+};
+const char* const kRules[] = {"sgd", "momentum_sgd", "adam", "amsgrad"};
+const int kStates[] = {0, 1, 2, 3};
+const DType F32 = DType::kFloat32, F64 = DType::kFloat64, B16 = DType::kBFloat16, F16 = DType::kFloat16;
+const std::vector<Kind> kKinds = {
+    {F32, F32, F32, F32, 0, false}, {B16, B16, B16, F32, 0, false}, {F16, F16, F32, F32, 0, false},
+    {F64, F64, F64, F64, 0, false}, {B16, F32, F32, F32, 3, false}, {F32, F32, F32, F32, 1, false},
+    {F64, F32, F64, F64, 1, false}, {F32, F64, F32, F32, 0, false}, {F32, B16, F32, F64, 2, true},
+};
+
+inline bool same_memory(const Model& a, const Model& b) {
+  return a.memory == b.memory;
+}
+
+// What the GPU's source makes of a model, in some steps.
+inline void step_as_gpu(Model& model, const char* rule, int steps, const std::vector<cuda::Signals>& signals = {{}},
+                 bool counted = false) {
+  const bool wide = model.table.tensors[0].p.dtype == F64;
+  std::vector<float*> nobody(model.steps.size(), nullptr);
+  cuda::Plan plan(cuda::host(), rule, wide, model.table.tensors, model.table.layers, counted ? model.steps : nobody);
+  for (int k = 0; k < steps; ++k) {
+    for (Layer& layer : model.table.layers) layer.grad_norm2 = -1;
+    std::vector<cuda::Row> rows;
+    for (const Group& group : model.table.groups) rows.push_back({group, {}});
+    plan.run(model.table.tensors, model.table.layers, rows, signals[k % signals.size()], nullptr);
+  }
+  const std::vector<double> ratios = plan.ratios(nullptr);
+  for (size_t t = 0; t < ratios.size(); ++t) model.table.layers[t].ratio = ratios[t];
+}
+
+}  // namespace

@@ -1,0 +1,121 @@
+// Tests of what a plan for GPUs sends there: copies and launches.
+#include <cstring>
+#include <stdexcept>
+
+#include "../cuda/plan.h"
+#include "models.h"
+
+namespace {
+
+std::vector<size_t> copied;
+bool in_capture = false;
+std::vector<std::vector<double>> memory;  // outlives what was captured, which nobody gives back
+
+cuda::Machine recording() {
+  cuda::Machine machine = cuda::host();
+  machine.allocate = [](size_t bytes) -> void* { return memory.emplace_back(bytes / 8 + 1).data(); };
+  machine.release = [](void*) {};
+  machine.capturing = [](void*) { return in_capture; };
+  return machine;
+}
+
+void only_what_changed_is_copied_until_a_graph_writes_too() {
+  cuda::Machine machine = recording();
+  machine.upload = [](cuda::Staging*, void* to, const void* from, size_t bytes, void*) {
+    copied.push_back(bytes);
+    std::memcpy(to, from, bytes);
+  };
+  const auto copies = [&](cuda::Mirror& mirror, std::vector<size_t> expected) {
+    copied.clear();
+    mirror.follow(800, nullptr);
+    CHECK(copied == expected);
+    CHECK(!std::memcmp(mirror.now(), mirror.device(), 800));
+  };
+  cuda::Mirror mirror(machine, 1000);
+  copies(mirror, {});
+  mirror.now()[400] = mirror.now()[423] = 1;
+  copies(mirror, {24});
+  copies(mirror, {});
+  mirror.now()[0] = mirror.now()[799] = 1;
+  copies(mirror, {800});
+  in_capture = true;
+  copies(mirror, {800});
+  in_capture = false;
+  copies(mirror, {800});
+  CHECK(mirror.captured());
+}
+
+// ---- what is launched
+
+int updates = 0, sums = 0;
+
+void a_step_is_one_launch_where_norms_are_carried() {
+  cuda::Machine machine = recording();
+  machine.update = [](int rule, bool wide, const cuda::Launch& launch, void* stream) {
+    ++updates;
+    cuda::host().update(rule, wide, launch, stream);
+  };
+  machine.norms = [](int rule, bool wide, const cuda::Launch& launch, void* stream) {
+    ++sums;
+    cuda::host().norms(rule, wide, launch, stream);
+  };
+  const auto launches = [&](const Case& some, bool clips, bool parts, std::vector<int> expected) {
+    Model model(kSizes, 1, kKinds[0]);
+    Group& group = model.table.groups[0] = group_of("momentum_sgd");
+    some.change(group);
+    cuda::Plan plan(machine, "momentum_sgd", false, model.table.tensors, model.table.layers,
+                    std::vector<float*>(kSizes.size(), nullptr));
+    for (size_t step = 0; step < expected.size(); ++step) {
+      updates = sums = 0;
+      for (Layer& layer : model.table.layers) {
+        layer.grad_norm2 = -1;
+        if (parts) layer.part_norms = 2;
+      }
+      cuda::Signals signals;
+      double norm2 = 0;
+      if (clips) {
+        signals.norm2 = &norm2;
+        signals.max_norm = 1;
+        plan.sum_gradients(model.table.tensors, model.table.layers, signals, false, nullptr);
+      }
+      plan.run(model.table.tensors, model.table.layers, {{group, {}}}, signals, nullptr);
+      CHECK(updates == 1);
+      CHECK(sums == expected[step]);
+    }
+    for (Tensor& tensor : model.table.tensors) tensor.active = false;
+    double norm2 = 5;
+    cuda::Signals signals;
+    signals.norm2 = &norm2;
+    plan.sum_gradients(model.table.tensors, model.table.layers, signals, true, nullptr);
+    CHECK(norm2 == 5);
+    plan.sum_gradients(model.table.tensors, model.table.layers, signals, false, nullptr);
+    CHECK(norm2 == 0);
+    plan.run(model.table.tensors, model.table.layers, {{group, {}}}, signals, nullptr);
+    CHECK(updates == 1);  // still of the last one: nothing to step is no launch
+    in_capture = true;
+    for (Tensor& tensor : model.table.tensors) tensor.active = true;
+    bool refused = false;
+    try {
+      plan.run(model.table.tensors, model.table.layers, {{group, {}}}, {}, nullptr);
+    } catch (const std::runtime_error&) {
+      refused = true;
+    }
+    in_capture = false;
+    CHECK(refused == (group.sigma != 0 || averages(group)));
+  };
+  launches(kPlain[0], false, false, {0, 0});
+  launches(kPlain[4], false, false, {0, 0});
+  launches(kPlain[0], true, false, {1, 1});
+  launches(kNormed[0], false, false, {1, 1});  // LARS: the gradient's norm
+  launches(kNormed[1], false, true, {1, 0});   // CLARS: the weights' norm once, then it is carried
+  launches(kNormed[0], true, false, {2, 1});   // the norm that clips serves the ratio
+  launches(kNormed[3], false, false, {1, 0});
+}
+
+}  // namespace
+
+int main() {
+  only_what_changed_is_copied_until_a_graph_writes_too();
+  a_step_is_one_launch_where_norms_are_carried();
+  std::puts("all C++ tests of plans for GPUs hold");
+}

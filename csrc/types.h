@@ -1,0 +1,75 @@
+// The types that elements are stored in, and their way to the type of the arithmetic and back.
+#pragma once
+#include <cstdint>
+#include <type_traits>
+#ifdef __CUDACC__
+#include <cuda_fp16.h>
+#endif
+
+#include "rules.h"
+#include "table.h"
+
+namespace fused_opt {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+#ifdef __CUDACC__
+using Float16 = __half;
+#else
+using Float16 = _Float16;
+#endif
+
+FUSED_OPT_FN float widen(float x) {
+  return x;
+}
+FUSED_OPT_FN double widen(double x) {
+  return x;
+}
+FUSED_OPT_FN float widen(Float16 x) {
+  return static_cast<float>(x);
+}
+FUSED_OPT_FN float widen(BFloat16 x) {
+  return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16);
+}
+
+template <class To>
+FUSED_OPT_FN To narrow(double x) {
+  return static_cast<To>(x);
+}
+template <class To>
+FUSED_OPT_FN To narrow(float x) {
+  if constexpr (std::is_same_v<To, BFloat16>) {
+    const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+    // To the nearest, ties to even; a NaN keeps its sign and a quiet bit, since rounding could carry it to infinity.
+    const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    return {static_cast<uint16_t>(x == x ? rounded : (bits >> 16) | 0x40)};
+  } else {
+    return static_cast<To>(x);
+  }
+}
+template <>
+FUSED_OPT_FN BFloat16 narrow<BFloat16>(double x) {
+  return narrow<BFloat16>(static_cast<float>(x));
+}
+
+// Calls f with a null pointer of the element type that `dtype` names.
+template <class F>
+FUSED_OPT_FN void with_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f(static_cast<float*>(nullptr));
+    case DType::kFloat64:
+      return f(static_cast<double*>(nullptr));
+    case DType::kBFloat16:
+      return f(static_cast<BFloat16*>(nullptr));
+    case DType::kFloat16:
+      return f(static_cast<Float16*>(nullptr));
+  }
+}
+
+FUSED_OPT_FN constexpr int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+}  // namespace fused_opt

@@ -1,0 +1,177 @@
+// Tensors as Python hands them over: read through DLPack's exchange API, and looked at again in every step.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "dlpack.h"
+#include "rules.h"
+#include "table.h"
+
+namespace py = pybind11;
+
+namespace fused_opt {
+namespace {
+
+const dlpack::ExchangeAPI* exchange = nullptr;
+
+// An attribute of torch.Tensor that is written in C: its getter, found once and not by name for every tensor.
+class Attribute {
+ public:
+  void find(const py::object& tensor_type, const char* name) {
+    const py::object found = tensor_type.attr(name);
+    if (!Py_IS_TYPE(found.ptr(), &PyGetSetDescr_Type))
+      throw py::import_error("torch.Tensor." + std::string(name) + " is not the attribute that it was");
+    descriptor_ = reinterpret_cast<PyGetSetDescrObject*>(found.ptr())->d_getset;
+  }
+  py::object operator()(PyObject* tensor) const {
+    PyObject* const value = descriptor_->get(tensor, descriptor_->closure);
+    if (!value) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(value);
+  }
+
+ private:
+  const PyGetSetDef* descriptor_ = nullptr;
+};
+Attribute grad_of, version_of;
+
+void connect(const py::object& tensor_type) {
+  exchange = static_cast<const dlpack::ExchangeAPI*>(
+      PyCapsule_GetPointer(tensor_type.attr("__dlpack_c_exchange_api__").ptr(), "dlpack_exchange_api"));
+  if (!exchange) throw py::error_already_set();
+  if (exchange->major != 1)
+    throw py::import_error("this torch speaks DLPack " + std::to_string(exchange->major) +
+                           ", and 1 is understood here");
+  grad_of.find(tensor_type, "grad");
+  version_of.find(tensor_type, "_version");
+}
+
+std::optional<DType> dtype_of(const dlpack::DataType& type) {
+  if (type.code == dlpack::kFloat && type.bits == 32) return DType::kFloat32;
+  if (type.code == dlpack::kFloat && type.bits == 64) return DType::kFloat64;
+  if (type.code == dlpack::kFloat && type.bits == 16) return DType::kFloat16;
+  if (type.code == dlpack::kBFloat && type.bits == 16) return DType::kBFloat16;
+  return std::nullopt;
+}
+
+// A tensor as it was when the plan was made.
+class View {
+ public:
+  explicit View(const py::handle& tensor) {
+    dlpack::Tensor now;
+    if (exchange->tensor_from_object(tensor.ptr(), &now)) throw py::error_already_set();
+    const auto type = dtype_of(now.dtype);
+    if (!type)
+      throw py::type_error("a dtype that no kernel knows reached a plan: " +
+                           py::repr(tensor.attr("dtype")).cast<std::string>());
+    dtype = *type;
+    data = address(now);
+    device = now.device;
+    ndim = now.ndim;
+    implementation_ = now.shape;
+    if (ndim > kFew) many_ = std::make_unique<int64_t[]>(2 * ndim);
+    int64_t* layout = many_ ? many_.get() : few_;
+    for (int d = 0; d < ndim; ++d) {
+      layout[d] = now.shape[d];
+      // The stride of a dimension of one element means nothing, and libraries differ in what they write there.
+      layout[ndim + d] = now.shape[d] == 1 ? 0 : now.strides[d];
+    }
+  }
+
+  // Whether the tensor is still laid out like this; `where` receives its address.
+  bool matches(PyObject* tensor, void** where) const {
+    dlpack::Tensor now;
+    if (exchange->tensor_from_object(tensor, &now)) {
+      PyErr_Clear();
+      return false;
+    }
+    *where = address(now);
+    const auto type = dtype_of(now.dtype);
+    if (!type || *type != dtype || now.device.type != device.type || now.device.id != device.id || now.ndim != ndim)
+      return false;
+    for (int d = 0; d < ndim; ++d)
+      if (now.shape[d] != sizes()[d] || (now.shape[d] != 1 && now.strides[d] != strides()[d])) return false;
+    return true;
+  }
+  bool unmoved(PyObject* tensor) const {
+    void* where = nullptr;
+    return matches(tensor, &where) && where == data;
+  }
+
+  // Asks the cache for what a look at the tensor will read; an address that has become stale does no harm.
+  FUSED_OPT_FN void prefetch(PyObject* tensor) const {
+    __builtin_prefetch(tensor);
+    __builtin_prefetch(implementation_ - 8);
+    __builtin_prefetch(implementation_);
+    __builtin_prefetch(implementation_ + 8);
+  }
+
+  const int64_t* sizes() const { return many_ ? many_.get() : few_; }
+  const int64_t* strides() const { return sizes() + ndim; }
+  bool same_strides(const View& other) const {
+    return ndim == other.ndim && std::equal(strides(), strides() + ndim, other.strides());
+  }
+  int64_t numel() const { return std::accumulate(sizes(), sizes() + ndim, int64_t{1}, std::multiplies<>()); }
+
+  // Whether the elements fill one stretch of memory: in row-major order, or in whatever order.
+  bool contiguous() const {
+    int64_t expected = 1;
+    for (int d = ndim; d-- > 0;) {
+      if (sizes()[d] != 1 && strides()[d] != expected) return false;
+      expected *= sizes()[d];
+    }
+    return true;
+  }
+  bool dense() const {
+    std::vector<int> order(ndim);
+    std::iota(order.begin(), order.end(), 0);
+    std::sort(order.begin(), order.end(), [&](int a, int b) { return strides()[a] < strides()[b]; });
+    int64_t expected = 1;
+    for (const int d : order) {
+      if (sizes()[d] == 1) continue;
+      if (strides()[d] != expected) return false;
+      expected *= sizes()[d];
+    }
+    return true;
+  }
+
+  Operand operand() const { return {data, dtype, strides()}; }
+
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int32_t ndim = 0;
+  dlpack::Device device{};
+
+ private:
+  static void* address(const dlpack::Tensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
+  static constexpr int kFew = 5;
+
+  const int64_t* implementation_ = nullptr;  // where torch keeps the sizes, inside the tensor's implementation
+  // Sizes, then strides. Most tensors have few dimensions, and a look at one should cost one line of the cache.
+  int64_t few_[2 * kFew] = {};
+  std::unique_ptr<int64_t[]> many_;
+};
+
+// A state tensor of a plan. It holds a second reference to the implementation: as long as Python's is the only one,
+// every look at a tensor takes it from there and gives it back, at three times the price.
+struct Held {
+  explicit Held(const py::handle& tensor) : object(py::reinterpret_borrow<py::object>(tensor)), view(tensor) {
+    dlpack::Managed* managed = nullptr;
+    if (exchange->managed_from_object(tensor.ptr(), &managed)) throw py::error_already_set();
+    second.reset(managed, [](dlpack::Managed* m) { m->release(m); });
+  }
+  bool unmoved() const { return view.unmoved(object.ptr()); }
+  FUSED_OPT_FN void prefetch() const { view.prefetch(object.ptr()); }
+
+  py::object object;
+  View view;
+  std::shared_ptr<dlpack::Managed> second;
+};
+
+}  // namespace
+}  // namespace fused_opt

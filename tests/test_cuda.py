@@ -1,0 +1,262 @@
+"""The kernels for NVIDIA GPUs without one: compiled for three, and the same source run by the host in a GPU's place.
+
+conftest's ``backend`` runs the other tests so, too; here is what is different where the host waits for nothing.
+"""
+
+import copy
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_close, clones, pair, parameters_of, set_gradients, train_both, unchanged
+
+import fused_opt
+from fused_opt import backends
+from fused_opt.backends import native
+
+ROOT = Path(__file__).parents[1]
+GPU = native.IN_ITS_PLACE
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    if native.unavailable() is not None:
+        pytest.skip(native.unavailable())
+    monkeypatch.setenv("FUSED_OPT_CPU", GPU)
+
+
+@contextmanager
+def nobody_waits():
+    """Fails where the host reads a tensor, which on a GPU waits for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("item", "tolist", "__float__", "__bool__", "__int__"):
+            patch.setattr(torch.Tensor, name, lambda self, name=name: pytest.fail(f"{name}() waits for the GPU"))
+        yield
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+def test_compiled_kernels_spill_nothing_and_move_16_bytes(architecture, tmp_path):
+    known = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    if architecture not in known:
+        pytest.skip(f"this nvcc knows {', '.join(known)}")
+    flags = re.search(r"fused_opt_gpu PRIVATE (-fmad=\S+)", (ROOT / "CMakeLists.txt").read_text())[1]
+    command = ["nvcc", "-std=c++17", f"-arch={architecture}", flags, "-Xptxas", "-v", "--keep", "--keep-dir", tmp_path]
+    command += ["-cubin", ROOT / "csrc/cuda/gpu.cu", "-o", tmp_path / "gpu.cubin"]
+    compiled = subprocess.run(command, capture_output=True, text=True)
+    assert compiled.returncode == 0, compiled.stderr
+    assert "warning" not in compiled.stderr
+    report = re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+                        r"(\d+) bytes spill loads.*?Used (\d+) registers", compiled.stderr, re.DOTALL)  # fmt: skip
+    assert len(report) == 18  # four rules, updates and sums, in two arithmetics, and two that accumulate
+    for name, frame, stores, loads, registers in report:
+        short = re.search(r"(update|norms|accumulate)_kernel.*", name)[0]
+        print(f"{architecture} {registers:>3} registers  {short}")
+        assert (frame, stores, loads) == ("0", "0", "0"), short
+    (ptx,) = tmp_path.glob("*.ptx")
+    kernels = re.split(r"\.entry ", ptx.read_text())[1:]
+    assert len(kernels) == 18
+    for kernel in kernels:
+        assert "ld.global.cg.v4.u32" in kernel
+        assert ("st.global.cg.v4.u32" in kernel) == ("norms_kernel" not in kernel.split("(")[0])
+        assert not re.search(r"\b(atom|red)\.\S*\.f(32|64)", kernel)
+        assert not re.search(r"\bfma\.rn\.f(32|64)", kernel)
+
+
+def test_the_report_says_why_there_is_no_gpu():
+    if native.gpu_unavailable() is None:
+        pytest.skip("there is one")
+    report = subprocess.run([sys.executable, "-m", "fused_opt"], capture_output=True, text=True, check=True).stdout
+    assert f"cuda: not here: {native.gpu_unavailable()}" in report
+    assert re.search("nvcc|driver|GPU|CUDA", native.gpu_unavailable())
+
+
+def test_auto_leaves_alone_what_was_not_seen_to_run(monkeypatch):
+    assert ("native", "cuda") in backends.UNSEEN
+    optimizers = {}
+    for name in ("auto", "native"):
+        monkeypatch.setattr(backends, "UNSEEN", {("native", "cpu")})
+        p = torch.nn.Parameter(torch.ones(3))
+        optimizers[name] = fused_opt.SGD([p], lr=0.1, backend=name)
+        optimizers[name].track_parts()
+        p.sum().backward()
+        optimizers[name].step()
+    kinds = [type(optimizer._last.buckets[0]).__module__ for optimizer in optimizers.values()]
+    assert kinds == ["fused_opt.backends.reference", "fused_opt.backends.native"]
+
+
+RULES = [
+    ("SGD", {"lr": 0.1, "momentum": 0.9}),
+    ("AdamW", {"lr": 0.01, "amsgrad": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), RULES, ids=str)
+def test_a_step_waits_for_nothing(name, options, on_gpu):
+    """Rate, scale and overflow are tensors; the norm is read when asked for, and the next step has another rate."""
+    optimizer, oracle = pair(name, options, "native", dtype=torch.float32)
+    train_both(optimizer, oracle, 1)  # makes the plan
+    plan, lr, scale = optimizer._plan, torch.tensor(0.05), torch.tensor(8.0)
+    optimizer.param_groups[0].update(lr=lr, max_grad_norm=0.5)
+    optimizer.grad_scale, optimizer.found_inf = scale, torch.tensor(0.0)
+    for step in range(1, 4):
+        for each, factor in ((optimizer, 8.0), (oracle, 1.0)):
+            set_gradients(parameters_of(each), step)
+            for p in parameters_of(each):
+                p.grad.mul_(factor)
+        norm = torch.nn.utils.clip_grad_norm_(parameters_of(oracle), 0.5).item()
+        oracle.param_groups[0]["lr"] = lr.item()
+        oracle.step()
+        with nobody_waits():
+            optimizer.step()
+        scale.fill_(3.0)  # as a GradScaler does after the step
+        assert optimizer.grad_norm == pytest.approx(norm, rel=1e-5)
+        scale.fill_(8.0)
+        lr.mul_(2.0)
+        assert_close(parameters_of(optimizer), parameters_of(oracle), 1e-5)
+    assert optimizer._plan is plan
+
+
+def test_clipping_is_of_all_groups_together(on_gpu):
+    """Two rules, one of them in two arithmetics, are three launches, and one norm."""
+
+    def groups(parameters):
+        return [{"params": parameters[:2], "momentum": 0.9}, {"params": parameters[2:4]}, {"params": parameters[4:]}]
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 4), (5,), (70, 70), (), (6,), (2, 9)]
+    ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    ours[4:] = [torch.nn.Parameter(p.detach().double()) for p in ours[4:]]
+    theirs = clones(ours)
+    optimizer = fused_opt.SGD(groups(ours), lr=0.1, max_grad_norm=0.7, backend="native")
+    oracle = torch.optim.SGD(groups(theirs), lr=0.1)
+    for step in range(3):
+        for parameters in (ours, theirs):
+            set_gradients(parameters, step)
+        norm = torch.linalg.vector_norm(torch.stack([p.grad.double().norm() for p in theirs])).item()
+        for p in theirs:
+            p.grad.mul_(0.7 / (norm + 1e-6))
+        oracle.step()
+        if step:
+            with nobody_waits():
+                optimizer.step()
+        else:
+            optimizer.step()
+        assert optimizer.grad_norm == pytest.approx(norm, rel=1e-12)
+        assert_close(ours, theirs, 1e-6)
+    assert len(optimizer._plan.buckets) == 3
+    for p in ours:
+        p.grad = None
+    optimizer.step()
+    assert optimizer.grad_norm == 0
+
+
+@pytest.mark.parametrize(("name", "options"), RULES, ids=str)
+def test_an_overflow_that_the_host_does_not_see(name, options, on_gpu):
+    optimizer, _ = pair(name, options, "native")
+    fresh, _ = pair(name, options, "native")
+    train_both(optimizer, fresh, 2)
+    set_gradients(parameters_of(optimizer), 5)
+    optimizer.found_inf = torch.tensor(1.0)
+    with nobody_waits():
+        optimizer.step()
+    del optimizer.found_inf
+    assert_close(parameters_of(optimizer), parameters_of(fresh), 0)
+    train_both(optimizer, fresh, 2)
+    assert_close(optimizer.state_dict()["state"], fresh.state_dict()["state"], 0)
+    assert_close(parameters_of(optimizer), parameters_of(fresh), 0)
+    assert optimizer.param_groups[0]["steps"] == 5  # counts what was asked for
+
+
+@pytest.mark.parametrize("extra", [{"noise": fused_opt.WeightNoise(0.1)}, {"averaging": fused_opt.EMA(0.9)}], ids=str)
+def test_where_the_host_counts_it_looks_at_the_overflow(extra, on_gpu):
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = fused_opt.SGD([p], lr=0.1, backend="native", **extra)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.found_inf = torch.tensor(1.0)
+    with unchanged(optimizer):
+        optimizer.step()
+    optimizer.found_inf = torch.tensor(0.0)
+    optimizer.step()
+    assert optimizer.param_groups[0]["steps"] == 2
+
+
+def test_a_plan_made_anew_looks_at_what_was_left_on_the_device(on_gpu):
+    optimizer, oracle = pair("SGD", {"lr": 0.1, "momentum": 0.9}, "native")
+    train_both(optimizer, oracle, 2)
+    optimizer.found_inf, optimizer.param_groups[0]["lr"] = torch.tensor(1.0), torch.tensor(0.1, dtype=torch.float64)
+    for overflow in (1.0, 0.0):
+        optimizer.found_inf.fill_(overflow)
+        for each in (optimizer, oracle):
+            p = parameters_of(each)[0]
+            p.data = p.detach().clone()
+            set_gradients(parameters_of(each), 3)
+        with unchanged(optimizer) if overflow else nullcontext():
+            loss = optimizer.step(lambda: 17.0)
+        assert loss == 17.0
+    oracle.step()
+    assert_close(parameters_of(optimizer), parameters_of(oracle))
+
+
+@pytest.mark.parametrize("count", [torch.tensor(3.0), torch.tensor(3.0, dtype=torch.float64), 3], ids=str)
+def test_counts_of_a_checkpoint_move_to_the_device(count, on_gpu):
+    """What torch.optim's plain, capturable and fused steps have saved, and what an old version of them did."""
+    optimizer, oracle = pair("AdamW", {}, "native")
+    train_both(oracle, oracle, 1)
+    state = copy.deepcopy(oracle.state_dict())
+    for of_p, of_oracle in zip(state["state"].values(), oracle.state.values()):
+        of_p["step"] = count.clone() if isinstance(count, torch.Tensor) else count
+        of_oracle["step"] = torch.tensor(3.0)
+    optimizer.load_state_dict(state)
+    for p, q in zip(parameters_of(optimizer), parameters_of(oracle)):
+        p.data.copy_(q)
+    train_both(optimizer, oracle, 2)
+    assert_close(parameters_of(optimizer), parameters_of(oracle))
+    steps = [of_p["step"] for of_p in optimizer.state.values()]
+    assert all(step.dtype == torch.float32 and step.item() == 5 for step in steps)
+
+
+def test_a_checkpoint_from_a_device_loads_on_the_cpu(on_gpu, monkeypatch):
+    there, oracle = pair("AdamW", {}, "native")
+    train_both(there, oracle, 2)
+    monkeypatch.delenv("FUSED_OPT_CPU")
+    here, _ = pair("AdamW", {}, "native")
+    here.load_state_dict(there.state_dict())
+    for p, q in zip(parameters_of(here), parameters_of(there)):
+        p.data.copy_(q)
+    train_both(here, oracle, 2)
+    assert_close(parameters_of(here), parameters_of(oracle))
+    torch.optim.AdamW(parameters_of(there)).load_state_dict(there.state_dict())
+
+
+def test_parts_are_added_in_whatever_layout(on_gpu):
+    for make in (torch.Tensor.contiguous, torch.Tensor.t, lambda t: t[:, ::2], lambda t: t[0, 0].expand(4, 4)):
+        total, part = torch.arange(16.0).reshape(4, 4), make(torch.arange(16.0).reshape(4, 4) - 5)
+        total = total[: part.shape[0], : part.shape[1]].clone()
+        expected = total + part
+        sums = native.accumulate(total, part)
+        assert torch.equal(total, expected)
+        assert sums == pytest.approx([part.square().sum().item(), expected.square().sum().item()])
+
+
+def test_memory_that_torch_has_kept_is_given_back_for_the_tables(on_gpu, monkeypatch):
+    given_back = []
+    make = native._native.DevicePlan
+
+    def full(*arguments):
+        if not given_back:
+            raise MemoryError
+        return make(*arguments)
+
+    monkeypatch.setattr(native._native, "DevicePlan", full)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(True))
+    optimizer, oracle = pair("SGD", {"lr": 0.1}, "native")
+    train_both(optimizer, oracle)
+    assert given_back == [True]
+    assert_close(parameters_of(optimizer), parameters_of(oracle))
