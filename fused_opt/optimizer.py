@@ -17,7 +17,7 @@ from .checkpoint import COUNTS, Checkpoints
 from .plan import AVERAGE, Plan, Row, Shape, Signals
 from .shards import within_zero
 from .step import TrustRatio, WeightNoise
-from .step.averaging import Averaging, Fold, swapped_in
+from .step.averaging import Averaging, Fold, sample_idle, swapped_in
 from .step.clipping import NONFINITE, PASS, RAISE, allows, clip_factor, wants_norm
 from .step.device import host_decides, norm_reader, rates
 from .step.parts import Microbatches
@@ -316,22 +316,12 @@ class FusedOptimizer(Checkpoints):
             None if averaging is None else averaging.fold(t + 1, group["samples"], group["periods"]),
         )
 
-    @torch.no_grad()
-    def _sample_idle(self, group: dict[str, Any], fold: Fold) -> None:
-        """A sample is of all weights: those that this step did not move are folded in, and written back, here."""
-        for p in group["params"]:
-            if p.grad is None and (average := self.state.get(p, {}).get(AVERAGE)) is not None:
-                add, share, fresh, write_back = fold
-                average.mul_(0.0 if fresh else 1.0 - add * share).add_(p.to(average.dtype), alpha=add)
-                if write_back:
-                    p.copy_(average)
-
     def _count(self, extras: list[tuple[Any, Any, Fold | None]]) -> None:
         for group, (_, _, fold) in zip(self.param_groups, extras):
             group["steps"] += 1
             if fold is None:
                 continue
-            self._sample_idle(group, fold)
+            sample_idle(group["params"], self.state, AVERAGE, fold)
             group["samples"] += fold.add > 0
             if fold.write_back:
                 group["samples"] = 0
@@ -344,10 +334,7 @@ class FusedOptimizer(Checkpoints):
 
     @property
     def grad_norm(self) -> float | None:
-        """Norm of all gradients in the last step, where ``max_grad_norm`` or ``nonfinite`` wanted it; before clipping.
-
-        Where a GPU has it, it is waited for here, and not in the step.
-        """
+        """Norm of all gradients in the last step, where that wanted it; before clipping. A GPU's is waited for here."""
         if callable(self._grad_norm):
             self._grad_norm = self._grad_norm()
         return self._grad_norm

@@ -134,7 +134,7 @@ inline bool same_memory(const Model& a, const Model& b) {
 
 // What the GPU's source makes of a model, in some steps.
 inline void step_as_gpu(Model& model, const char* rule, int steps, const std::vector<cuda::Signals>& signals = {{}},
-                 bool counted = false) {
+                        bool counted = false) {
   const bool wide = model.table.tensors[0].p.dtype == F64;
   std::vector<float*> nobody(model.steps.size(), nullptr);
   cuda::Plan plan(cuda::host(), rule, wide, model.table.tensors, model.table.layers, counted ? model.steps : nobody);

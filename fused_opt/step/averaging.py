@@ -228,6 +228,17 @@ class EMA(Averaging):
         return Fold(1 - self.beta if count else 1.0, 1.0, count == 0, False)
 
 
+@torch.no_grad()
+def sample_idle(parameters: Sequence[Tensor], state: Mapping[Tensor, Any], slot: str, fold: Fold) -> None:
+    """A sample is of all weights: those that this step did not move are folded in, and written back, here."""
+    for p in parameters:
+        if p.grad is None and (average := state.get(p, {}).get(slot)) is not None:
+            add, share, fresh, write_back = fold
+            average.mul_(0.0 if fresh else 1.0 - add * share).add_(p.to(average.dtype), alpha=add)
+            if write_back:
+                p.copy_(average)
+
+
 @contextmanager
 def swapped_in(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Any], slot: str) -> Iterator[None]:
     """Within the block the groups' parameters hold their averages, and afterwards what they held before."""
