@@ -27,7 +27,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 PYTHON = sys.executable
 TOOLS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")  # where CUDA's are that are not on the PATH
 REHEARSING = {REHEARSAL: "1", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-NOT_INTERPRETED = {REHEARSAL: "1", "OMP_NUM_THREADS": "1"}  # for the tests, whose lines the native backend runs, too
+# For the tests, whose lines the native backend runs, too: the kernels' source, by the host.
+NOT_INTERPRETED = {REHEARSAL: "1", "OMP_NUM_THREADS": "1", "FUSED_OPT_CPU": "gpu"}
 NOT_BUILT = "the native backend was not built"  # setup.py's words, after which an older one may still be there
 # What a stage may take in seconds; one that ends early leaves its rest to those behind it. Eight minutes together, with
 # what starting and ending takes.

@@ -184,22 +184,13 @@ void add_noise(const Tensor& tensor, const Group& group, const Layer& layer, T s
   }
 }
 
-template <template <class> class Rule, class T, size_t... S>
-double update_as(const Tensor& tensor, const Group& group, const Layer& layer, int64_t begin, int64_t end,
-                 std::index_sequence<S...>) {
-  const auto rule = make<Rule<T>, T>(group.rule, layer.decay_scale);
-  const T lr = static_cast<T>(group.lr * layer.lr_scale * layer.ratio);
+// Block by block, for what is not done in place in one go. Not inlined: its frame would cost every small tensor.
+template <class T, size_t... S, class Rule>
+__attribute__((noinline)) double update_blocks(const Rule& rule, const T lr, const Tensor& tensor, const Group& group,
+                                               const Layer& layer, int64_t begin, int64_t end,
+                                               std::index_sequence<S...>) {
   const bool carries = carries_norm(tensor, group), averages = fused_opt::averages(group);
   const T sigma = static_cast<T>(fused_opt::sigma(tensor, group, layer));
-
-  bool staged = !tensor.flat || tensor.p.dtype != kDTypeOf<T> || tensor.g.dtype != kDTypeOf<T> || carries || averages ||
-                group.sigma != 0;
-  ((staged |= tensor.states[S].dtype != kDTypeOf<T>), ...);
-  if (!staged) {
-    apply(rule, lr, static_cast<T>(group.grad_scale), end - begin, static_cast<T*>(tensor.p.data) + begin,
-          static_cast<const T*>(tensor.g.data) + begin, static_cast<T*>(tensor.states[S].data) + begin...);
-    return -1;
-  }
   alignas(64) T buffers[3 + sizeof...(S)][kBlock];
   SumOfSquares weight2;
   for (; begin < end; begin += kBlock) {
@@ -231,6 +222,20 @@ double update_as(const Tensor& tensor, const Group& group, const Layer& layer, i
     if (carries) weight2.add(p, n);
   }
   return carries ? weight2.total() : -1;
+}
+
+template <template <class> class Rule, class T, size_t... S>
+double update_as(const Tensor& tensor, const Group& group, const Layer& layer, int64_t begin, int64_t end,
+                 std::index_sequence<S...> states) {
+  const auto rule = make<Rule<T>, T>(group.rule, layer.decay_scale);
+  const T lr = static_cast<T>(group.lr * layer.lr_scale * layer.ratio);
+  bool in_place = tensor.flat && tensor.p.dtype == kDTypeOf<T> && tensor.g.dtype == kDTypeOf<T> &&
+                  !carries_norm(tensor, group) && !averages(group) && group.sigma == 0;
+  ((in_place &= tensor.states[S].dtype == kDTypeOf<T>), ...);
+  if (!in_place) return update_blocks<T>(rule, lr, tensor, group, layer, begin, end, states);
+  apply(rule, lr, static_cast<T>(group.grad_scale), end - begin, static_cast<T*>(tensor.p.data) + begin,
+        static_cast<const T*>(tensor.g.data) + begin, static_cast<T*>(tensor.states[S].data) + begin...);
+  return -1;
 }
 
 template <template <class> class Rule, class T, size_t... S>
