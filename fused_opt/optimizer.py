@@ -255,7 +255,7 @@ class FusedOptimizer(Checkpoints):
             for bucket in plan.buckets:
                 bucket.know([self._parts.norms(member.parameter) for member in bucket.members])
 
-        stepping = any(isinstance(lr, Tensor) or lr for lr in lrs)
+        stepping = any([isinstance(lr, Tensor) or lr for lr in lrs])  # noqa: C419  # as in rates()
         extras = [self._extras(group, lr) if stepping else (None, None, None) for group, lr in zip(groups, lrs)]
 
         def rows() -> list[list[Row]]:

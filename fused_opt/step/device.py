@@ -24,9 +24,11 @@ def rates(groups: Sequence[Mapping[str, Any]], device: torch.device | None) -> l
     Raises:
         ValueError: for one that is not a number, where the host looks at it.
     """
-    lrs = [group["lr"] for group in groups]
-    lrs = [lr if device is not None and isinstance(lr, Tensor) and lr.device == device else float(lr) for lr in lrs]
-    if any(lr != lr for lr in lrs if isinstance(lr, float)):
+    if device is None:
+        lrs: list[float | Tensor] = [float(group["lr"]) for group in groups]
+    else:
+        lrs = [lr if getattr(lr, "device", None) == device else float(lr) for lr in (group["lr"] for group in groups)]
+    if any([lr != lr for lr in lrs if isinstance(lr, float)]):  # noqa: C419  # of one or two, a list is faster
         raise ValueError("Invalid learning rate: nan")
     return lrs
 
