@@ -51,12 +51,13 @@ def like(tensor: Any, parameter: Any) -> Any:
 def within_zero() -> bool:
     """Whether ZeroRedundancyOptimizer is making an optimizer of this process's parameters; it tells only by calling."""
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-    frame = sys._getframe() if module is not None else None
-    while module is not None and frame is not None:
-        if isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):
-            return True
-        frame = frame.f_back
-    return False
+    if module is None:
+        return False
+    makes = module.ZeroRedundancyOptimizer._init_local_optimizer.__code__
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not makes:  # f_locals would keep what it shows alive
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
 
 
 def spread_of(parameter: Any) -> tuple[Any, tuple[int, ...]]:

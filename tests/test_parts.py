@@ -384,10 +384,13 @@ def test_backward_with_inputs(backend):
 
 def test_a_gradient_that_shares_its_memory_is_refused_as_by_torch():
     p = torch.nn.Parameter(torch.ones(3))
-    clars([p]).track_parts("microbatch")
-    p.grad = torch.ones(()).expand(3)
+    optimizer = clars([p])
+    optimizer.track_parts("microbatch")
+    grad = p.grad = torch.ones(()).expand(3)
     with pytest.raises(RuntimeError, match="single memory location"):
         (p * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    assert p.grad is grad
+    assert grad.tolist() == [1, 1, 1]
 
 
 def test_expanded_and_sparse_parts():

@@ -75,6 +75,12 @@ def data_parallel(model: torch.nn.Module | None, parameters: Iterable[Tensor]) -
     return replicas[0]
 
 
+def overlaps(tensor: Tensor) -> bool:
+    """Whether elements share memory, as those of an expanded tensor do."""
+    strided = tensor.layout == torch.strided
+    return strided and any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape))
+
+
 class Microbatches:
     """Every ``backward`` between two steps is a part of the gradient.
 
@@ -179,6 +185,8 @@ class Microbatches:
         return lambda p: None if (tracker := this()) is None else method(tracker, p)
 
     def _set_aside(self, p: Tensor) -> None:
+        if p.grad is not None and overlaps(p.grad):
+            return  # autograd refuses to add to it
         self._aside.setdefault(p, p.grad)
         p.grad = None
 
