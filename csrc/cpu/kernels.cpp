@@ -74,21 +74,21 @@ void store(const Tensor& tensor, const Operand& operand, int64_t begin, int64_t 
 }
 
 // A sum of squares whose bits do not depend on how the elements came, as long as all but the last `add` bring a
-// multiple of 16: the product of two float32 is exact in float64.
+// multiple of 32: the product of two float32 is exact in float64.
 struct SumOfSquares {
-  double lanes[16] = {};
+  double lanes[32] = {};
 
   template <class T>
   FUSED_OPT_FN void add(const T* x, int64_t n) {
     int64_t i = 0;
-    for (; i + 16 <= n; i += 16)
-      for (int k = 0; k < 16; ++k) lanes[k] += static_cast<double>(x[i + k]) * static_cast<double>(x[i + k]);
-    for (; i < n; ++i) lanes[i % 16] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+    for (; i + 32 <= n; i += 32)
+      for (int k = 0; k < 32; ++k) lanes[k] += static_cast<double>(x[i + k]) * static_cast<double>(x[i + k]);
+    for (; i < n; ++i) lanes[i % 32] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
   }
   double total() const {
-    double sums[16];
+    double sums[32];
     std::memcpy(sums, lanes, sizeof sums);
-    for (int width = 8; width; width /= 2)
+    for (int width = 16; width; width /= 2)
       for (int k = 0; k < width; ++k) sums[k] += sums[k + width];
     return sums[0];
   }

@@ -53,8 +53,10 @@ def accumulate(total: Tensor | None, part: Tensor, backend: str = "auto") -> tup
 
     A named backend does it where it can; otherwise, and for ``"auto"``, the first that can does.
     """
-    seen = [name for name in BACKENDS if (name, part.device.type) not in UNSEEN]
-    for name in seen if backend == "auto" else (backend, *seen):
+    device = part.device.type
+    for name in BACKENDS if backend == "auto" else (backend, *BACKENDS):
+        if name != backend and (name, device) in UNSEEN:
+            continue
         module = get(name)
         if module.unsupported(None, [part] if total is None else [total, part]) is None:
             return module.accumulate(total, part)
