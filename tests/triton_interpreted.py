@@ -326,6 +326,16 @@ def test_a_gradient_of_another_layout_is_noticed(monkeypatch):
         assert_alike(a, b, ours, theirs)
 
 
+def test_a_gradient_that_becomes_sparse_is_noticed(monkeypatch):
+    monkeypatch.setattr(backends, "BACKENDS", ("triton", "reference"))
+    p = torch.nn.Parameter(torch.ones(4, 3))
+    optimizer = fused_opt.SGD([p], lr=0.5)
+    for gradient in (torch.ones(4, 3), torch.ones(4, 3).to_sparse()):
+        p.grad = gradient
+        optimizer.step()
+    assert torch.equal(p.data, torch.zeros(4, 3))
+
+
 def test_what_it_leaves_to_the_reference_and_why():
     p = torch.nn.Parameter(torch.ones(4, 6))
     for tensors, reason in (
