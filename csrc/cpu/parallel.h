@@ -1,5 +1,6 @@
 // parallel_for over torch's own threads.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <thread>
@@ -14,17 +15,23 @@ namespace fused_opt::cpu {
 // Set in the child of a fork, where the parent's pool does not exist and waiting for it would hang.
 bool forked();
 
-// Calls f(i) for every i in [0, n), in any order, on up to `threads` threads.
+// Calls f(first, last) for runs that together are [0, n), in any order, on up to `threads` threads. The runs become
+// shorter towards the end: long ones keep to neighbours, short ones finish together.
 template <class F>
 void parallel_for(int64_t n, int threads, const F& f) {
   struct Shared {
     const F& f;
-    const int64_t n;
+    const int64_t n, shares;
     std::atomic<int64_t> next{0};
     void work() {
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i);
+      for (int64_t first = 0, last; first < n;) {
+        last = first + std::max<int64_t>(1, (n - first) / shares);
+        if (!next.compare_exchange_weak(first, last, std::memory_order_relaxed)) continue;
+        f(first, last);
+        first = last;
+      }
     }
-  } shared{f, n};
+  } shared{f, n, 4 * std::max(threads, 1)};
   if (threads <= 1 || n <= 1 || forked()) {
     shared.work();
   } else if (GOMP_parallel) {

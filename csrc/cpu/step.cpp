@@ -76,11 +76,9 @@ void for_each_chunk(const Table& table, size_t first, size_t last, int threads, 
     const Tensor& tensor = table.tensors[table.chunks[c].tensor];
     if (tensor.active) elements += std::min(kChunk, tensor.numel - table.chunks[c].begin);
   }
-  // Threads draw runs of chunks, so that a model of many small tensors does not spend its time drawing.
   const int64_t count = static_cast<int64_t>(last - first);
-  const int64_t run = std::max<int64_t>(1, count / (32 * std::max(threads, 1)));
-  parallel_for((count + run - 1) / run, elements < kWorthWaking ? 1 : threads, [&](int64_t r) {
-    for (size_t c = first + r * run; c < std::min<size_t>(last, first + (r + 1) * run); ++c) {
+  parallel_for(count, elements < kWorthWaking ? 1 : threads, [&](int64_t begin, int64_t end) {
+    for (size_t c = first + begin; c < first + end; ++c) {
       const Chunk& chunk = table.chunks[c];
       const Tensor& tensor = table.tensors[chunk.tensor];
       if (tensor.active) f(c, chunk.tensor, chunk.begin, std::min(chunk.begin + kChunk, tensor.numel));
