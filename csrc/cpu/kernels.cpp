@@ -16,8 +16,11 @@
 namespace fused_opt::cpu {
 namespace {
 
-// Elements that are staged at once where storage and arithmetic differ; all operands of a block stay in the L1 cache.
-constexpr int64_t kBlock = 512;
+// Elements that are worked on at once where there is more to do than one loop does: all operands of a block stay in the
+// L1 cache, and it is done before what was asked for kAhead elements earlier has come.
+constexpr int64_t kBlock = 128, kAhead = 1024;
+// Normal numbers that are drawn at once; chunks begin at multiples of it.
+constexpr int64_t kDraw = 512;
 
 // Calls f(k, offset) for the k-th of `n` elements from `begin` in row-major order, offset in elements of the operand.
 template <class F>
@@ -44,10 +47,15 @@ FUSED_OPT_FN void for_each_strided(const Tensor& tensor, const Operand& operand,
 template <class T>
 constexpr DType kDTypeOf = std::is_same_v<T, double> ? DType::kFloat64 : DType::kFloat32;
 
-// Where elements [begin, begin + n) can be worked on as T: in place, or copied into `buffer`.
 template <class T>
-T* load(const Tensor& tensor, const Operand& operand, int64_t begin, int64_t n, T* buffer) {
-  if (tensor.flat && operand.dtype == kDTypeOf<T>) return static_cast<T*>(operand.data) + begin;
+FUSED_OPT_FN bool lies_ready(const Tensor& tensor, const Operand& operand) {
+  return tensor.flat && operand.dtype == kDTypeOf<T>;
+}
+
+// Not inlined, like `copy_out`: the loops around them are better off short.
+template <class T>
+__attribute__((noinline)) T* copy_in(const Tensor& tensor, const Operand& operand, int64_t begin, int64_t n,
+                                     T* buffer) {
   with_type(operand.dtype, [&](auto* type) {
     const auto* data = static_cast<decltype(type)>(operand.data);
     if (tensor.flat)
@@ -59,10 +67,9 @@ T* load(const Tensor& tensor, const Operand& operand, int64_t begin, int64_t n, 
   return buffer;
 }
 
-// Puts back what `load` had to copy.
 template <class T>
-void store(const Tensor& tensor, const Operand& operand, int64_t begin, int64_t n, const T* values) {
-  if (tensor.flat && operand.dtype == kDTypeOf<T>) return;
+__attribute__((noinline)) void copy_out(const Tensor& tensor, const Operand& operand, int64_t begin, int64_t n,
+                                        const T* values) {
   with_type(operand.dtype, [&](auto* type) {
     using Element = std::remove_pointer_t<decltype(type)>;
     auto* data = static_cast<Element*>(operand.data);
@@ -73,22 +80,66 @@ void store(const Tensor& tensor, const Operand& operand, int64_t begin, int64_t 
   });
 }
 
+// Where elements [begin, begin + n) can be worked on as T: in place, or copied into `buffer`.
+template <class T>
+FUSED_OPT_FN T* load(const Tensor& tensor, const Operand& operand, int64_t begin, int64_t n, T* buffer) {
+  return lies_ready<T>(tensor, operand) ? static_cast<T*>(operand.data) + begin
+                                        : copy_in(tensor, operand, begin, n, buffer);
+}
+
+// Puts back what `load` had to copy.
+template <class T>
+FUSED_OPT_FN void store(const Tensor& tensor, const Operand& operand, int64_t begin, int64_t n, const T* values) {
+  if (!lies_ready<T>(tensor, operand)) copy_out(tensor, operand, begin, n, values);
+}
+
+// The vector registers of this instruction set, in bytes.
+#if defined(__AVX512F__)
+constexpr int kRegister = 64;
+#elif defined(__AVX2__)
+constexpr int kRegister = 32;
+#else
+constexpr int kRegister = 16;
+#endif
+
+// One register of numbers, widened. By hand: of a whole register of float32, compilers take the halves apart first.
+using Doubles = double __attribute__((vector_size(kRegister)));
+constexpr int kDoubles = kRegister / sizeof(double);
+FUSED_OPT_FN Doubles widened(const double* x) {
+  using Loose = double __attribute__((vector_size(kRegister), aligned(8), may_alias));
+  return *reinterpret_cast<const Loose*>(x);
+}
+FUSED_OPT_FN Doubles widened(const float* x) {
+#if defined(__AVX512F__)
+  return _mm512_cvtps_pd(_mm256_loadu_ps(x));
+#elif defined(__AVX2__)
+  return _mm256_cvtps_pd(_mm_loadu_ps(x));
+#else
+  return Doubles{x[0], x[1]};
+#endif
+}
+
 // A sum of squares whose bits do not depend on how the elements came, as long as all but the last `add` bring a
 // multiple of 32: the product of two float32 is exact in float64.
 struct SumOfSquares {
-  double lanes[32] = {};
+  static constexpr int kLanes = 32;
+  Doubles lanes[kLanes / kDoubles] = {};
 
   template <class T>
   FUSED_OPT_FN void add(const T* x, int64_t n) {
     int64_t i = 0;
-    for (; i + 32 <= n; i += 32)
-      for (int k = 0; k < 32; ++k) lanes[k] += static_cast<double>(x[i + k]) * static_cast<double>(x[i + k]);
-    for (; i < n; ++i) lanes[i % 32] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+    for (; i + kLanes <= n; i += kLanes)
+      for (int k = 0; k < kLanes / kDoubles; ++k) {
+        const Doubles some = widened(x + i + k * kDoubles);
+        lanes[k] += some * some;
+      }
+    for (; i < n; ++i)
+      lanes[i % kLanes / kDoubles][i % kDoubles] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
   }
   double total() const {
-    double sums[32];
+    double sums[kLanes];
     std::memcpy(sums, lanes, sizeof sums);
-    for (int width = 16; width; width /= 2)
+    for (int width = kLanes / 2; width; width /= 2)
       for (int k = 0; k < width; ++k) sums[k] += sums[k + width];
     return sums[0];
   }
@@ -134,15 +185,20 @@ FUSED_OPT_FN void evens(ManyLanes::Vector a, ManyLanes::Vector b, uint32_t* out)
 #endif
 }
 
-void normal(uint64_t seed, uint32_t index, uint32_t t, uint64_t begin, int64_t n, float* z) {
+// z: room for a multiple of 128 numbers, before each of which it calls ahead(done): calculating and fetching can
+// overlap.
+template <class Ahead>
+FUSED_OPT_FN void normal(uint64_t seed, uint32_t index, uint32_t t, uint64_t begin, int64_t n, float* z,
+                         const Ahead& ahead) {
   using Vector = ManyLanes::Vector;
   constexpr int kLanes = sizeof(Vector) / sizeof(uint64_t);
-  constexpr int kCounters = 64;
+  constexpr int kCounters = 32;
   alignas(64) uint32_t words[4][kCounters];
   alignas(64) float lanes[4][kCounters];
   Vector first{};
   for (int lane = 0; lane < kLanes; ++lane) first[lane] = begin + static_cast<uint64_t>(lane);
   for (int64_t done = 0; done < n; done += kCounters) {
+    ahead(4 * done);
     for (int k = 0; k < kCounters; k += 2 * kLanes) {
       const Vector counter = first + static_cast<uint64_t>(done + k);
       ManyLanes::Word c0{counter, counter + static_cast<uint64_t>(kLanes)}, c1 = c0 >> 32;
@@ -160,31 +216,51 @@ void normal(uint64_t seed, uint32_t index, uint32_t t, uint64_t begin, int64_t n
   }
 }
 
-// Asks for elements [begin, end) of a flat operand, so that drawing noise and fetching what comes next can overlap.
-FUSED_OPT_FN void prefetch(const Operand& operand, int64_t begin, int64_t end) {
-  const int64_t size = operand.dtype == DType::kFloat64 ? 8 : operand.dtype == DType::kFloat32 ? 4 : 2;
-  const char* data = static_cast<const char*>(operand.data);
-  for (int64_t byte = begin * size; byte < end * size; byte += 64) __builtin_prefetch(data + byte);
+void normal(uint64_t seed, uint32_t index, uint32_t t, uint64_t begin, int64_t n, float* z) {
+  normal(seed, index, t, begin, n, z, [](int64_t) {});
 }
 
-// `ahead(first, last)` is called in between with the elements that lie one block further.
-template <class T, class Ahead>
-void add_noise(const Tensor& tensor, const Group& group, const Layer& layer, T sigma, int64_t begin, int64_t n, T* p,
-               const Ahead& ahead) {
-  alignas(64) float z[256];
+// Calls f(begin, n) for every block of [begin, end); all but the last have a length that the compiler knows.
+template <class F>
+FUSED_OPT_FN void for_each_block(int64_t begin, int64_t end, const F& f) {
+  for (; begin + kBlock <= end; begin += kBlock) f(begin, std::integral_constant<int64_t, kBlock>());
+  if (begin < end) f(begin, end - begin);
+}
+
+// Asks for what the block that begins kAhead elements further will read. The processor's own prefetching stops while it
+// calculates, and starts too late.
+template <class... Operands>
+FUSED_OPT_FN void prefetch(const Tensor& tensor, int64_t begin, const Operands&... operands) {
+  if (!tensor.flat || begin + kAhead + kBlock > tensor.numel) return;
+  const auto ask = [&](const Operand& operand) {
+    const char* data = static_cast<const char*>(operand.data) + (begin + kAhead) * size_of(operand.dtype);
+    for (int64_t byte = 0; byte < kBlock * size_of(operand.dtype); byte += 64) __builtin_prefetch(data + byte);
+  };
+  (ask(operands), ...);
+}
+
+// The noise of elements [begin, begin + n), n at most kDraw.
+template <class Ahead>
+__attribute__((noinline)) void draw(const Tensor& tensor, const Group& group, const Layer& layer, int64_t begin,
+                                    int64_t n, float* z, const Ahead& ahead) {
+  if (!layer.place) {
+    normal(group.seed, layer.index, group.t, static_cast<uint64_t>(begin) / 4, (n + 3) / 4, z,
+           [&](int64_t done) { ahead(begin + done); });
+    return;
+  }
+  alignas(64) float some[kDraw];
   for (int64_t i = 0, m; i < n; i += m) {
     // A shard may begin in the middle of the four elements that share a counter.
-    const int64_t first = layer.place ? in_whole(tensor, *layer.place, begin + i) : begin + i, skipped = first % 4;
-    m = n - i < 256 - skipped ? n - i : 256 - skipped;
-    if (layer.place)
-      if (const int64_t left = layer.place->run - (begin + i) % layer.place->run; left < m) m = left;
-    ahead(begin + i + kBlock, begin + i + kBlock + m);
-    normal(group.seed, layer.index, group.t, static_cast<uint64_t>(first) / 4, 64, z);
-    for (int64_t k = 0; k < m; ++k) p[i + k] += sigma * static_cast<T>(z[skipped + k]);
+    const int64_t first = in_whole(tensor, *layer.place, begin + i), skipped = first % 4;
+    const int64_t left = layer.place->run - (begin + i) % layer.place->run;
+    m = n - i < kDraw - skipped ? n - i : kDraw - skipped;
+    if (left < m) m = left;
+    normal(group.seed, layer.index, group.t, static_cast<uint64_t>(first) / 4, (skipped + m + 3) / 4, some);
+    for (int64_t k = 0; k < m; ++k) z[i + k] = some[skipped + k];
   }
 }
 
-// Block by block, for what is not done in place in one go. Not inlined: its frame would cost every small tensor.
+// Block by block, for what is not done in one go. Not inlined: its frame would cost every small tensor.
 template <class T, size_t... S, class Rule>
 __attribute__((noinline)) double update_blocks(const Rule& rule, const T lr, const Tensor& tensor, const Group& group,
                                                const Layer& layer, int64_t begin, int64_t end,
@@ -192,23 +268,26 @@ __attribute__((noinline)) double update_blocks(const Rule& rule, const T lr, con
   const bool carries = carries_norm(tensor, group), averages = fused_opt::averages(group);
   const T sigma = static_cast<T>(fused_opt::sigma(tensor, group, layer));
   alignas(64) T buffers[3 + sizeof...(S)][kBlock];
+  alignas(64) float z[kDraw];
   SumOfSquares weight2;
-  for (; begin < end; begin += kBlock) {
-    const int64_t n = end - begin < kBlock ? end - begin : kBlock;
+  const auto ahead = [&](int64_t begin) {
+    prefetch(tensor, begin, tensor.p, tensor.g, tensor.states[S]...);
+    if (averages) prefetch(tensor, begin, tensor.average);
+  };
+  for_each_block(begin, end, [&](int64_t begin, auto n) {
+    if (group.sigma == 0)
+      ahead(begin);
+    else if (begin % kDraw == 0)
+      draw(tensor, group, layer, begin, end - begin < kDraw ? end - begin : kDraw, z, ahead);
     T* p = load(tensor, tensor.p, begin, n, buffers[0]);
     const T* g = load(tensor, tensor.g, begin, n, buffers[1]);
     T* states[] = {load(tensor, tensor.states[S], begin, n, buffers[2 + S])..., nullptr};
     apply(rule, lr, static_cast<T>(group.grad_scale), n, p, g, states[S]...);
     (store(tensor, tensor.states[S], begin, n, states[S]), ...);
     if (group.sigma != 0)
-      add_noise(tensor, group, layer, sigma, begin, n, p, [&](int64_t first, int64_t last) {
-        if (!tensor.flat || last > tensor.numel) return;
-        prefetch(tensor.p, first, last);
-        prefetch(tensor.g, first, last);
-        (prefetch(tensor.states[S], first, last), ...);
-      });
+      for (int64_t k = 0; k < n; ++k) p[k] += sigma * static_cast<T>(z[begin % kDraw + k]);
     store(tensor, tensor.p, begin, n, p);
-    if (!averages && !carries) continue;
+    if (!averages && !carries) return;
     p = load(tensor, tensor.p, begin, n, buffers[0]);  // what is averaged and summed is what was stored
     if (averages) {
       T* v = load(tensor, tensor.average, begin, n, buffers[2 + sizeof...(S)]);
@@ -220,19 +299,21 @@ __attribute__((noinline)) double update_blocks(const Rule& rule, const T lr, con
       }
     }
     if (carries) weight2.add(p, n);
-  }
+  });
   return carries ? weight2.total() : -1;
 }
 
 template <template <class> class Rule, class T, size_t... S>
 double update_as(const Tensor& tensor, const Group& group, const Layer& layer, int64_t begin, int64_t end,
                  std::index_sequence<S...> states) {
+  // From here on what blocks fetch ahead is worth more than what they cost.
+  constexpr int64_t kLong = 8192;
   const auto rule = make<Rule<T>, T>(group.rule, layer.decay_scale);
   const T lr = static_cast<T>(group.lr * layer.lr_scale * layer.ratio);
-  bool in_place = tensor.flat && tensor.p.dtype == kDTypeOf<T> && tensor.g.dtype == kDTypeOf<T> &&
-                  !carries_norm(tensor, group) && !averages(group) && group.sigma == 0;
-  ((in_place &= tensor.states[S].dtype == kDTypeOf<T>), ...);
-  if (!in_place) return update_blocks<T>(rule, lr, tensor, group, layer, begin, end, states);
+  bool in_one_go = end - begin < kLong && lies_ready<T>(tensor, tensor.p) && lies_ready<T>(tensor, tensor.g) &&
+                   !carries_norm(tensor, group) && !averages(group) && group.sigma == 0;
+  ((in_one_go &= lies_ready<T>(tensor, tensor.states[S])), ...);
+  if (!in_one_go) return update_blocks<T>(rule, lr, tensor, group, layer, begin, end, states);
   apply(rule, lr, static_cast<T>(group.grad_scale), end - begin, static_cast<T*>(tensor.p.data) + begin,
         static_cast<const T*>(tensor.g.data) + begin, static_cast<T*>(tensor.states[S].data) + begin...);
   return -1;
@@ -245,9 +326,10 @@ Norms norms_as(const Tensor& tensor, const Group& group, const Layer& layer, int
   const T grad_scale = static_cast<T>(group.grad_scale);
   alignas(64) T buffers[3 + sizeof...(S)][kBlock];
   SumOfSquares weight2, grad2, direction2;
-  for (; begin < end; begin += kBlock) {
-    const int64_t n = end - begin < kBlock ? end - begin : kBlock;
+  for_each_block(begin, end, [&](int64_t begin, auto n) {
     const T *p = nullptr, *g = nullptr;
+    if (wanted.weight || wanted.direction) prefetch(tensor, begin, tensor.p);
+    if (wanted.grad || wanted.direction) prefetch(tensor, begin, tensor.g);
     if (wanted.weight || wanted.direction) p = load(tensor, tensor.p, begin, n, buffers[0]);
     if (wanted.grad || wanted.direction) g = load(tensor, tensor.g, begin, n, buffers[1]);
     if (wanted.weight) weight2.add(p, n);
@@ -261,7 +343,7 @@ Norms norms_as(const Tensor& tensor, const Group& group, const Layer& layer, int
       }
       direction2.add(direction, n);
     }
-  }
+  });
   return {weight2.total(), grad2.total(), direction2.total()};
 }
 
@@ -284,16 +366,17 @@ template <class T>
 Sums accumulate_as(const Tensor& tensor, int64_t begin, int64_t end) {
   alignas(64) T buffers[2][kBlock];
   SumOfSquares part2, total2;
-  for (; begin < end; begin += kBlock) {
-    const int64_t n = end - begin < kBlock ? end - begin : kBlock;
+  for_each_block(begin, end, [&](int64_t begin, auto n) {
+    prefetch(tensor, begin, tensor.g);
+    if (tensor.p.data) prefetch(tensor, begin, tensor.p);
     const T* g = load(tensor, tensor.g, begin, n, buffers[1]);
     part2.add(g, n);
-    if (!tensor.p.data) continue;
+    if (!tensor.p.data) return;
     T* p = load(tensor, tensor.p, begin, n, buffers[0]);
     for (int64_t k = 0; k < n; ++k) p[k] += g[k];
     store(tensor, tensor.p, begin, n, p);
     total2.add(load(tensor, tensor.p, begin, n, buffers[0]), n);
-  }
+  });
   return {part2.total(), tensor.p.data ? total2.total() : part2.total()};
 }
 

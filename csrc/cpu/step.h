@@ -28,7 +28,7 @@ struct InstructionSet {
   const Kernel* (*find)(const char* rule);  // null where there is no such rule
   // p += g, with the sums of squares of g and of the new p; p without data: only g's, in both.
   Sums (*accumulate)(const Tensor&, int64_t begin, int64_t end);
-  // The noise of elements [4 * begin, 4 * (begin + n)), n a multiple of 64.
+  // The noise of elements [4 * begin, 4 * (begin + n)), n a multiple of 32.
   void (*normal)(uint64_t seed, uint32_t index, uint32_t t, uint64_t begin, int64_t n, float* z);
 };
 
