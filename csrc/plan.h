@@ -23,12 +23,14 @@ struct Parameter {
   View p;
   std::vector<Held> states;
   std::optional<Held> step, average;
-  std::optional<View> g;  // none: it had no gradient when the plan was made
+  std::optional<View> g;         // none: it had no gradient when the plan was made
+  PyObject* gradient = nullptr;  // the last one, which is most often the next one, too: to prefetch, never to follow
   double count = 0;
   int64_t version = -1;  // autograd's count of writes, as the last step left it
 
   FUSED_OPT_FN void prefetch() const {
     p.prefetch(tensor.ptr());
+    if (g) g->prefetch(gradient);
     for (const Held& held : states) held.prefetch();
 
     if (step) step->prefetch();
@@ -126,7 +128,7 @@ class Plan {
     const bool unchanged = visit(
         param_groups, state, [&](PyObject* object) { return next < seen_.size() && seen_[next++].ptr() == object; });
     if (!unchanged || next != seen_.size()) return py::none();
-    constexpr size_t kAhead = 1;
+    constexpr size_t kAhead = 2;
     keys_.clear();
     active_ = 0;
     for (size_t t = 0; t < parameters_.size(); ++t) {
@@ -134,6 +136,7 @@ class Plan {
       Tensor& tensor = table_.tensors[t];
       if (t + kAhead < parameters_.size()) parameters_[t + kAhead].prefetch();
       const py::object grad = grad_of(parameter.tensor.ptr());
+      parameter.gradient = grad.ptr();
       Layer& layer = table_.layers[t];
       layer.grad_norm2 = layer.part_norms = layer.direction_norm2 = -1;
       tensor.active = !grad.is_none();
@@ -206,6 +209,15 @@ class Plan {
   // trust ratio could not be formed, because a norm is not finite.
   std::vector<size_t> run(const py::list& rows, int threads) {
     read_rows(rows);
+    for (size_t t = 0; t < parameters_.size(); ++t) {  // now, while the cache has them
+      Parameter& parameter = parameters_[t];
+      if (!table_.tensors[t].active || !parameter.step) continue;
+      const View& view = parameter.step->view;
+      if (view.dtype == DType::kFloat64)
+        *static_cast<double*>(view.data) = parameter.count;
+      else
+        *static_cast<float*>(view.data) = static_cast<float>(parameter.count);
+    }
     {
       py::gil_scoped_release unlocked;
       cpu::step(*kernel_, table_, threads);
@@ -213,15 +225,8 @@ class Plan {
     std::vector<size_t> not_finite;
     for (size_t t = 0; t < parameters_.size(); ++t) {
       if (!table_.tensors[t].active) continue;
-      Parameter& parameter = parameters_[t];
       if (!table_.layers[t].finite) not_finite.push_back(t);
-      remember(parameter, table_.layers[t]);
-      if (!parameter.step) continue;
-      const View& view = parameter.step->view;
-      if (view.dtype == DType::kFloat64)
-        *static_cast<double*>(view.data) = parameter.count;
-      else
-        *static_cast<float*>(view.data) = static_cast<float>(parameter.count);
+      remember(parameters_[t], table_.layers[t]);
     }
     return not_finite;
   }
@@ -246,8 +251,8 @@ class Plan {
   // What the next step wants to know of a parameter that this one has stepped.
   static void remember(Parameter& parameter, const Layer& layer) {
     parameter.fresh = false;
-    if (layer.weight_norm2 >= 0)  // the step's own write is counted after this
-      parameter.version = PyLong_AsLongLong(version_of(parameter.tensor.ptr()).ptr()) + 1;
+    if (layer.weight_norm2 >= 0)  // the step's own write has been counted
+      parameter.version = PyLong_AsLongLong(version_of(parameter.tensor.ptr()).ptr());
   }
 
   void read_rows(const py::list& rows) {

@@ -109,6 +109,7 @@ class View {
     __builtin_prefetch(implementation_ - 8);
     __builtin_prefetch(implementation_);
     __builtin_prefetch(implementation_ + 8);
+    __builtin_prefetch(implementation_ + 16);
   }
 
   const int64_t* sizes() const { return many_ ? many_.get() : few_; }

@@ -150,10 +150,10 @@ class Bucket:
 
     def run(self, rows: Sequence[Row]) -> None:
         """Step every parameter that has a gradient, on torch's threads."""
-        for index in self.core.run(rows, torch.get_num_threads()):
-            warn_not_finite(self.members[index])
         # Raw pointers tell autograd nothing; without this a backward through the old weights would pass unnoticed.
         torch.autograd.graph.increment_version(self.core.touched())
+        for index in self.core.run(rows, torch.get_num_threads()):
+            warn_not_finite(self.members[index])
 
     def ratios(self) -> list[float]:
         """The trust ratio of every member in the last step."""
@@ -200,8 +200,8 @@ class GPUBucket(Bucket):
         ]
         addresses = [0 if scalar is None else scalar.data_ptr() for scalar in (*scalars, norm2)]
         with _current(self.device):
+            torch.autograd.graph.increment_version(self.core.touched())
             self.core.run(rows, *addresses, max_norm)
-        torch.autograd.graph.increment_version(self.core.touched())
 
     def ratios(self) -> list[float]:
         """The trust ratio of every member in the last step."""
