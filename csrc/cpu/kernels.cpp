@@ -127,13 +127,13 @@ struct SumOfSquares {
 
   template <class T>
   FUSED_OPT_FN void add(const T* x, int64_t n) {
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes)
+    const int64_t whole = n - n % kLanes;
+    for (int64_t i = 0; i < whole; i += kLanes)
       for (int k = 0; k < kLanes / kDoubles; ++k) {
         const Doubles some = widened(x + i + k * kDoubles);
         lanes[k] += some * some;
       }
-    for (; i < n; ++i)
+    for (int64_t i = whole; i < n; ++i)
       lanes[i % kLanes / kDoubles][i % kDoubles] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
   }
   double total() const {

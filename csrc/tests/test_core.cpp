@@ -1,5 +1,6 @@
 // Tests of the core without Python. Run by ctest; tests/test_cpp.py builds and runs them under sanitizers.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -8,6 +9,7 @@
 #include <random>
 #include <vector>
 
+#include "../cpu/parallel.h"
 #include "../cpu/step.h"
 #include "../noise.h"
 #include "check.h"
@@ -317,6 +319,18 @@ void shards_step_as_the_whole() {
   }
 }
 
+void every_number_is_handed_out_once() {
+  for (const int64_t n : {0, 1, 2, 7, 31, 32, 1000})
+    for (const int threads : {0, 1, 2, 5}) {
+      std::vector<std::atomic<int>> times(n);
+      cpu::parallel_for(n, threads, [&](int64_t first, int64_t last) {
+        CHECK(first < last && last <= n);
+        for (int64_t i = first; i < last; ++i) ++times[i];
+      });
+      for (const auto& count : times) CHECK(count == 1);
+    }
+}
+
 void lookups_that_find_nothing() {
   CHECK(cpu::choose("no such instruction set") == nullptr);
   CHECK(cpu::choose()->find("no such rule") == nullptr);
@@ -334,6 +348,7 @@ int main() {
   strides_and_narrow_types();
   accumulate_adds_and_sums_both_squares();
   shards_step_as_the_whole();
+  every_number_is_handed_out_once();
   lookups_that_find_nothing();
   std::puts("all C++ tests hold");
 }
