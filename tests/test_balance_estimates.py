@@ -214,6 +214,12 @@ def test_published_assignments(assignment, expected):
     assert rates == pytest.approx(expected, abs=5e-7)
 
 
+def test_linear_assignment_ends_at_its_limits():
+    for alphas in np.random.default_rng(0).uniform(1, 8, (100, 5)).tolist():
+        multipliers = assign(alphas, "linear", (0.5, 3.0))
+        assert (min(multipliers), max(multipliers)) == (0.5, 3.0)
+
+
 def test_sigmoid_assignment():
     assert assign([2.0, 3.0, 4.0], "sigmoid") == pytest.approx((0.316261, 1, 3.161947), abs=5e-7)
     assert assign([2.0, 9999.0], "sigmoid", strength=2.0) == pytest.approx([0.1, 10.0]), "no overflow"

@@ -12,7 +12,7 @@ Map = Callable[[Sequence[float], float, float, float], list[float]]
 
 def _linear(alphas: Sequence[float], low: float, high: float, strength: float) -> list[float]:
     least, most = min(alphas), max(alphas)
-    return [low + (high - low) * (alpha - least) / (most - least) for alpha in alphas]
+    return [low + (high - low) * ((alpha - least) / (most - least)) for alpha in alphas]
 
 
 def _share(of: Callable[[float], float]) -> Map:
