@@ -16,8 +16,8 @@
 namespace fused_opt::cpu {
 namespace {
 
-// Elements that are worked on at once where there is more to do than one loop does: all operands of a block stay in the
-// L1 cache, and it is done before what was asked for kAhead elements earlier has come.
+// Elements that are worked on at once where there is more to do than one loop does, and how many elements before its
+// turn a block is asked for: what lies between stays in the L1 cache.
 constexpr int64_t kBlock = 128, kAhead = 768;
 // Normal numbers that are drawn at once; chunks begin at multiples of it.
 constexpr int64_t kDraw = 512;
