@@ -32,7 +32,6 @@ struct Parameter {
     p.prefetch(tensor.ptr());
     if (g) g->prefetch(gradient);
     for (const Held& held : states) held.prefetch();
-
     if (step) step->prefetch();
   }
 };

@@ -1,9 +1,5 @@
 // The loops of a step. This file is compiled once per instruction set, with FUSED_OPT_ISA naming it; everything but the
 // function at the end is in an unnamed namespace, so that no two copies are ever merged.
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 #include <cstring>
 #include <type_traits>
 #include <utility>
@@ -12,6 +8,7 @@
 #include "../pass.h"
 #include "../types.h"
 #include "step.h"
+#include "vectors.h"
 
 namespace fused_opt::cpu {
 namespace {
@@ -21,6 +18,7 @@ namespace {
 constexpr int64_t kBlock = 128, kAhead = 768;
 // Normal numbers that are drawn at once; chunks begin at multiples of it.
 constexpr int64_t kDraw = 512;
+static_assert(kChunk % kDraw == 0 && kDraw % kBlock == 0);
 
 // Calls f(k, offset) for the k-th of `n` elements from `begin` in row-major order, offset in elements of the operand.
 template <class F>
@@ -93,32 +91,6 @@ FUSED_OPT_FN void store(const Tensor& tensor, const Operand& operand, int64_t be
   if (!lies_ready<T>(tensor, operand)) copy_out(tensor, operand, begin, n, values);
 }
 
-// The vector registers of this instruction set, in bytes.
-#if defined(__AVX512F__)
-constexpr int kRegister = 64;
-#elif defined(__AVX2__)
-constexpr int kRegister = 32;
-#else
-constexpr int kRegister = 16;
-#endif
-
-// One register of numbers, widened. By hand: of a whole register of float32, compilers take the halves apart first.
-using Doubles = double __attribute__((vector_size(kRegister)));
-constexpr int kDoubles = kRegister / sizeof(double);
-FUSED_OPT_FN Doubles widened(const double* x) {
-  using Loose = double __attribute__((vector_size(kRegister), aligned(8), may_alias));
-  return *reinterpret_cast<const Loose*>(x);
-}
-FUSED_OPT_FN Doubles widened(const float* x) {
-#if defined(__AVX512F__)
-  return _mm512_cvtps_pd(_mm256_loadu_ps(x));
-#elif defined(__AVX2__)
-  return _mm256_cvtps_pd(_mm_loadu_ps(x));
-#else
-  return Doubles{x[0], x[1]};
-#endif
-}
-
 // A sum of squares whose bits do not depend on how the elements came, as long as all but the last `add` bring a
 // multiple of 32: the product of two float32 is exact in float64.
 struct SumOfSquares {
@@ -146,68 +118,42 @@ struct SumOfSquares {
 };
 
 // Two vector registers of counters: a round is a chain of dependent instructions, and two chains hide each other's
-// latency. Compilers do not see that the upper halves do not matter, and multiply 64 bits by 64 bits; hence the
-// intrinsics.
+// latency.
 struct ManyLanes {
-#if defined(__AVX512F__)
-  using Vector = uint64_t __attribute__((vector_size(64)));
-  static FUSED_OPT_FN Vector multiply32(Vector a, Vector b) { return (Vector)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
-#elif defined(__AVX2__)
-  using Vector = uint64_t __attribute__((vector_size(32)));
-  static FUSED_OPT_FN Vector multiply32(Vector a, Vector b) { return (Vector)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
-#else
-  using Vector = uint64_t __attribute__((vector_size(16)));
-  static FUSED_OPT_FN Vector multiply32(Vector a, Vector b) { return (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF); }
-#endif
   struct Word {
-    Vector a, b;
+    Words a, b;
     FUSED_OPT_FN Word operator>>(int n) const { return {a >> n, b >> n}; }
     FUSED_OPT_FN Word operator^(const Word& other) const { return {a ^ other.a, b ^ other.b}; }
   };
   static FUSED_OPT_FN Word splat(uint32_t x) {
-    const Vector all = Vector{} + static_cast<uint64_t>(x);
+    const Words all = Words{} + static_cast<uint64_t>(x);
     return {all, all};
   }
   static FUSED_OPT_FN Word multiply32(const Word& x, const Word& y) {
-    return {multiply32(x.a, y.a), multiply32(x.b, y.b)};
+    return {cpu::multiply32(x.a, y.a), cpu::multiply32(x.b, y.b)};
   }
 };
-
-// The lower halves of all lanes of a and then of b.
-FUSED_OPT_FN void evens(ManyLanes::Vector a, ManyLanes::Vector b, uint32_t* out) {
-  using Words = uint32_t __attribute__((vector_size(sizeof(ManyLanes::Vector)), may_alias));
-#if defined(__AVX512F__)
-  *(Words*)out = __builtin_shufflevector((Words)a, (Words)b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-#elif defined(__AVX2__)
-  *(Words*)out = __builtin_shufflevector((Words)a, (Words)b, 0, 2, 4, 6, 8, 10, 12, 14);
-#else
-  *(Words*)out = __builtin_shufflevector((Words)a, (Words)b, 0, 2, 4, 6);
-#endif
-}
 
 // z: room for a multiple of 128 numbers, before each of which it calls ahead(done): calculating and fetching can
 // overlap.
 template <class Ahead>
 FUSED_OPT_FN void normal(uint64_t seed, uint32_t index, uint32_t t, uint64_t begin, int64_t n, float* z,
                          const Ahead& ahead) {
-  using Vector = ManyLanes::Vector;
-  constexpr int kLanes = sizeof(Vector) / sizeof(uint64_t);
+  constexpr int kLanes = kRegister / sizeof(uint64_t);
   constexpr int kCounters = 32;
   alignas(64) uint32_t words[4][kCounters];
   alignas(64) float lanes[4][kCounters];
-  Vector first{};
+  Words first{};
   for (int lane = 0; lane < kLanes; ++lane) first[lane] = begin + static_cast<uint64_t>(lane);
   for (int64_t done = 0; done < n; done += kCounters) {
     ahead(4 * done);
     for (int k = 0; k < kCounters; k += 2 * kLanes) {
-      const Vector counter = first + static_cast<uint64_t>(done + k);
+      const Words counter = first + static_cast<uint64_t>(done + k);
       ManyLanes::Word c0{counter, counter + static_cast<uint64_t>(kLanes)}, c1 = c0 >> 32;
       ManyLanes::Word c2 = ManyLanes::splat(index), c3 = ManyLanes::splat(t);
       philox<ManyLanes>(c0, c1, c2, c3, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
       const ManyLanes::Word* c[] = {&c0, &c1, &c2, &c3};
-      for (int w = 0; w < 4; ++w) {
-        evens(c[w]->a, c[w]->b, &words[w][k]);
-      }
+      for (int w = 0; w < 4; ++w) *reinterpret_cast<Halves*>(&words[w][k]) = evens(c[w]->a, c[w]->b);
     }
     for (int k = 0; k < kCounters; ++k) box_muller(words[0][k], words[1][k], lanes[0][k], lanes[1][k]);
     for (int k = 0; k < kCounters; ++k) box_muller(words[2][k], words[3][k], lanes[2][k], lanes[3][k]);
