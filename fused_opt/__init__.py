@@ -4,15 +4,15 @@ from . import backends
 from ._version import __version__
 from .balance import TempBalance
 from .batch_size import CyclicalBatchSampler, CyclicalBatchSize, MicroBatch, accumulate, by_update
+from .extras import EMA, PSWA, PSWM, PWALKS, SWM, TrustRatio, WeightNoise
 from .gradinit import GradInitIteration, GradInitResult, gradinit
 from .optimizer import FusedOptimizer
+from .parts.probe import probe_parts
 from .rules.adam import Adam, AdamW
 from .rules.lamb import LAMB
 from .rules.lars import CLARS, LARS
 from .rules.sgd import SGD
 from .snapshots import Snapshots, average_predictions
-from .step import EMA, PSWA, PSWM, PWALKS, SWM, TrustRatio, WeightNoise
-from .step.probe import probe_parts
 
 __all__ = [
     "CLARS",

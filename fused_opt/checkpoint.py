@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .extras import pack, unpack
 from .plan import AVERAGE, Plan, name_of
 from .rule import Rule
-from .step import pack, unpack
 
 # Plain numbers in the groups: load_state_dict would cast tensors in the state to the parameter's dtype.
 COUNTS = ("steps", "samples", "periods", "skipped_steps")

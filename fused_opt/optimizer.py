@@ -12,17 +12,17 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import backends
-from .agreement import DIRECTION, GRADIENT, WEIGHT, agree
 from .checkpoint import COUNTS, Checkpoints
+from .extras import TrustRatio, WeightNoise
+from .extras.averaging import Averaging, Fold, sample_idle, swapped_in
+from .extras.clipping import NONFINITE, PASS, RAISE, allows, clip_factor, wants_norm
+from .parts.microbatches import Microbatches
+from .parts.probe import Probe
+from .parts.samples import Samples
 from .plan import AVERAGE, Plan, Row, Shape, Signals
+from .shard_norms import DIRECTION, GRADIENT, WEIGHT, agree
 from .shards import within_zero
-from .step import TrustRatio, WeightNoise
-from .step.averaging import Averaging, Fold, sample_idle, swapped_in
-from .step.clipping import NONFINITE, PASS, RAISE, allows, clip_factor, wants_norm
-from .step.device import host_decides, norm_reader, rates
-from .step.parts import Microbatches
-from .step.probe import Probe
-from .step.samples import Samples
+from .step import host_decides, norm_reader, rates
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -356,7 +356,7 @@ class FusedOptimizer(Checkpoints):
         Args:
             kind: ``"microbatch"``: every ``backward()`` between two steps is a part, whether or not the loss is divided by
                 their number. ``"sample"``: every sample of ``model``'s batches is, without forming its gradient (see
-                :class:`fused_opt.step.samples.Samples` for the modules). ``"probe"``: what ``.set()`` on the result was
+                :class:`fused_opt.parts.samples.Samples` for the modules). ``"probe"``: what ``.set()`` on the result was
                 given, which :func:`fused_opt.probe_parts` computes from fresh batches.
             model: what the backward runs through. For ``"sample"``, whose modules own the parameters. Where processes train
                 together, as it is wrapped: under DistributedDataParallel the parts are those of all processes; of sharded

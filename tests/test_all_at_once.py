@@ -9,7 +9,7 @@ from conftest import clones, layouts, unchanged
 
 import fused_opt
 from fused_opt import PSWM, SWM, TrustRatio, WeightNoise
-from fused_opt.step.noise import normal
+from fused_opt.extras.noise import normal
 
 RULES = {
     "SGD": {"lr": 0.5, "weight_decay": 0.1},

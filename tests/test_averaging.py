@@ -9,7 +9,7 @@ from conftest import layouts, set_gradients
 
 import fused_opt
 from fused_opt import EMA, PSWA, PSWM, PWALKS, SGD, SWM, AdamW
-from fused_opt.step.noise import uniform
+from fused_opt.extras.noise import uniform
 
 
 class Oracle:

@@ -9,7 +9,7 @@ import torch
 from conftest import INSTRUCTION_SETS, layouts, set_gradients
 
 from fused_opt import SGD, AdamW, WeightNoise
-from fused_opt.step.noise import normal, philox, uniform
+from fused_opt.extras.noise import normal, philox, uniform
 
 FULL = 0xFFFFFFFF
 

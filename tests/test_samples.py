@@ -12,10 +12,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fused_opt
-from fused_opt.step import forms, samples
-from fused_opt.step.parts import Microbatches
-from fused_opt.step.probe import Probe, probe_parts
-from fused_opt.step.samples import Samples
+from fused_opt.parts import per_sample_norms as forms
+from fused_opt.parts import samples
+from fused_opt.parts.microbatches import Microbatches
+from fused_opt.parts.probe import Probe, probe_parts
+from fused_opt.parts.samples import Samples
 
 
 class Layered(nn.Sequential):

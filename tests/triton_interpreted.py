@@ -14,7 +14,7 @@ from triton import language as tl
 import fused_opt
 from fused_opt import backends, plan
 from fused_opt.backends import triton as backend
-from fused_opt.step.noise import normal, philox
+from fused_opt.extras.noise import normal, philox
 
 kernel, rules, table = backend.kernel, backend.rules, backend.table
 DTYPES = [torch.float32, torch.float64, torch.float16]

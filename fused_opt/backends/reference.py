@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..extras.noise import normal, normal_at
 from ..plan import Member, Row, warn_not_finite
 from ..rule import Rule
-from ..step.noise import normal, normal_at
 
 
 def unavailable() -> str | None:
@@ -42,7 +42,7 @@ def accumulate(total: Tensor | None, part: Tensor) -> tuple[float, float]:
 def trust_ratio(
     member: Member, row: Row, weight2: float, grad2: float, parts: float, direction2: float, weight_decay: float
 ) -> float:
-    """The ratio of fused_opt.step.trust_ratio, from sums of squares and the sum of the parts' norms (-1: one part)."""
+    """The ratio of fused_opt.extras.trust_ratio, from sums of squares and the sum of the parts' norms (-1: one part)."""
     assert row.ratio is not None
     kind, coefficient, cap, eps, _ = row.ratio
     weight, scale = math.sqrt(weight2), abs(row.grad_scale)

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..extras import TrustRatio
 from ..optimizer import ParamsT
-from ..step import TrustRatio
 from .adam import AdamW
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..extras import TrustRatio
 from ..optimizer import ParamsT
-from ..step import TrustRatio
 from .sgd import SGD
 
 

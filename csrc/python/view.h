@@ -9,9 +9,9 @@
 #include <string>
 #include <vector>
 
+#include "../rules.h"
+#include "../table.h"
 #include "dlpack.h"
-#include "rules.h"
-#include "table.h"
 
 namespace py = pybind11;
 

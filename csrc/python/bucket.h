@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/step.h"
+#include "../cpu/step.h"
 #include "view.h"
 
 namespace fused_opt {

@@ -16,8 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..shards import is_spread
-from .forms import FORMS, Form, Part, norm2, size, together
-from .parts import Microbatches
+from .microbatches import Microbatches
+from .per_sample_norms import FORMS, Form, Part, norm2, size, together
 
 LARGEST = 2**24  # elements of a temporary; samples are taken in as many turns as that needs
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from .parts.microbatches import Microbatches
 from .plan import Plan, Row
 from .shards import add_up
-from .step.parts import Microbatches
 
 WEIGHT, GRADIENT, DIRECTION = range(3)
 LARS, CLARS, LAMB = 1, 2, 3  # as in TrustRatio.row()

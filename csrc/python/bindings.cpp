@@ -5,8 +5,8 @@
 #include <memory>
 #include <vector>
 
-#include "cuda/plan.h"
-#include "plan.h"
+#include "../cuda/plan.h"
+#include "bucket.h"
 
 namespace fused_opt {
 namespace {

@@ -22,11 +22,11 @@ ORDER = [
     ["fused_opt.__init__", "fused_opt.__main__"],
     ["fused_opt.rules"],
     ["fused_opt.optimizer"],
-    ["fused_opt.agreement", "fused_opt.checkpoint"],
-    ["fused_opt.step.parts", "fused_opt.step.probe", "fused_opt.step.samples"],
+    ["fused_opt.shard_norms", "fused_opt.checkpoint"],
+    ["fused_opt.parts"],
     ["fused_opt.backends.reference", "fused_opt.backends.native", "fused_opt.backends.triton"],
     ["fused_opt.plan"],
-    ["fused_opt.backends.__init__", "fused_opt.step"],
+    ["fused_opt.backends.__init__", "fused_opt.extras", "fused_opt.step"],
     ["fused_opt.rule", "fused_opt.shards"],
 ]
 MODULES = sorted(path for path in (ROOT / "fused_opt").rglob("*.py"))

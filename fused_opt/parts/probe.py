@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .parts import Microbatches, squared_norm
+from .microbatches import Microbatches, squared_norm
 
 
 class Probe(Microbatches):

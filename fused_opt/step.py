@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .clipping import PASS
+from .extras.clipping import PASS
 
 
 def host_decides(groups: Sequence[Mapping[str, Any]], found_inf: Tensor | None) -> bool:
