@@ -1,8 +1,9 @@
 // THE MATHEMATICS. Every rule once: its coefficients, in the order of fused_opt/rules/, and one function that updates
-// the states of one element and returns the direction u in which the step goes, p <- p - lr * u. Whoever applies a rule
-// owns p and lr, so learning-rate multipliers and trust ratios need nothing from a rule.
+// the states of one element and returns its update u, p <- p - lr * (u + decoupled_decay * p). The pass owns p, lr and
+// the weight decay, so that multipliers, trust ratios and kinds of decay need nothing from a rule.
 #pragma once
 #include <cstdint>
+#include <cstring>
 
 #ifdef __CUDACC__
 #define FUSED_OPT_FN __host__ __device__ __forceinline__
@@ -32,55 +33,6 @@ FUSED_OPT_FN T lerp(T a, T b, T weight) {
   return weight < T(0.5) ? a + weight * (b - a) : b - (1 - weight) * (b - a);
 }
 
-template <class T>
-struct SGD {
-  static constexpr int kStates = 0;
-  T weight_decay;
-
-  FUSED_OPT_FN T operator()(T p, T g) const { return g + weight_decay * p; }
-};
-
-template <class T>
-struct MomentumSGD {
-  static constexpr int kStates = 1;
-  T weight_decay, momentum, keep, nesterov;  // keep: 1 - dampening, and 1 in the first step
-
-  FUSED_OPT_FN T operator()(T p, T g, T& m) const {
-    const T d = g + weight_decay * p;
-    m = momentum * m + keep * d;
-    return nesterov != 0 ? d + momentum * m : m;
-  }
-};
-
-template <class T>
-struct Adam {
-  static constexpr int kStates = 2;
-  // coupled: 1 adds the decay to the gradient (Adam), 0 to the direction (AdamW); unbias1 = 1 / (1 - beta1^t) and
-  // unbias2 = 1 / sqrt(1 - beta2^t)
-  T weight_decay, coupled, one_minus_beta1, beta2, one_minus_beta2, unbias1, unbias2, eps;
-
-  FUSED_OPT_FN T operator()(T p, T g, T& m, T& v) const {
-    g += coupled * weight_decay * p;
-    m = lerp(m, g, one_minus_beta1);
-    v = beta2 * v + one_minus_beta2 * g * g;
-    return unbias1 * m / (unbias2 * square_root(v) + eps) + (1 - coupled) * weight_decay * p;
-  }
-};
-
-template <class T>
-struct AMSGrad {
-  static constexpr int kStates = 3;
-  T weight_decay, coupled, one_minus_beta1, beta2, one_minus_beta2, unbias1, unbias2, eps;
-
-  FUSED_OPT_FN T operator()(T p, T g, T& m, T& v, T& largest) const {
-    g += coupled * weight_decay * p;
-    m = lerp(m, g, one_minus_beta1);
-    v = beta2 * v + one_minus_beta2 * g * g;
-    largest = maximum(largest, v);
-    return unbias1 * m / (unbias2 * square_root(largest) + eps) + (1 - coupled) * weight_decay * p;
-  }
-};
-
 // x^t for a whole t, by squaring: within 2 log2(t) roundings.
 FUSED_OPT_FN double power(double x, double t) {
   double result = 1;
@@ -89,11 +41,62 @@ FUSED_OPT_FN double power(double x, double t) {
   return result;
 }
 
-// Adam's and AMSGrad's coefficients for step t, made of those for an infinite one, where only the device knows t.
-FUSED_OPT_FN void unbias(double (&coefficients)[8], double t) {
-  coefficients[5] = 1 / (1 - power(1 - coefficients[2], t));
-  coefficients[6] = 1 / square_root(1 - power(coefficients[3], t));
-}
+// A rule has kStates, kCoefficients, which are all its members, kCountsSteps and, where it counts,
+// at_step(coefficients, t): what the coefficients of fused_opt/rules/ are in a parameter's step t, for devices that
+// keep the count. Python's Rule says the same numbers, and a bucket compares them.
+
+template <class T>
+struct SGD {
+  static constexpr int kStates = 0, kCoefficients = 0;
+  static constexpr bool kCountsSteps = false;
+
+  FUSED_OPT_FN T operator()(T g) const { return g; }
+};
+
+template <class T>
+struct MomentumSGD {
+  static constexpr int kStates = 1, kCoefficients = 3;
+  static constexpr bool kCountsSteps = false;
+  T momentum, keep, nesterov;  // keep: 1 - dampening, and 1 in the first step
+
+  FUSED_OPT_FN T operator()(T d, T& m) const {
+    m = momentum * m + keep * d;
+    return nesterov != 0 ? d + momentum * m : m;
+  }
+};
+
+template <class T>
+struct Adam {
+  static constexpr int kStates = 2, kCoefficients = 6;
+  static constexpr bool kCountsSteps = true;
+  // unbias1 = 1 / (1 - beta1^t) and unbias2 = 1 / sqrt(1 - beta2^t); before at_step they are beta1 and beta2.
+  T one_minus_beta1, beta2, one_minus_beta2, unbias1, unbias2, eps;
+
+  static FUSED_OPT_FN void at_step(double* coefficients, double t) {
+    coefficients[3] = 1 / (1 - power(coefficients[3], t));
+    coefficients[4] = 1 / square_root(1 - power(coefficients[4], t));
+  }
+  FUSED_OPT_FN T operator()(T g, T& m, T& v) const {
+    m = lerp(m, g, one_minus_beta1);
+    v = beta2 * v + one_minus_beta2 * g * g;
+    return unbias1 * m / (unbias2 * square_root(v) + eps);
+  }
+};
+
+template <class T>
+struct AMSGrad {
+  static constexpr int kStates = 3, kCoefficients = 6;
+  static constexpr bool kCountsSteps = true;
+  T one_minus_beta1, beta2, one_minus_beta2, unbias1, unbias2, eps;
+
+  static FUSED_OPT_FN void at_step(double* coefficients, double t) { Adam<double>::at_step(coefficients, t); }
+  FUSED_OPT_FN T operator()(T g, T& m, T& v, T& largest) const {
+    m = lerp(m, g, one_minus_beta1);
+    v = beta2 * v + one_minus_beta2 * g * g;
+    largest = maximum(largest, v);
+    return unbias1 * m / (unbias2 * square_root(largest) + eps);
+  }
+};
 
 // The name a rule has in Python, and its type.
 #define FUSED_OPT_RULES(RULE)       \
@@ -101,5 +104,25 @@ FUSED_OPT_FN void unbias(double (&coefficients)[8], double t) {
   RULE("momentum_sgd", MomentumSGD) \
   RULE("adam", Adam)                \
   RULE("amsgrad", AMSGrad)
+
+// What a rule promises.
+struct RuleShape {
+  const char* name;
+  int states, coefficients;
+  bool counts_steps;
+};
+#define FUSED_OPT_SHAPE(name, Rule) {name, Rule<float>::kStates, Rule<float>::kCoefficients, Rule<float>::kCountsSteps},
+constexpr RuleShape kRules[] = {FUSED_OPT_RULES(FUSED_OPT_SHAPE)};
+#undef FUSED_OPT_SHAPE
+
+// Its place in kRules, or -1: there is no such rule.
+inline int rule_index(const char* name) {
+  int index = 0;
+  for (const RuleShape& rule : kRules) {
+    if (!std::strcmp(rule.name, name)) return index;
+    ++index;
+  }
+  return -1;
+}
 
 }  // namespace fused_opt

@@ -3,17 +3,30 @@
 #pragma once
 #include <cstdint>
 
+#include "rules.h"
+
 namespace fused_opt {
 
 enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
-enum class Ratio : uint8_t { kNone, kLARS, kCLARS, kLAMB };
+enum class Kind : uint8_t { kNone, kLARS, kCLARS, kLAMB };  // of trust ratio; as Kind in backends/interface.py
 
 constexpr int kMaxStates = 3;
+constexpr int kMaxDimensions = 64;  // of a strided walk
 constexpr int kMaxCoefficients = 8;
 
-// Work is cut into chunks of this many elements. Sums are formed chunk by chunk and added in the order of the chunks,
-// so their bits depend on this number and not on who computed which chunk.
-constexpr int64_t kChunk = 16384;
+// Of counts and norms, which are not negative; as UNKNOWN in rule.py.
+constexpr double kUnknown = -1;
+FUSED_OPT_FN bool is_known(double number) {
+  return number != kUnknown;
+}
+
+// Norms that a step may need before it writes, one bit each; as Norm in backends/interface.py.
+using Wanted = uint32_t;
+constexpr Wanted kWeight = 1, kGradient = 2, kDirection = 4;
+
+struct Norms {
+  double weight2 = 0, grad2 = 0, direction2 = 0;
+};
 
 struct Operand {
   void* data = nullptr;
@@ -28,12 +41,12 @@ struct Tensor {
   bool flat = true;
   int32_t ndim = 0;
   const int64_t* sizes = nullptr;
-  int32_t group = 0;    // row of the group table
+  int32_t args = 0;     // which of the step's arguments
   bool active = false;  // has a gradient this step
 };
 
 // Where the elements of a shard are in the row-major order of the whole tensor, which keys the noise.
-struct Place {
+struct ShardLayout {
   int64_t offset = 0;                // of the first
   int64_t run = 1;                   // how many neighbours here are neighbours there
   int64_t elsewhere = 0;             // how many elements of the whole are not here
@@ -45,41 +58,43 @@ struct Place {
 struct Layer {
   double lr_scale = 1;
   double decay_scale = 1;
-  uint32_t index = 0;           // which parameter of the optimizer: a key of its noise
-  double weight_norm2 = -1;     // carried from the step that wrote the weights to the next one
-  double grad_norm2 = -1;       // of the gradient as it lies in memory
-  double part_norms = -1;       // sum of the norms (not squared) of the parts that the gradient is a sum of
-  double direction_norm2 = -1;  // LAMB's; of one step only
+  uint32_t index = 0;                 // which parameter of the optimizer: a key of its noise
+  double weight_norm2 = kUnknown;     // carried from the step that wrote the weights to the next one
+  double grad_norm2 = kUnknown;       // of the gradient as it lies in memory
+  double part_norms = kUnknown;       // sum of the norms (not squared) of the parts that the gradient is a sum of
+  double direction_norm2 = kUnknown;  // LAMB's; of one step only
   double ratio = 1;
   bool finite = true;  // whether the norms that the ratio needs are numbers
 
-  const Place* place = nullptr;  // of a shard
+  const ShardLayout* shard = nullptr;  // of a shard
 };
 
-struct Group {
+// What a step does to the tensors of one row of arguments.
+struct StepArgs {
   double lr = 0;
-  double grad_scale = 1;               // multiplies every gradient: sign, unscaling and clipping in one factor
-  double rule[kMaxCoefficients] = {};  // in the order of the rule's members in rules.h; the first is the weight decay
+  double grad_scale = 1;                          // multiplies every gradient: sign, unscaling and clipping
+  double coupled_decay = 0, decoupled_decay = 0;  // times the weights, before and after the rule
+  double coefficients[kMaxCoefficients] = {};     // in the order of the rule's members
 
-  Ratio ratio = Ratio::kNone;
+  Kind kind = Kind::kNone;
   double coefficient = 1, cap = 0, eps = 0;
   int32_t exempt = 1;  // tensors of at most this many dimensions keep ratio 1
 
   double sigma = 0;  // of the noise
   bool relative = false;
   uint64_t seed = 0;
-  uint32_t t = 0;
+  uint32_t noise_step = 0;
 
-  // The average: v <- (fresh ? 0 : v) + add * (p - share * v), and then p <- v where it is written back.
+  // The average: v <- (restart ? 0 : v) + add * (p - share * v), and then p <- v where it is written back.
   double add = 0, share = 0;
-  bool fresh = false, write_back = false;
+  bool restart = false, write_back = false;
 };
 
 // Which element of the whole tensor is element i of a shard, in row-major order both.
-inline int64_t in_whole(const Tensor& tensor, const Place& place, int64_t i) {
-  int64_t whole = place.offset;
+inline int64_t in_whole(const Tensor& tensor, const ShardLayout& shard, int64_t i) {
+  int64_t whole = shard.offset;
   for (int d = tensor.ndim - 1; d >= 0; --d) {
-    whole += i % tensor.sizes[d] * place.strides[d];
+    whole += i % tensor.sizes[d] * shard.strides[d];
     i /= tensor.sizes[d];
   }
   return whole;

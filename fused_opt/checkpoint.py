@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .extras import pack, unpack
-from .plan import AVERAGE, Plan, name_of
+from .checks import whole
+from .extras import COUNTS, EXTRAS, pack, unpack
+from .extras.averaging import AVERAGE
+from .groups import Groups, name_of
+from .plan import Plan
 from .rule import Rule
-
-# Plain numbers in the groups: load_state_dict would cast tensors in the state to the parameter's dtype.
-COUNTS = ("steps", "samples", "periods", "skipped_steps")
+from .warn import warn_once
 
 
 class Checkpoints(torch.optim.Optimizer):
@@ -22,11 +23,15 @@ class Checkpoints(torch.optim.Optimizer):
     backend: str
     state_dtype: torch.dtype | None
     _scales: dict[Tensor, tuple[float, float]]
+    _groups: Groups
     _plan: Plan | None
     _last: Plan | None
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
         raise TypeError(f"{type(self).__name__} is not an optimizer by itself; fused_opt.SGD is one")
+
+    def _check_all(self, options: Mapping[str, Any]) -> None:
+        """Raise where a hyper-parameter is out of its range."""
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"backend": self.backend, "state_dtype": self.state_dtype, "_scales": self._scales}
@@ -38,9 +43,8 @@ class Checkpoints(torch.optim.Optimizer):
         self.__dict__.setdefault("_partial", False)
         before: list[dict[str, Any]] = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
+        self._groups = Groups(self.defaults)
         for group, was in zip(self.param_groups, before or [{}] * len(self.param_groups)):
-            for key, value in group.items():
-                group[key] = unpack(value)
             for key, value in self.defaults.items():  # a checkpoint of torch.optim, or one older than the key
                 group.setdefault(key, value if key in COUNTS else was.get(key, value))
             for of_p in (self.state[p] for p in group["params"] if p in self.state):
@@ -49,63 +53,114 @@ class Checkpoints(torch.optim.Optimizer):
                     del of_p[slot]
                 step = of_p.get("step")
                 if step is not None and getattr(step, "dtype", None) not in (torch.float32, torch.float64):
-                    of_p["step"] = torch.tensor(float(step))
+                    of_p["step"] = torch.tensor(float(step), device="cpu")
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's, in plain types: ``torch.load(weights_only=True)`` reads it, and so does torch.optim."""
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
-            group.update({key: pack(value) for key, value in group.items()})
+            group.update({extra.key: pack(extra.key, group[extra.key]) for extra in EXTRAS})
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this class or of torch.optim's class of the same name.
 
+        States, counts and torch.optim's hyper-parameters come from the state_dict, as in torch.optim. The extras
+        (``averaging``, ``noise``, ``trust_ratio``, ``max_grad_norm``, ``nonfinite``) stay as this program made them, and
+        one warning names those that the state_dict has otherwise. What was averaged by another class than the group's, or
+        is not averaged any more, begins anew. Tensors are copied.
+
         Raises:
-            ValueError: if the groups do not match, or a saved state has another shape than its parameter, or only one of
-                the two is sharded; nothing has been changed then.
+            ValueError: if the groups do not match, a value is none for its key, a saved state has another shape than its
+                parameter, or only one of the two is sharded; nothing has been changed then.
         """
-        found: list[tuple[Tensor, str, Tensor]] = []
+        loaded: list[dict[str, Any]] = []
 
-        def check(_: torch.optim.Optimizer, adapted: dict[str, Any]) -> None:
-            ids = [index for group in adapted["param_groups"] for index in group["params"]]
-            named = [
-                (p, name_of(group, g, i))
-                for g, group in enumerate(self.param_groups)
-                for i, p in enumerate(group["params"])
-            ]
-            slots = {slot for group in self.param_groups for slot in self._rule(group).states}
-            for (p, name), index in zip(named, ids):
-                of_p = adapted["state"].get(index, {})
-                for slot in (*slots, AVERAGE):
-                    value = of_p.get(slot)
-                    if not isinstance(value, Tensor):
-                        continue
-                    if value.shape != p.shape:
-                        raise ValueError(
-                            f"state {slot!r} of parameter {name} has shape {tuple(value.shape)} in the loaded state_dict, "
-                            f"and the parameter {tuple(p.shape)}; load the state of a model of the same shapes"
-                        )
-                    if value.is_complex() != p.is_complex() or not (value.is_floating_point() or value.is_complex()):
-                        raise ValueError(
-                            f"state {slot!r} of parameter {name} is {value.dtype} in the loaded state_dict, and the "
-                            f"parameter {p.dtype}, which do not go together"
-                        )
-                    if hasattr(value, "placements") != hasattr(p, "placements"):
-                        kinds = ["a DTensor" if hasattr(t, "placements") else "a plain tensor" for t in (value, p)]
-                        raise ValueError(
-                            f"state {slot!r} of parameter {name} is {kinds[0]} in the loaded state_dict, and the parameter "
-                            f"{kinds[1]}; torch.distributed.checkpoint.state_dict.set_optimizer_state_dict shards and gathers"
-                        )
-                    found.append((p, slot, value))
+        def adapt(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            adapted = {**given, "param_groups": self._adapted_groups(given["param_groups"])}
+            adapted["state"] = self._adapted_state(adapted, given["state"])
+            loaded.append(adapted)
+            return adapted
 
-        handle = self.register_load_state_dict_pre_hook(check)  # after the user's, which may adapt what is loaded
+        handle = self.register_load_state_dict_pre_hook(adapt)  # after the user's, which may adapt what is loaded
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        for p, slot, value in found:  # torch has cast them to the parameter's dtype
-            if slot == AVERAGE:
-                self.state[p][slot] = value.to(device=p.device)
-            elif self.state_dtype is not None and not p.is_complex():
-                self.state[p][slot] = value.to(device=p.device, dtype=self.state_dtype)
+        for p, of_p in _by_parameter(self.param_groups, loaded[0]):
+            for slot, value in of_p.items():
+                if not isinstance(value, Tensor):
+                    continue
+                # torch has cast all but the step count to the parameter's dtype.
+                if slot == AVERAGE or (self.state_dtype is not None and slot != "step" and not p.is_complex()):
+                    dtype = value.dtype if slot == AVERAGE else self.state_dtype
+                    self.state[p][slot] = value.to(device=p.device, dtype=dtype)
+                if self.state[p][slot] is value:
+                    self.state[p][slot] = value.clone()
+
+    def _adapted_groups(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Groups of a state_dict with the extras of this optimizer, checked."""
+        adapted, others = [], {}
+        for g, (group, of_saved) in enumerate(zip(self.param_groups, saved)):
+            new = {**of_saved, **{extra.key: group[extra.key] for extra in EXTRAS}}
+            for extra in EXTRAS:
+                value = unpack(extra.key, of_saved.get(extra.key, group[extra.key]))
+                extra.check(value)
+                if value != group[extra.key]:
+                    others[extra.key] = f"group {g} has {extra.key}={group[extra.key]!r}, the state_dict {value!r}"
+                if extra.key == "averaging" and extra.key in of_saved and type(value) is not type(group[extra.key]):
+                    new.update(dict.fromkeys(extra.counts, 0))
+            for count in COUNTS:
+                if count in new:
+                    new[count] = whole(f"{count} in the state_dict", new[count], 0)
+            self._check_all({**self.defaults, **group, **new})
+            adapted.append(new)
+        if others:
+            warn_once(
+                f"load_state_dict: {'; '.join(others.values())}. The optimizer keeps its own; to take the others, set "
+                f"them in param_groups"
+            )
+        return adapted + saved[len(adapted) :]
+
+    def _adapted_state(self, adapted: dict[str, Any], state: dict[Any, Any]) -> dict[Any, Any]:
+        """The state without averages that begin anew.
+
+        Raises:
+            ValueError: where a state does not fit its parameter.
+        """
+        result = dict(state)
+        for g, (group, new) in enumerate(zip(self.param_groups, adapted["param_groups"])):
+            rule = self._rule({**self.defaults, **group, **new})
+            stale = new.get("averaging") is None or (new.get("samples") == 0 and new.get("periods") == 0)
+            for i, (p, index) in enumerate(zip(group["params"], new["params"])):
+                of_p = state.get(index, {})
+                if AVERAGE in of_p and stale:
+                    result[index] = of_p = {slot: value for slot, value in of_p.items() if slot != AVERAGE}
+                for slot in (*rule.states, AVERAGE):
+                    if isinstance(of_p.get(slot), Tensor):
+                        _check_state(f"state {slot!r} of parameter {name_of(group, g, i)}", of_p[slot], p)
+        return result
+
+
+def _by_parameter(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
+    ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+    parameters = [p for group in groups for p in group["params"]]
+    return [(p, state_dict["state"].get(index, {})) for p, index in zip(parameters, ids)]
+
+
+def _check_state(what: str, value: Any, p: Any) -> None:
+    if value.shape != p.shape:
+        raise ValueError(
+            f"{what} has shape {tuple(value.shape)} in the loaded state_dict, and the parameter {tuple(p.shape)}; load the "
+            f"state of a model of the same shapes"
+        )
+    if value.is_complex() != p.is_complex() or not (value.is_floating_point() or value.is_complex()):
+        raise ValueError(
+            f"{what} is {value.dtype} in the loaded state_dict, and the parameter {p.dtype}, which do not go together"
+        )
+    if hasattr(value, "placements") != hasattr(p, "placements"):
+        kinds = ["a DTensor" if hasattr(t, "placements") else "a plain tensor" for t in (value, p)]
+        raise ValueError(
+            f"{what} is {kinds[0]} in the loaded state_dict, and the parameter {kinds[1]}; "
+            f"torch.distributed.checkpoint.state_dict.set_optimizer_state_dict shards and gathers"
+        )

@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import backends
-from .checkpoint import COUNTS, Checkpoints
-from .extras import TrustRatio, WeightNoise
-from .extras.averaging import Averaging, Fold, sample_idle, swapped_in
-from .extras.clipping import NONFINITE, PASS, RAISE, allows, clip_factor, wants_norm
+from .checkpoint import Checkpoints
+from .extras import COUNTS, EXTRAS, Extras, check_extras, documentation
+from .extras.averaging import finish, swapped_in
+from .groups import Groups, extras_of
 from .parts.microbatches import Microbatches
 from .parts.probe import Probe
 from .parts.samples import Samples
-from .plan import AVERAGE, Plan, Row, Shape, Signals
-from .shard_norms import DIRECTION, GRADIENT, WEIGHT, agree
+from .plan import Plan
 from .shards import within_zero
-from .step import host_decides, norm_reader, rates
+from .step import DeviceStep, HostStep, host_decides
+
+__all__ = ["Extras", "FusedOptimizer", "ParamsT"]
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-
-
-class Extras(TypedDict, total=False):
-    """What every optimizer of the package takes beyond torch.optim's arguments."""
-
-    trust_ratio: TrustRatio | None
-    noise: WeightNoise | None
-    averaging: Averaging | None
-    max_grad_norm: float | None
-    nonfinite: str
-    state_dtype: torch.dtype | None
-    backend: str
 
 
 class FusedOptimizer(Checkpoints):
@@ -48,13 +36,7 @@ class FusedOptimizer(Checkpoints):
     Args:
         params: as torch.optim takes them.
         defaults: the hyper-parameters of a group that does not set its own.
-        trust_ratio: a :class:`TrustRatio`, or None.
-        noise: a :class:`WeightNoise`, or None.
-        averaging: :class:`PSWA`, :class:`PWALKS`, :class:`PSWM`, :class:`SWM` or :class:`EMA`, or None.
-        max_grad_norm: clip the norm of all gradients together to this, as torch.nn.utils.clip_grad_norm_ before the step
-            would, without writing the gradients; the norm is then ``grad_norm``.
-        nonfinite: what to do when a gradient is not finite: ``"pass"`` it on as torch.optim does, ``"skip"`` the step
-            (nothing changes; ``skipped_steps`` counts), or ``"raise"`` a RuntimeError that names the parameter.
+    {extras}
         state_dtype: dtype of the states; None: the parameter's, as torch keeps it. ``torch.float32`` keeps the states of
             bfloat16 and float16 parameters in full, also through ``load_state_dict``.
         backend: ``"auto"`` takes for every parameter the first of :func:`fused_opt.backends.available` that can step
@@ -72,39 +54,30 @@ class FusedOptimizer(Checkpoints):
         params: ParamsT,
         defaults: dict[str, Any],
         *,
-        trust_ratio: TrustRatio | None = None,
-        noise: WeightNoise | None = None,
-        averaging: Averaging | None = None,
-        max_grad_norm: float | None = None,
-        nonfinite: str = "pass",
         state_dtype: torch.dtype | None = None,
         backend: str = "auto",
+        **extras: Any,
     ) -> None:
+        if unknown := extras.keys() - {extra.key for extra in EXTRAS}:
+            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {min(unknown)!r}")
         if backend != "auto" and (reason := backends.get(backend).unavailable()):
             raise RuntimeError(f"backend {backend!r} cannot run here: {reason}. backend='auto' takes one that can")
         if state_dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"Invalid state_dtype: {state_dtype}; None, torch.float32 and torch.float64 are known")
-        extras = {
-            "trust_ratio": trust_ratio,
-            "noise": noise,
-            "averaging": averaging,
-            "max_grad_norm": max_grad_norm,
-            "nonfinite": nonfinite,
-        }
-        counts = dict.fromkeys(COUNTS, 0)
-        defaults = {**defaults, **extras, **counts}
+        defaults = {**defaults, **extras_of(extras), **dict.fromkeys(COUNTS, 0)}
         self._check_all(defaults)
         self.backend = backend
         self.state_dtype = state_dtype
         self._scales: dict[Tensor, tuple[float, float]] = {}
+        self._groups = Groups(defaults)
         self._plan: Plan | None = None
         self._parts: Microbatches | None = None
         self._last: Plan | None = None  # the plan of the last step
         super().__init__(params, defaults)
         self._partial = within_zero()
         for group in self.param_groups if self._partial else ():
-            off = {"max_grad_norm": None, "nonfinite": PASS, "noise": None}
-            if asked := [name for name, value in off.items() if group[name] != value]:
+            of_all = [extra for extra in EXTRAS if extra.of_all_parameters]
+            if asked := [extra.key for extra in of_all if group[extra.key] != extra.default]:
                 raise ValueError(
                     f"{', '.join(asked)}: ZeroRedundancyOptimizer makes an optimizer of some of the parameters in every "
                     f"process, and this is about all of them (noise is counted by their places). What would work: "
@@ -119,18 +92,13 @@ class FusedOptimizer(Checkpoints):
     def _check(self, options: Mapping[str, Any]) -> None:
         """Raise if a hyper-parameter of the rule is out of its range."""
 
+    def _decouples(self, group: Mapping[str, Any]) -> bool:
+        """Whether a group's weight decay is added to the rule's update, and not to the gradient."""
+        return False
+
     def _check_all(self, options: Mapping[str, Any]) -> None:
         self._check(options)
-        for name, kind in (("trust_ratio", TrustRatio), ("noise", WeightNoise), ("averaging", Averaging)):
-            if not isinstance(options[name], kind | None):
-                raise TypeError(f"{name} takes a fused_opt.{kind.__name__} or None, not {options[name]!r}")
-        limit = options["max_grad_norm"]
-        if limit is not None and not limit > 0:
-            raise ValueError(f"Invalid max_grad_norm: {limit}; it must be positive, or None for no clipping")
-        if options["nonfinite"] not in NONFINITE:
-            raise ValueError(
-                f"Invalid nonfinite: {options['nonfinite']!r}; there are {', '.join(map(repr, NONFINITE))}"
-            )
+        check_extras(options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch.optim does, after its hyper-parameters were found in range."""
@@ -215,88 +183,87 @@ class FusedOptimizer(Checkpoints):
     step.hooked = True  # type: ignore[attr-defined]  # torch: do not wrap it again
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else _evaluate(closure)
+        with self._begin() as step:
+            if step.overflowed or not self._planned(step):
+                return loss
+            if self._parts is not None:
+                step.take_parts(self._parts)
+            step.complete_norms()
+            if step.clip():
+                step.run()
+                self._finish(step)
+            else:
+                self._skip(step)
+        return loss
+
+    def _begin(self) -> HostStep | DeviceStep:
+        """This step's numbers, and the kept plan where it still fits.
+
+        Raises:
+            TypeError, ValueError: for a setting that was changed to one that the constructor refuses.
+        """
+        groups, plan, keys = self.param_groups, self._plan, None
+        self._groups.look(groups, self)
         # torch.amp.GradScaler sets these for the duration of a step. It multiplies by a grad_scale that it finds, None
         # included, so the class must not have one.
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        groups, state, plan = self.param_groups, self.state, self._plan
-        # Where the plan's GPU can be left alone with them, nobody waits for what it knows.
-        device = None if plan is None or plan.device is None or host_decides(groups, found_inf) else plan.device
-        if device is None and found_inf is not None and found_inf.item():
-            return loss
-        scale = 1.0 if device is not None or grad_scale is None else 1.0 / grad_scale.item()
-        signals = None if device is None else Signals(found_inf, grad_scale)
-        lrs = rates(groups, device)
-        wants = wants_norm(groups)
-        shapes = [Shape(self._rule(g), g["noise"] is not None, g["averaging"] is not None) for g in groups]
-        keys = None
-        if plan is not None and plan.shapes == shapes:
-            keys = plan.gather(groups, state)
-        if plan is None or keys is None:
+        if self._parts is not None and found_inf is not None and grad_scale is None:
+            self._parts.recheck()
+        try:
+            if plan is not None and plan.specs == self._groups.specs:
+                keys = plan.collect_gradients(groups, self.state)
+            if plan is None or keys is None:
+                return HostStep(groups, self._groups, None, None, found_inf, grad_scale)
+            kind = HostStep if plan.device is None or host_decides(groups, found_inf) else DeviceStep
+            return kind(groups, self._groups, plan, keys, found_inf, grad_scale)
+        except BaseException:
+            if plan is not None:
+                plan.unbind()
+            raise
+
+    @torch.no_grad()
+    def _planned(self, step: HostStep | DeviceStep) -> bool:
+        """Make the plan where none fits; False: the step was only to create states."""
+        if step.plan is None:
+            for group, spec in zip(self.param_groups, self._groups.specs):
+                spec.rule.numbers(group, 1.0)  # raises, where it must, before any state is made
             self._plan = None
-            if signals is not None:  # to make a plan, the host must know them after all
-                self._step()
-                return loss
-            for group, shape in zip(groups, shapes):
-                shape.rule.coefficients(group, 1.0)  # raises, where it must, before any state is made
-            with torch.no_grad():
-                plan = Plan(groups, state, shapes, self.backend, self.state_dtype, self._scales)
-                if plan.creates and not any(lrs) and self._gradients_are_zero():
-                    return loss  # how torch.distributed.checkpoint makes states: as in an optimizer that never stepped
-                keys = plan.gather(groups, state)
-                assert keys is not None
-        if self._parts is not None:
-            if found_inf is not None and grad_scale is None:
-                self._parts.recheck()
-            self._parts.share()
-            for bucket in plan.buckets:
-                bucket.know([self._parts.norms(member.parameter) for member in bucket.members])
-
-        stepping = any([isinstance(lr, Tensor) or lr for lr in lrs])  # noqa: C419  # as in rates()
-        extras = [self._extras(group, lr) if stepping else (None, None, None) for group, lr in zip(groups, lrs)]
-
-        def rows() -> list[list[Row]]:
-            scales = [-scale if group["maximize"] else scale for group in groups]
-            return [
-                [Row(lrs[g], scales[g], shapes[g].rule.coefficients(groups[g], t), *extras[g]) for g, t in of_bucket]
-                for of_bucket in keys
-            ]
-
-        if plan.shards:
+            step.plan = plan = Plan(
+                self.param_groups, self.state, self._groups.specs, self.backend, self.state_dtype, self._scales
+            )
+            if plan.new_states and not step.stepping and self._gradients_are_zero():
+                plan.new_states.keep()  # torch.distributed.checkpoint makes states so: as if it had never stepped
+                return False
+            keys = plan.collect_gradients(self.param_groups, self.state)
+            assert keys is not None
+            step.keys = keys
+        if step.plan.shards:
             self._plan = None  # until the step is made, the norms that it carries are those of whole tensors
-            first = {WEIGHT, GRADIENT} if wants else {WEIGHT, GRADIENT, DIRECTION}
-            agree(plan, rows(), extras, self._parts, gradients=wants, among=first)
-        if wants and signals is not None:
-            norm2 = plan.sum_gradients()
-            signals = signals._replace(norm2=norm2, max_norm=groups[0]["max_grad_norm"])
-            self._grad_norm = norm_reader(norm2, grad_scale)
-        elif wants:
-            self._grad_norm = norm = scale * math.sqrt(sum(bucket.grad_norm2() for bucket in plan.buckets))
-            if not allows(groups[0]["nonfinite"], norm):
-                named = ", ".join(plan.nonfinite()) if groups[0]["nonfinite"] == RAISE else None
-                plan.undo(state)
-                if named is not None:
-                    raise RuntimeError(
-                        f"the gradient of parameter {named} is not finite, and nonfinite='raise' was asked for; "
-                        f"nonfinite='skip' leaves out such steps"
-                    )
-                for group in groups:
-                    group["skipped_steps"] += 1
-                return loss
-            scale *= clip_factor(norm, groups[0]["max_grad_norm"])
-            if plan.shards:
-                agree(plan, rows(), extras, None, gradients=False, among={DIRECTION})
-        plan.run(rows(), signals)
-        self._plan = plan if plan.lasting else None
-        self._last = plan
-        if stepping:
-            self._count(extras)
+        return True
+
+    def _finish(self, step: HostStep | DeviceStep) -> None:
+        """Count what was done."""
+        assert step.plan is not None
+        self._grad_norm = step.grad_norm if self._groups.wants_norm else self._grad_norm
+        self._plan = step.plan if step.plan.reusable else None
+        self._last = step.plan
+        if step.stepping:
+            for group, spec, (_, _, fold) in zip(self.param_groups, self._groups.specs, step.extras):
+                group["steps"] += 1
+                if fold is not None:
+                    finish(group, self.state, fold, (*spec.rule.states, "step"))
         if self._parts is not None:
             self._parts.reset()
-        return loss
+
+    def _skip(self, step: HostStep | DeviceStep) -> None:
+        """The gradients are not finite: say so, or count it."""
+        self._grad_norm = step.grad_norm
+        step.check_finite()
+        for group in self.param_groups:
+            group["skipped_steps"] += 1
+        if self._parts is not None:
+            self._parts.reset()
 
     def _gradients_are_zero(self) -> bool:
         found = [p.grad.any() for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -305,32 +272,6 @@ class FusedOptimizer(Checkpoints):
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
     # torch.compile would bake counts and rates into graphs, and cannot see into C++.
     _untraced_step = torch._disable_dynamo(_hooked_step)
-
-    @staticmethod
-    def _extras(group: dict[str, Any], lr: float | Tensor) -> tuple[Any, Any, Any]:
-        """The rest of a group's row: trust ratio, noise, average."""
-        ratio, noise, averaging, t = group["trust_ratio"], group["noise"], group["averaging"], group["steps"]
-        return (
-            None if ratio is None else ratio.row(),
-            None if noise is None else (noise.sigma(t, float(lr)), noise.relative, noise.seed, t),
-            None if averaging is None else averaging.fold(t + 1, group["samples"], group["periods"]),
-        )
-
-    def _count(self, extras: list[tuple[Any, Any, Fold | None]]) -> None:
-        for group, (_, _, fold) in zip(self.param_groups, extras):
-            group["steps"] += 1
-            if fold is None:
-                continue
-            sample_idle(group["params"], self.state, AVERAGE, fold)
-            group["samples"] += fold.add > 0
-            if fold.write_back:
-                group["samples"] = 0
-                group["periods"] += 1
-                if group["averaging"].on_write_back == "zero":
-                    rule = self._rule(group)
-                    for p in group["params"]:
-                        for slot in (*rule.states, "step"):
-                            self.state[p].pop(slot, None)
 
     @property
     def grad_norm(self) -> float | None:
@@ -396,5 +337,13 @@ class FusedOptimizer(Checkpoints):
         averaged = [group for group in self.param_groups if group["averaging"] is not None]
         if not averaged:
             raise RuntimeError("no group of this optimizer has averaging=; fused_opt.EMA(beta) is one")
-        with swapped_in(averaged, self.state, AVERAGE):
+        with swapped_in(averaged, self.state):
             yield
+
+
+FusedOptimizer.__doc__ = (FusedOptimizer.__doc__ or "").replace("{extras}", documentation())
+
+
+def _evaluate(closure: Callable[[], Any]) -> Any:
+    with torch.enable_grad():
+        return closure()

@@ -4,29 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from inspect import signature
 from typing import Any
 
 from torch import Tensor
 
+UNKNOWN = -1.0  # a count or a norm that is not known; true ones are not negative
+
+
+def _same_in_every_step(coefficients: Sequence[float], step: float) -> Sequence[float]:
+    return coefficients
+
 
 @dataclass(frozen=True)
 class Rule:
-    """One optimizer's mathematics; every backend applies ``p <- p - lr * direction``.
+    """One optimizer's mathematics; every backend applies ``p <- p - lr * (update + decoupled_decay * p)``.
+
+    Neither the learning rate nor the weight decay is in a rule: the gradient that it is given has the coupled decay in it.
 
     Attributes:
         name: what the rule is called in ``csrc/rules.h`` and in every backend.
-        states: the per-element states in the order in which ``direction`` takes them, named as torch.optim names them,
-            so that checkpoints interchange.
-        coefficients: ``(group, t) -> floats``, on the host in float64: everything that does not depend on the element,
-            for the ``t``-th step of a parameter, counted from 1. The first is the weight decay, which per-layer
-            multipliers scale. Computed once per group and step count, never per tensor.
-        direction: ``(p, g, *states, *coefficients) -> (direction, *new states)`` on tensors of the arithmetic's dtype
-            (float32, or float64 for float64 parameters).
-        counts_steps: whether torch keeps a ``step`` tensor for every parameter.
+        states: the per-element states in the order in which ``update`` takes them, named as torch.optim names them, so
+            that checkpoints interchange.
+        coefficients: ``group -> floats``, on the host in float64: everything that does not depend on the element.
+        update: ``(g, *states, *coefficients) -> (update, *new states)`` on tensors of the arithmetic's dtype (float32, or
+            float64 for float64 parameters).
+        at_step: ``(coefficients, step) -> floats``, as many: the coefficients of a parameter's step, counted from 1. In
+            C++ rules that count steps have it, too, for devices that keep the count.
+        counts_steps: whether torch keeps a ``step`` tensor for every parameter; without it ``step`` is 1 for the first
+            step and 2 for all others.
     """
 
     name: str
     states: tuple[str, ...]
-    coefficients: Callable[[Mapping[str, Any], float], Sequence[float]]
-    direction: Callable[..., tuple[Tensor, ...]]
+    coefficients: Callable[[Mapping[str, Any]], Sequence[float]]
+    update: Callable[..., tuple[Tensor, ...]]
+    at_step: Callable[[Sequence[float], float], Sequence[float]] = _same_in_every_step
     counts_steps: bool = False
+
+    @cached_property
+    def coefficient_count(self) -> int:
+        """How many coefficients ``update`` takes."""
+        return len(signature(self.update).parameters) - 1 - len(self.states)
+
+    def numbers(self, group: Mapping[str, Any], step: float) -> Sequence[float]:
+        """The coefficients of a step; of an UNKNOWN one, before ``at_step``."""
+        coefficients = self.coefficients(group)
+        return coefficients if step == UNKNOWN else self.at_step(coefficients, step)

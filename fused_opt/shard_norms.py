@@ -1,60 +1,68 @@
-"""What processes agree on before a step: the norms of tensors of which each holds a shard."""
+"""Norms of tensors of which every process holds a shard, before a step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
+from .backends.interface import Kind, NoiseArgs, Norm, Norms, PartNorms, RatioArgs, ShardBucket, StepArgs
 from .parts.microbatches import Microbatches
-from .plan import Plan, Row
+from .plan import Plan
 from .shards import add_up
 
-WEIGHT, GRADIENT, DIRECTION = range(3)
-LARS, CLARS, LAMB = 1, 2, 3  # as in TrustRatio.row()
+_FIELDS = (Norm.WEIGHT, Norm.GRADIENT, Norm.DIRECTION)  # of Norms, in their order
 
 
-def _wanted(ratio: Any, noise: Any, ndim: int, split: bool) -> set[int]:
-    """Which norms of a tensor a step needs; ``split``: those of the gradient's parts are known."""
-    kind = ratio[0] if ratio is not None and ndim > ratio[-1] else None
-    wanted = {WEIGHT} if kind is not None or (noise is not None and noise[1]) else set()
-    if kind == LARS or (kind == CLARS and not split):
-        wanted.add(GRADIENT)
-    return wanted | ({DIRECTION} if kind == LAMB else set())
+def _needed(ratio: RatioArgs | None, noise: NoiseArgs | None, ndim: int, has_parts: bool) -> Norm:
+    """Which norms of a tensor a step needs; ``has_parts``: those of the gradient's parts are known."""
+    needed = Norm(0)
+    if noise is not None and noise.relative:
+        needed |= Norm.WEIGHT
+    if ratio is not None and ndim > ratio.exempt:
+        needed |= Norm.WEIGHT
+        if ratio.kind == Kind.LAMB:
+            needed |= Norm.DIRECTION
+        elif ratio.kind == Kind.LARS or not has_parts:
+            needed |= Norm.GRADIENT
+    return needed
 
 
-def agree(
+def all_reduce_norms(
     plan: Plan,
-    rows: Sequence[Sequence[Row]],
-    extras: Sequence[tuple[Any, Any, Any]],
+    args: Sequence[Sequence[StepArgs]],
+    extras: Sequence[tuple[Any, ...]],
     parts: Microbatches | None,
+    among: Norm,
     *,
     gradients: bool,
-    among: set[int],
 ) -> None:
     """Tell the backends the norms of whole tensors where they hold shards, after one all-reduce of what shards have.
 
     Args:
-        plan: has gathered this step's gradients.
-        rows: as :meth:`Plan.run` takes them.
-        extras: every group's trust ratio, noise and average, as in the rows.
+        plan: has collected this step's gradients.
+        args: as :meth:`Plan.run` takes them.
+        extras: every group's trust ratio, noise and average, as in the arguments.
         parts: the parts of the gradients, where they are tracked.
-        gradients: the norms of all gradients, not only those that trust ratios need.
         among: which norms: not DIRECTION before the gradients' scale is known, and no others after that.
+        gradients: the norms of all gradients, not only those that trust ratios need.
     """
+    buckets = cast("list[ShardBucket]", plan.buckets)
     norms = [
-        [list(triple) for triple in bucket.norms(of_bucket, gradients, DIRECTION in among)]
-        for bucket, of_bucket in zip(plan.buckets, rows)
+        [list(of_member) for of_member in bucket.norms(of_bucket, gradients, Norm.DIRECTION in among)]
+        for bucket, of_bucket in zip(buckets, args)
     ]
-    sums: list[list[tuple[float, float] | None]] = [[None] * len(bucket.members) for bucket in plan.buckets]
+    sums: list[list[PartNorms | None]] = [[None] * len(bucket.members) for bucket in buckets]
     asked = []
-    for b, bucket in enumerate(plan.buckets):
+    for b, bucket in enumerate(buckets):
         for k, member in enumerate(bucket.members):
             if member.shard is not None:
-                ratio, noise, _ = extras[member.group]
-                squares = parts.squares(member.parameter) if parts is not None and WEIGHT in among else []
-                wanted = _wanted(ratio, noise, member.tensor.ndim, bool(squares)) | ({GRADIENT} if gradients else set())
-                asked.append((member, b, k, sorted(wanted & among), squares))
+                ratio, noise, *_ = extras[member.group]
+                squares = parts.squares(member.parameter) if parts is not None and Norm.WEIGHT in among else []
+                needed = _needed(ratio, noise, member.tensor.ndim, bool(squares))
+                if gradients:
+                    needed |= Norm.GRADIENT
+                asked.append((member, b, k, [i for i, norm in enumerate(_FIELDS) if norm in needed & among], squares))
     # What a process does not know, for want of a gradient or an element, it has nothing to add to.
     numbers = [[max(norms[b][k][i], 0.0) for i in which] + squares for _, b, k, which, squares in asked]
     for (member, b, k, which, squares), whole in zip(
@@ -65,7 +73,7 @@ def agree(
         for i, norm2 in zip(which, whole):
             norms[b][k][i] = norm2
         if squares:
-            sums[b][k] = math.fsum(map(math.sqrt, whole[len(which) :])), norms[b][k][GRADIENT]
-    for bucket, of_bucket, parts_of_bucket in zip(plan.buckets, norms, sums):
-        bucket.know(parts_of_bucket)
-        bucket.know_norms([tuple(triple) for triple in of_bucket])
+            sums[b][k] = PartNorms(math.fsum(map(math.sqrt, whole[len(which) :])), Norms(*norms[b][k]).grad2)
+    for bucket, of_bucket, parts_of_bucket in zip(buckets, norms, sums):
+        bucket.set_part_norms(parts_of_bucket)
+        bucket.set_norms([Norms(*of_member) for of_member in of_bucket])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-class Place(NamedTuple):
+class ShardLayout(NamedTuple):
     """Where the elements of a shard are in the row-major order of the whole tensor, which keys the noise."""
 
     offset: int  # of the first
@@ -90,7 +90,7 @@ def add_up(numbers: Sequence[Sequence[float]], parameters: Sequence[Any]) -> lis
 
 
 @lru_cache(maxsize=4096)
-def place_of(shape: torch.Size, mesh: Any, placements: tuple[Any, ...]) -> tuple[tuple[int, ...], Place | None]:
+def layout_of(shape: torch.Size, mesh: Any, placements: tuple[Any, ...]) -> tuple[tuple[int, ...], ShardLayout | None]:
     """Sizes of the part that lies here, and where it is; None where it is not one box, as uneven strided shards are not."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -103,7 +103,7 @@ def place_of(shape: torch.Size, mesh: Any, placements: tuple[Any, ...]) -> tuple
                 return sizes, None
     strides = torch.empty(shape, device="meta").stride()
     cut = [d for d, size in enumerate(sizes) if size != shape[d]]
-    return sizes, Place(
+    return sizes, ShardLayout(
         sum(first * stride for first, stride in zip(offsets, strides)),
         max(1, math.prod(sizes[cut[-1] if cut else 0 :])),
         math.prod(shape) - math.prod(sizes),
@@ -136,8 +136,8 @@ class Shard:
     """A DTensor parameter as a backend sees it: ``tensor``, plain, in the memory of the part that lies here.
 
     Attributes:
-        tensor: what a backend steps; it has a gradient only between ``lend`` and ``give_back``.
-        place: where in the whole tensor the part lies; None where only noise would need it and it is not one box.
+        tensor: what a backend steps; it has a gradient only between ``bind`` and ``unbind``.
+        layout: where in the whole tensor the part lies; None where only noise would need it and it is not one box.
 
     Raises:
         RuntimeError: for a parameter that is a pending sum, or of which noise cannot tell the elements.
@@ -153,11 +153,11 @@ class Shard:
         self._here = local(parameter)
         self._version = parameter._version
         self._states: list[tuple[Any, Tensor]] = []
-        self._lent: Any = None
+        self._bound: Any = None
         self.tensor = self._here.detach()
-        sizes, place = place_of(parameter.shape, parameter.device_mesh, parameter.placements)
-        self.place = place if tuple(sizes) == tuple(self._here.shape) else None
-        if noisy and self.place is None:
+        sizes, layout = layout_of(parameter.shape, parameter.device_mesh, parameter.placements)
+        self.layout = layout if tuple(sizes) == tuple(self._here.shape) else None
+        if noisy and self.layout is None:
             raise RuntimeError(
                 f"parameter {name} of shape {tuple(parameter.shape)} is cut by {parameter.placements} into parts that are "
                 f"not one box each, and noise counts elements; cut dimensions into equal parts, or leave out noise="
@@ -169,7 +169,7 @@ class Shard:
         self._states.append((state, here))
         return here
 
-    def lend(self) -> bool:
+    def bind(self) -> bool:
         """Give ``tensor`` its part of this step's gradient; False where anything has another memory by now."""
         if local(self.parameter) is not self._here or any(local(state) is not here for state, here in self._states):
             return False
@@ -177,14 +177,14 @@ class Shard:
             torch.autograd.graph.increment_version(self.tensor)
             self._version = self.parameter._version
         grad = self.parameter.grad
-        if grad is None or grad is not self._lent:
+        if grad is None or grad is not self._bound:
             self.tensor.grad = None if grad is None else local(like(grad, self.parameter))
-            self._lent = grad
+            self._bound = grad
         return True
 
-    def give_back(self) -> None:
+    def unbind(self) -> None:
         """Let go of the gradient."""
-        self.tensor.grad = self._lent = None
+        self.tensor.grad = self._bound = None
 
     def written(self) -> None:
         """Tell autograd that the step has written the parameter."""

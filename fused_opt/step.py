@@ -1,4 +1,4 @@
-"""What a step leaves on the GPU that has it, and when the host must know it after all."""
+"""One step: its numbers, and the order of what happens. Either the host has the numbers, or the plan's GPU keeps them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,167 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from .extras.clipping import PASS
+from .backends.interface import DeviceScalars, Norm, StepArgs
+from .extras import NO_ARGS, step_args
+from .extras.clipping import PASS, RAISE, allows, clip_factor
+from .groups import Groups
+from .parts.microbatches import Microbatches
+from .plan import Plan
+from .shard_norms import all_reduce_norms
+
+
+class Step:
+    """What is the same wherever the numbers are.
+
+    As a context manager it leaves nothing behind of a step that was not made: no new state, and no shard bound.
+
+    Args:
+        param_groups: the optimizer's.
+        groups: what they say.
+        plan: that fits; None: it is still to be made.
+        keys: what its ``collect_gradients`` returned.
+    """
+
+    overflowed = False  # GradScaler found an infinity: nothing is stepped
+    scale: float = 1.0  # multiplies every gradient
+    grad_norm: float | Callable[[], float] | None = None
+
+    def __init__(
+        self,
+        param_groups: list[dict[str, Any]],
+        groups: Groups,
+        plan: Plan | None,
+        keys: Any,
+        lrs: list[float | Tensor],
+    ) -> None:
+        self.param_groups = param_groups
+        self.groups = groups
+        self.plan = plan
+        self.keys: list[list[tuple[int, float]]] = keys
+        self.lrs = lrs
+        self.stepping = any([isinstance(lr, Tensor) or lr for lr in lrs])  # noqa: C419  # of one or two, a list is faster
+        self.parts: Microbatches | None = None
+        self.extras = [
+            step_args(group, lr) if spec.has_args and self.stepping else NO_ARGS
+            for group, spec, lr in zip(param_groups, groups.specs, lrs)
+        ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.plan is not None:
+            self.plan.undo()
+
+    def _args(self) -> list[list[StepArgs]]:
+        """For every bucket, what a step does to the parameters of every (group, step count) pair."""
+        groups, specs = self.param_groups, self.groups.specs
+        of_group = []
+        for group, spec, lr in zip(groups, specs, self.lrs):
+            decay = float(group["weight_decay"])
+            scale = -self.scale if group["maximize"] else self.scale
+            of_group.append((lr, scale, 0.0, decay) if spec.decouples else (lr, scale, decay, 0.0))
+        return [
+            [StepArgs(*of_group[g], specs[g].rule.numbers(groups[g], n), *self.extras[g]) for g, n in of_bucket]
+            for of_bucket in self.keys
+        ]
+
+    def take_parts(self, parts: Microbatches) -> None:
+        """Tell the backends the norms of the gradients' parts."""
+        assert self.plan is not None
+        parts.share()
+        for bucket in self.plan.buckets:
+            bucket.set_part_norms([parts.norms(member.parameter) for member in bucket.members])
+        self.parts = parts
+
+    def complete_norms(self) -> None:
+        """Where shards are stepped, add up the norms of whole tensors over processes."""
+        assert self.plan is not None
+        if self.plan.shards:
+            wanted = Norm.WEIGHT | Norm.GRADIENT
+            if not self.groups.wants_norm:  # or the scale of the directions' gradients is still to come
+                wanted |= Norm.DIRECTION
+            all_reduce_norms(self.plan, self._args(), self.extras, self.parts, wanted, gradients=self.groups.wants_norm)
+
+
+class HostStep(Step):
+    """A step whose numbers the host has; it waits for those that a GPU has."""
+
+    def __init__(
+        self,
+        param_groups: list[dict[str, Any]],
+        groups: Groups,
+        plan: Plan | None,
+        keys: Any,
+        found_inf: Tensor | None,
+        grad_scale: Tensor | None,
+    ) -> None:
+        super().__init__(param_groups, groups, plan, keys, rates(param_groups, None))
+        self.overflowed = found_inf is not None and bool(found_inf.item())
+        self.scale = 1.0 if grad_scale is None else 1.0 / grad_scale.item()
+
+    def clip(self) -> bool:
+        """Scale the gradients down to ``max_grad_norm``; False: they are not finite, and the step may not be made."""
+        assert self.plan is not None
+        if not self.groups.wants_norm:
+            return True
+        group = self.param_groups[0]
+        self.grad_norm = norm = self.scale * math.sqrt(self.plan.grad_norm2())
+        if not allows(group["nonfinite"], norm):
+            return False
+        self.scale *= clip_factor(norm, group["max_grad_norm"])
+        if self.plan.shards:
+            all_reduce_norms(self.plan, self._args(), self.extras, None, Norm.DIRECTION, gradients=False)
+        return True
+
+    def check_finite(self) -> None:
+        """Raise, where ``nonfinite="raise"`` asks for it, an error that names the parameters."""
+        assert self.plan is not None
+        if self.param_groups[0]["nonfinite"] == RAISE:
+            raise RuntimeError(
+                f"the gradient of parameter {', '.join(self.plan.nonfinite())} is not finite, and nonfinite='raise' was "
+                f"asked for; nonfinite='skip' leaves out such steps"
+            )
+
+    def run(self) -> None:
+        """Make it."""
+        assert self.plan is not None
+        self.plan.run(self._args())
+
+
+class DeviceStep(Step):
+    """A step that nobody waits for: what a GPU has of its numbers is read there, the count of steps included."""
+
+    plan: Plan
+
+    def __init__(
+        self,
+        param_groups: list[dict[str, Any]],
+        groups: Groups,
+        plan: Plan,
+        keys: Any,
+        found_inf: Tensor | None,
+        grad_scale: Tensor | None,
+    ) -> None:
+        super().__init__(param_groups, groups, plan, keys, rates(param_groups, plan.device))
+        self.scalars = DeviceScalars(found_inf, grad_scale)
+
+    def clip(self) -> bool:
+        """Leave on the GPU what the gradients are clipped by."""
+        if self.groups.wants_norm:
+            norm2 = self.plan.sum_gradients()
+            self.scalars = self.scalars._replace(norm2=norm2, max_norm=self.param_groups[0]["max_grad_norm"])
+            self.grad_norm = norm_reader(norm2, self.scalars.grad_scale)
+        return True
+
+    def check_finite(self) -> None:
+        """Never asked: where gradients that are not finite matter, the host has the numbers."""
+
+    def run(self) -> None:
+        """Queue it."""
+        self.plan.run(self._args(), self.scalars)
 
 
 def host_decides(groups: Sequence[Mapping[str, Any]], found_inf: Tensor | None) -> bool:
@@ -28,7 +187,7 @@ def rates(groups: Sequence[Mapping[str, Any]], device: torch.device | None) -> l
         lrs: list[float | Tensor] = [float(group["lr"]) for group in groups]
     else:
         lrs = [lr if getattr(lr, "device", None) == device else float(lr) for lr in (group["lr"] for group in groups)]
-    if any([lr != lr for lr in lrs if isinstance(lr, float)]):  # noqa: C419  # of one or two, a list is faster
+    if any([lr != lr for lr in lrs if isinstance(lr, float)]):  # noqa: C419  # as in Step
         raise ValueError("Invalid learning rate: nan")
     return lrs
 

@@ -1,7 +1,6 @@
 """What every test shares: the backends of this machine, and tensors that hurt."""
 
 import copy
-import os
 from contextlib import contextmanager
 
 import pytest
@@ -12,7 +11,7 @@ from fused_opt import backends
 from fused_opt.backends import native, triton
 
 # And the kernels for GPUs, with the host in a GPU's place.
-INSTRUCTION_SETS = [*native._native.instruction_sets(), native.IN_ITS_PLACE] if native.unavailable() is None else []
+INSTRUCTION_SETS = [*native._native.instruction_sets(), "gpu"] if native.unavailable() is None else []
 # What Triton interprets takes milliseconds for each program: tests/test_triton.py runs some files again with nothing else.
 EVERYWHERE = ["reference", *(f"native-{name}" for name in INSTRUCTION_SETS)]
 
@@ -23,15 +22,22 @@ def backend(request, monkeypatch):
     name, _, instruction_set = request.param.partition("-")
     if name == "triton":  # beside the reference, which steps what it leaves alone
         monkeypatch.setattr(backends, "BACKENDS", ("triton", "reference"))
+        monkeypatch.setattr(triton, "UNTESTED", ())
         return "auto"
     if instruction_set:
-        monkeypatch.setenv("FUSED_OPT_CPU", instruction_set)
+        use(monkeypatch, instruction_set)
     return name
+
+
+def use(monkeypatch, kernels):
+    """Step with the kernels of an instruction set, or with those for GPUs on the host in a GPU's place."""
+    monkeypatch.setattr(native, "EMULATE_GPU", kernels == "gpu")
+    monkeypatch.setattr(native, "INSTRUCTION_SET", None if kernels == "gpu" else kernels)
 
 
 def as_on_a_gpu():
     """Whether this test's native backend does what it does on a GPU: the host waits for nothing, and does not know all."""
-    return os.environ.get("FUSED_OPT_CPU") == native.IN_ITS_PLACE
+    return native.EMULATE_GPU
 
 
 def layouts(dtype=torch.float32, seed=0, chunk=16384):

@@ -17,7 +17,7 @@ from conftest import (
 )
 
 import fused_opt
-from fused_opt import backends, plan
+from fused_opt import backends
 from fused_opt.backends import native
 
 KINDS = [("SGD", {"lr": 0.1, "momentum": 0.9}), ("AdamW", {"lr": 0.01})]
@@ -172,7 +172,7 @@ def test_multipliers_out_of_range(backend):
 
 def test_a_named_backend_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(native, "_reason", "its compiled core is not installed")
-    monkeypatch.setattr(plan, "_said", set())
+    monkeypatch.setattr(warn, "_said", set())
     p = torch.nn.Parameter(torch.ones(3))
     with pytest.raises(RuntimeError, match=r"'native' cannot run here: its compiled core is not installed. .*'auto'"):
         fused_opt.SGD([p], backend="native")
@@ -181,7 +181,7 @@ def test_a_named_backend_that_is_not_installed(monkeypatch):
     for _ in range(2):
         p.grad = torch.ones(3)
         optimizer = fused_opt.SGD([p], lr=0.25)
-        if not plan._said:
+        if not warn._said:
             with pytest.warns(UserWarning, match="runs without its native backend: its compiled core is not installed"):
                 optimizer.step()
         else:

@@ -47,7 +47,7 @@ def compiled(function, architecture, arguments, **constants):
 
 
 def update(architecture, rule, dtypes, average=None, noisy=False, norms=False):
-    function = rules.RULES[rule]
+    function = getattr(rules, rule)
     arguments = {**TABLES, "leaving": "*fp64", "gradients": "*fp64", "ratios": "*fp64", "count": "i32"}
     return compiled(
         kernel.update, architecture, arguments, RULE=function, DTYPES=dtypes, AVERAGE_DTYPE=average,
@@ -90,7 +90,7 @@ def test_compiles_to_wide_accesses_without_spills(name, architecture, tmp_path):
 @needs_tools
 @pytest.mark.parametrize("wanted", [1, 2, 7])
 def test_norms_compile(wanted, tmp_path):
-    function = rules.RULES["adam"]
+    function = rules.adam
     binary = compiled(
         kernel.norms, 90, {**TABLES, "gradients": "*fp64", "count": "i32"}, RULE=function, DTYPES=(F32,) * 4, T=F32,
         COEFFICIENTS=8, WANTED=wanted,

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fused_opt
-from fused_opt import CLARS, LAMB, LARS, SGD, Adam, AdamW, TrustRatio, plan
+from fused_opt import CLARS, LAMB, LARS, SGD, Adam, AdamW, TrustRatio
 
 BOUND = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
@@ -471,7 +471,7 @@ def test_the_carried_norm_is_that_of_the_weights(backend):
 def test_a_norm_that_is_not_finite_is_said_once(backend, monkeypatch, recwarn):
     if as_on_a_gpu():
         pytest.skip("to know it, the host would have to wait")
-    monkeypatch.setattr(plan, "_said", set())
+    monkeypatch.setattr(warn, "_said", set())
     p = torch.nn.Parameter(torch.ones(2, 2))
     optimizer = fused_opt.LARS([p], lr=0.1, backend=backend)
     p.grad = torch.tensor([[1.0, math.inf], [1.0, 1.0]])

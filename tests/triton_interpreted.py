@@ -12,7 +12,7 @@ from test_parity import CONFIGURATIONS, distance
 from triton import language as tl
 
 import fused_opt
-from fused_opt import backends, plan
+from fused_opt import backends
 from fused_opt.backends import triton as backend
 from fused_opt.extras.noise import normal, philox
 
@@ -354,7 +354,7 @@ def test_what_it_leaves_to_the_reference_and_why():
 
 
 def test_a_nan_stays_in_its_element_and_makes_no_ratio(monkeypatch):
-    monkeypatch.setattr(plan, "_said", set())
+    monkeypatch.setattr(warn, "_said", set())
     a, b, ours, theirs = both("LARS", {"lr": 0.1}, make=lambda dtype: [torch.nn.Parameter(torch.ones(2, 3))])
     for p in (*ours, *theirs):
         p.grad = torch.ones(2, 3)

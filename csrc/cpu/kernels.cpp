@@ -25,7 +25,7 @@ template <class F>
 FUSED_OPT_FN void for_each_strided(const Tensor& tensor, const Operand& operand, int64_t begin, int64_t n, const F& f) {
   int64_t offset = 0;
   int64_t rest = begin;
-  int64_t index[64];
+  int64_t index[kMaxDimensions];
   for (int d = tensor.ndim - 1; d >= 0; --d) {
     index[d] = rest % tensor.sizes[d];
     rest /= tensor.sizes[d];
@@ -187,32 +187,32 @@ FUSED_OPT_FN void prefetch(const Tensor& tensor, int64_t begin, const Operands&.
 
 // The noise of elements [begin, begin + n), n at most kDraw.
 template <class Ahead>
-__attribute__((noinline)) void draw(const Tensor& tensor, const Group& group, const Layer& layer, int64_t begin,
+__attribute__((noinline)) void draw(const Tensor& tensor, const StepArgs& args, const Layer& layer, int64_t begin,
                                     int64_t n, float* z, const Ahead& ahead) {
-  if (!layer.place) {
-    normal(group.seed, layer.index, group.t, static_cast<uint64_t>(begin) / 4, (n + 3) / 4, z,
+  if (!layer.shard) {
+    normal(args.seed, layer.index, args.noise_step, static_cast<uint64_t>(begin) / 4, (n + 3) / 4, z,
            [&](int64_t done) { ahead(begin + done); });
     return;
   }
   alignas(64) float some[kDraw];
   for (int64_t i = 0, m; i < n; i += m) {
     // A shard may begin in the middle of the four elements that share a counter.
-    const int64_t first = in_whole(tensor, *layer.place, begin + i), skipped = first % 4;
-    const int64_t left = layer.place->run - (begin + i) % layer.place->run;
+    const int64_t first = in_whole(tensor, *layer.shard, begin + i), skipped = first % 4;
+    const int64_t left = layer.shard->run - (begin + i) % layer.shard->run;
     m = n - i < kDraw - skipped ? n - i : kDraw - skipped;
     if (left < m) m = left;
-    normal(group.seed, layer.index, group.t, static_cast<uint64_t>(first) / 4, (skipped + m + 3) / 4, some);
+    normal(args.seed, layer.index, args.noise_step, static_cast<uint64_t>(first) / 4, (skipped + m + 3) / 4, some);
     for (int64_t k = 0; k < m; ++k) z[i + k] = some[skipped + k];
   }
 }
 
 // Block by block, for what is not done in one go. Not inlined: its frame would cost every small tensor.
 template <class T, size_t... S, class Rule>
-__attribute__((noinline)) double update_blocks(const Rule& rule, const T lr, const Tensor& tensor, const Group& group,
-                                               const Layer& layer, int64_t begin, int64_t end,
+__attribute__((noinline)) double update_blocks(const Rule& rule, const Factors<T>& by, const Tensor& tensor,
+                                               const StepArgs& args, const Layer& layer, int64_t begin, int64_t end,
                                                std::index_sequence<S...>) {
-  const bool carries = carries_norm(tensor, group), averages = fused_opt::averages(group);
-  const T sigma = static_cast<T>(fused_opt::sigma(tensor, group, layer));
+  const bool carries = carries_norm(tensor, args), averages = fused_opt::averages(args);
+  const T sigma = static_cast<T>(fused_opt::sigma(tensor, args, layer));
   alignas(64) T buffers[3 + sizeof...(S)][kBlock];
   alignas(64) float z[kDraw];
   SumOfSquares weight2;
@@ -221,25 +221,25 @@ __attribute__((noinline)) double update_blocks(const Rule& rule, const T lr, con
     if (averages) prefetch(tensor, begin, tensor.average);
   };
   for_each_block(begin, end, [&](int64_t begin, auto n) {
-    if (group.sigma == 0)
+    if (args.sigma == 0)
       ahead(begin);
     else if (begin % kDraw == 0)
-      draw(tensor, group, layer, begin, end - begin < kDraw ? end - begin : kDraw, z, ahead);
+      draw(tensor, args, layer, begin, end - begin < kDraw ? end - begin : kDraw, z, ahead);
     T* p = load(tensor, tensor.p, begin, n, buffers[0]);
     const T* g = load(tensor, tensor.g, begin, n, buffers[1]);
     T* states[] = {load(tensor, tensor.states[S], begin, n, buffers[2 + S])..., nullptr};
-    apply(rule, lr, static_cast<T>(group.grad_scale), n, p, g, states[S]...);
+    apply(rule, by, n, p, g, states[S]...);
     (store(tensor, tensor.states[S], begin, n, states[S]), ...);
-    if (group.sigma != 0)
+    if (args.sigma != 0)
       for (int64_t k = 0; k < n; ++k) p[k] += sigma * static_cast<T>(z[begin % kDraw + k]);
     store(tensor, tensor.p, begin, n, p);
     if (!averages && !carries) return;
     p = load(tensor, tensor.p, begin, n, buffers[0]);  // what is averaged and summed is what was stored
     if (averages) {
       T* v = load(tensor, tensor.average, begin, n, buffers[2 + sizeof...(S)]);
-      fold(group, n, v, p);
+      fold(args, n, v, p);
       store(tensor, tensor.average, begin, n, v);
-      if (group.write_back) {
+      if (args.write_back) {
         store(tensor, tensor.p, begin, n, p);
         p = load(tensor, tensor.p, begin, n, buffers[0]);
       }
@@ -250,44 +250,44 @@ __attribute__((noinline)) double update_blocks(const Rule& rule, const T lr, con
 }
 
 template <template <class> class Rule, class T, size_t... S>
-double update_as(const Tensor& tensor, const Group& group, const Layer& layer, int64_t begin, int64_t end,
+double update_as(const Tensor& tensor, const StepArgs& args, const Layer& layer, int64_t begin, int64_t end,
                  std::index_sequence<S...> states) {
   // From here on what blocks fetch ahead is worth more than what they cost.
   constexpr int64_t kLong = 8192;
-  const auto rule = make<Rule<T>, T>(group.rule, layer.decay_scale);
-  const T lr = static_cast<T>(group.lr * layer.lr_scale * layer.ratio);
+  const auto rule = make<Rule<T>, T>(args.coefficients);
+  const auto by = factors<T>(args, args.lr, args.grad_scale, layer);
   bool in_one_go = end - begin < kLong && lies_ready<T>(tensor, tensor.p) && lies_ready<T>(tensor, tensor.g) &&
-                   !carries_norm(tensor, group) && !averages(group) && group.sigma == 0;
+                   !carries_norm(tensor, args) && !averages(args) && args.sigma == 0;
   ((in_one_go &= lies_ready<T>(tensor, tensor.states[S])), ...);
-  if (!in_one_go) return update_blocks<T>(rule, lr, tensor, group, layer, begin, end, states);
-  apply(rule, lr, static_cast<T>(group.grad_scale), end - begin, static_cast<T*>(tensor.p.data) + begin,
-        static_cast<const T*>(tensor.g.data) + begin, static_cast<T*>(tensor.states[S].data) + begin...);
+  if (!in_one_go) return update_blocks<T>(rule, by, tensor, args, layer, begin, end, states);
+  apply(rule, by, end - begin, static_cast<T*>(tensor.p.data) + begin, static_cast<const T*>(tensor.g.data) + begin,
+        static_cast<T*>(tensor.states[S].data) + begin...);
   return -1;
 }
 
 template <template <class> class Rule, class T, size_t... S>
-Norms norms_as(const Tensor& tensor, const Group& group, const Layer& layer, int64_t begin, int64_t end, Wanted wanted,
-               std::index_sequence<S...>) {
-  const auto rule = make<Rule<T>, T>(group.rule, layer.decay_scale);
-  const T grad_scale = static_cast<T>(group.grad_scale);
+Norms norms_as(const Tensor& tensor, const StepArgs& args, const Layer& layer, int64_t begin, int64_t end,
+               Wanted wanted, std::index_sequence<S...>) {
+  const auto rule = make<Rule<T>, T>(args.coefficients);
+  const auto by = factors<T>(args, args.lr, args.grad_scale, layer);
   alignas(64) T buffers[3 + sizeof...(S)][kBlock];
   SumOfSquares weight2, grad2, direction2;
   for_each_block(begin, end, [&](int64_t begin, auto n) {
     const T *p = nullptr, *g = nullptr;
-    if (wanted.weight || wanted.direction) prefetch(tensor, begin, tensor.p);
-    if (wanted.grad || wanted.direction) prefetch(tensor, begin, tensor.g);
-    if (wanted.weight || wanted.direction) p = load(tensor, tensor.p, begin, n, buffers[0]);
-    if (wanted.grad || wanted.direction) g = load(tensor, tensor.g, begin, n, buffers[1]);
-    if (wanted.weight) weight2.add(p, n);
-    if (wanted.grad) grad2.add(g, n);
-    if (wanted.direction) {
+    if (wanted & (kWeight | kDirection)) prefetch(tensor, begin, tensor.p);
+    if (wanted & (kGradient | kDirection)) prefetch(tensor, begin, tensor.g);
+    if (wanted & (kWeight | kDirection)) p = load(tensor, tensor.p, begin, n, buffers[0]);
+    if (wanted & (kGradient | kDirection)) g = load(tensor, tensor.g, begin, n, buffers[1]);
+    if (wanted & kWeight) weight2.add(p, n);
+    if (wanted & kGradient) grad2.add(g, n);
+    if (wanted & kDirection) {
       const T* states[] = {load(tensor, tensor.states[S], begin, n, buffers[3 + S])..., nullptr};
-      T* direction = buffers[2];
+      T* directions = buffers[2];
       for (int64_t i = 0; i < n; ++i) {
         T copies[] = {states[S][i]..., T()};  // the step itself moves them
-        direction[i] = rule(p[i], grad_scale * g[i], copies[S]...);
+        directions[i] = direction(rule, by, p[i], g[i], copies[S]...);
       }
-      direction2.add(direction, n);
+      direction2.add(directions, n);
     }
   });
   return {weight2.total(), grad2.total(), direction2.total()};
@@ -295,17 +295,17 @@ Norms norms_as(const Tensor& tensor, const Group& group, const Layer& layer, int
 
 // Arithmetic in float32 whatever the storage, in float64 for float64 parameters.
 template <template <class> class Rule>
-double update(const Tensor& tensor, const Group& group, const Layer& layer, int64_t begin, int64_t end) {
+double update(const Tensor& tensor, const StepArgs& args, const Layer& layer, int64_t begin, int64_t end) {
   constexpr auto states = std::make_index_sequence<Rule<float>::kStates>();
-  return tensor.p.dtype == DType::kFloat64 ? update_as<Rule, double>(tensor, group, layer, begin, end, states)
-                                           : update_as<Rule, float>(tensor, group, layer, begin, end, states);
+  return tensor.p.dtype == DType::kFloat64 ? update_as<Rule, double>(tensor, args, layer, begin, end, states)
+                                           : update_as<Rule, float>(tensor, args, layer, begin, end, states);
 }
 
 template <template <class> class Rule>
-Norms norms(const Tensor& tensor, const Group& group, const Layer& layer, int64_t begin, int64_t end, Wanted wanted) {
+Norms norms(const Tensor& tensor, const StepArgs& args, const Layer& layer, int64_t begin, int64_t end, Wanted wanted) {
   constexpr auto states = std::make_index_sequence<Rule<float>::kStates>();
-  return tensor.p.dtype == DType::kFloat64 ? norms_as<Rule, double>(tensor, group, layer, begin, end, wanted, states)
-                                           : norms_as<Rule, float>(tensor, group, layer, begin, end, wanted, states);
+  return tensor.p.dtype == DType::kFloat64 ? norms_as<Rule, double>(tensor, args, layer, begin, end, wanted, states)
+                                           : norms_as<Rule, float>(tensor, args, layer, begin, end, wanted, states);
 }
 
 template <class T>
@@ -326,14 +326,8 @@ Sums accumulate_as(const Tensor& tensor, int64_t begin, int64_t end) {
   return {part2.total(), tensor.p.data ? total2.total() : part2.total()};
 }
 
-#define FUSED_OPT_KERNEL(name, Rule) {name, Rule<float>::kStates, update<Rule>, norms<Rule>},
+#define FUSED_OPT_KERNEL(name, Rule) {update<Rule>, norms<Rule>},
 constexpr Kernel kKernels[] = {FUSED_OPT_RULES(FUSED_OPT_KERNEL)};
-
-const Kernel* find(const char* rule) {
-  for (const Kernel& kernel : kKernels)
-    if (!std::strcmp(kernel.rule, rule)) return &kernel;
-  return nullptr;
-}
 
 Sums accumulate(const Tensor& tensor, int64_t begin, int64_t end) {
   return tensor.g.dtype == DType::kFloat64 ? accumulate_as<double>(tensor, begin, end)
@@ -347,7 +341,7 @@ Sums accumulate(const Tensor& tensor, int64_t begin, int64_t end) {
 #define FUSED_OPT_NAME_(isa) #isa
 #define FUSED_OPT_NAME(isa) FUSED_OPT_NAME_(isa)
 InstructionSet FUSED_OPT_JOIN(instruction_set_, FUSED_OPT_ISA)(bool (*runs_here)()) {
-  return {FUSED_OPT_NAME(FUSED_OPT_ISA), runs_here, find, accumulate, normal};
+  return {FUSED_OPT_NAME(FUSED_OPT_ISA), runs_here, kKernels, accumulate, normal};
 }
 
 }  // namespace fused_opt::cpu

@@ -98,15 +98,14 @@ void measure(const Kernel& kernel, Table& table, const std::vector<Wanted>& want
              size_t first, size_t last, int threads) {
   for_each_chunk(table, first, last, threads, [&](size_t c, int32_t t, int64_t begin, int64_t end) {
     const Tensor& tensor = table.tensors[t];
-    if (wants[t].weight || wants[t].grad || wants[t].direction)
-      partial[c] = kernel.norms(tensor, table.groups[tensor.group], table.layers[t], begin, end, wants[t]);
+    if (wants[t]) partial[c] = kernel.norms(tensor, table.args[tensor.args], table.layers[t], begin, end, wants[t]);
   });
   in_order(table, first, last, [&](int32_t t, size_t c) {
     Layer& layer = table.layers[t];
     const bool begins = table.chunks[c].begin == 0;
-    if (wants[t].weight) layer.weight_norm2 = (begins ? 0 : layer.weight_norm2) + partial[c].weight2;
-    if (wants[t].grad) layer.grad_norm2 = (begins ? 0 : layer.grad_norm2) + partial[c].grad2;
-    if (wants[t].direction) layer.direction_norm2 = (begins ? 0 : layer.direction_norm2) + partial[c].direction2;
+    if (wants[t] & kWeight) layer.weight_norm2 = (begins ? 0 : layer.weight_norm2) + partial[c].weight2;
+    if (wants[t] & kGradient) layer.grad_norm2 = (begins ? 0 : layer.grad_norm2) + partial[c].grad2;
+    if (wants[t] & kDirection) layer.direction_norm2 = (begins ? 0 : layer.direction_norm2) + partial[c].direction2;
   });
 }
 
@@ -114,10 +113,10 @@ void measure(const Kernel& kernel, Table& table, const std::vector<Wanted>& want
 
 double grad_norm2(const Kernel& kernel, Table& table, int threads) {
   std::vector<double> partial(table.chunks.size());
-  const auto unknown = [&](int32_t t) { return table.layers[t].grad_norm2 == -1; };
+  const auto unknown = [&](int32_t t) { return !is_known(table.layers[t].grad_norm2); };
   for_each_chunk(table, 0, table.chunks.size(), threads, [&](size_t c, int32_t t, int64_t begin, int64_t end) {
     if (unknown(t))
-      partial[c] = kernel.norms(table.tensors[t], Group{}, table.layers[t], begin, end, {false, true, false}).grad2;
+      partial[c] = kernel.norms(table.tensors[t], StepArgs{}, table.layers[t], begin, end, kGradient).grad2;
   });
   std::vector<double> sums(table.tensors.size());
   in_order(table, 0, table.chunks.size(), [&](int32_t t, size_t c) { sums[t] += partial[c]; });
@@ -135,13 +134,13 @@ void norms(const Kernel& kernel, Table& table, bool gradients, bool directions, 
   for (size_t t = 0; t < wants.size(); ++t) {
     if (!table.tensors[t].active) continue;
     Layer& layer = table.layers[t];
-    wants[t] = wanted(table.tensors[t], table.groups[table.tensors[t].group], layer);
-    wants[t].grad |= gradients && layer.grad_norm2 == -1;
-    wants[t].direction &= directions;
+    wants[t] = wanted(table.tensors[t], table.args[table.tensors[t].args], layer);
+    if (gradients && !is_known(layer.grad_norm2)) wants[t] |= kGradient;
+    if (!directions) wants[t] &= ~kDirection;
     if (table.tensors[t].numel) continue;  // no chunk will come
-    if (wants[t].weight) layer.weight_norm2 = 0;
-    if (wants[t].grad) layer.grad_norm2 = 0;
-    if (wants[t].direction) layer.direction_norm2 = 0;
+    if (wants[t] & kWeight) layer.weight_norm2 = 0;
+    if (wants[t] & kGradient) layer.grad_norm2 = 0;
+    if (wants[t] & kDirection) layer.direction_norm2 = 0;
   }
   std::vector<Norms> partial(table.chunks.size());
   measure(kernel, table, wants, partial, 0, partial.size(), threads);
@@ -153,16 +152,16 @@ void step(const Kernel& kernel, Table& table, int threads) {
   bool any = false, carried = false;
   for (size_t t = 0; t < count; ++t) {
     if (!table.tensors[t].active) continue;
-    const Group& group = table.groups[table.tensors[t].group];
-    wants[t] = wanted(table.tensors[t], group, table.layers[t]);
-    any |= wants[t].weight || wants[t].grad || wants[t].direction;
-    carried |= carries_norm(table.tensors[t], group);
-    table.layers[t].ratio =
-        has_ratio(table.tensors[t], group) ? std::min(group.cap, 1.0) : 1;          // empty tensors keep it,
-    if (!carries_norm(table.tensors[t], group)) table.layers[t].weight_norm2 = -1;  // nobody sums what this step writes
+    const StepArgs& args = table.args[table.tensors[t].args];
+    wants[t] = wanted(table.tensors[t], args, table.layers[t]);
+    any |= wants[t] != 0;
+    carried |= carries_norm(table.tensors[t], args);
+    table.layers[t].ratio = has_ratio(table.tensors[t], args) ? std::min(args.cap, 1.0) : 1;  // empty tensors keep it,
+    if (!carries_norm(table.tensors[t], args))
+      table.layers[t].weight_norm2 = kUnknown;  // nobody sums what this step writes
     table.layers[t].finite = true;
     if (!table.tensors[t].numel && table.layers[t].weight_norm2 > 0) {  // but for empty shards of others that are not
-      table.layers[t].ratio = trust_ratio(group, group.grad_scale, table.layers[t]);
+      table.layers[t].ratio = trust_ratio(args, args.grad_scale, table.layers[t]);
       table.layers[t].weight_norm2 = 0;
     }
   }
@@ -173,13 +172,13 @@ void step(const Kernel& kernel, Table& table, int threads) {
     for (size_t c = first; carried && c < last; ++c) {
       const int32_t t = table.chunks[c].tensor;
       if (!table.tensors[t].active) continue;
-      const Group& group = table.groups[table.tensors[t].group];
-      if (table.chunks[c].begin == 0 && has_ratio(table.tensors[t], group))
-        table.layers[t].ratio = trust_ratio(group, group.grad_scale, table.layers[t]);
+      const StepArgs& args = table.args[table.tensors[t].args];
+      if (table.chunks[c].begin == 0 && has_ratio(table.tensors[t], args))
+        table.layers[t].ratio = trust_ratio(args, args.grad_scale, table.layers[t]);
     }
     for_each_chunk(table, first, last, threads, [&](size_t c, int32_t t, int64_t begin, int64_t end) {
       const Tensor& tensor = table.tensors[t];
-      const double sum = kernel.update(tensor, table.groups[tensor.group], table.layers[t], begin, end);
+      const double sum = kernel.update(tensor, table.args[tensor.args], table.layers[t], begin, end);
       if (carried) weight2[c] = sum;
     });
   };
@@ -192,11 +191,11 @@ void step(const Kernel& kernel, Table& table, int threads) {
       update(first, last);
     }
     for (size_t t = 0; t < count; ++t)
-      if (wants[t].direction) table.layers[t].direction_norm2 = -1;
+      if (wants[t] & kDirection) table.layers[t].direction_norm2 = kUnknown;
   }
   if (!carried) return;
   in_order(table, 0, chunks, [&](int32_t t, size_t c) {
-    if (!carries_norm(table.tensors[t], table.groups[table.tensors[t].group])) return;
+    if (!carries_norm(table.tensors[t], table.args[table.tensors[t].args])) return;
     if (table.chunks[c].begin == 0) table.layers[t].weight_norm2 = 0;
     table.layers[t].weight_norm2 += weight2[c];
   });

@@ -7,17 +7,15 @@
 
 namespace fused_opt::cpu {
 
-struct Norms {
-  double weight2 = 0, grad2 = 0, direction2 = 0;
-};
+// Work is cut into chunks of this many elements. Sums are formed chunk by chunk and added in the order of the chunks,
+// so their bits depend on this number and not on which thread computed which chunk.
+constexpr int64_t kChunk = 16384;
 
 // The part of a step that is compiled once per instruction set (kernels.cpp). All work on elements [begin, end).
 struct Kernel {
-  const char* rule;
-  int states;
   // Writes the parameter and its states; returns the sum of squares of the new weights where somebody will want it.
-  double (*update)(const Tensor&, const Group&, const Layer&, int64_t begin, int64_t end);
-  Norms (*norms)(const Tensor&, const Group&, const Layer&, int64_t begin, int64_t end, Wanted);
+  double (*update)(const Tensor&, const StepArgs&, const Layer&, int64_t begin, int64_t end);
+  Norms (*norms)(const Tensor&, const StepArgs&, const Layer&, int64_t begin, int64_t end, Wanted);
 };
 struct Sums {
   double part2 = 0, total2 = 0;
@@ -25,7 +23,7 @@ struct Sums {
 struct InstructionSet {
   const char* name;
   bool (*runs_here)();
-  const Kernel* (*find)(const char* rule);  // null where there is no such rule
+  const Kernel* kernels;  // by rule, in the order of kRules
   // p += g, with the sums of squares of g and of the new p; p without data: only g's, in both.
   Sums (*accumulate)(const Tensor&, int64_t begin, int64_t end);
   // The noise of elements [4 * begin, 4 * (begin + n)), n a multiple of 32.
@@ -44,7 +42,7 @@ struct Chunk {
 struct Table {
   std::vector<Tensor> tensors;
   std::vector<Layer> layers;  // one per tensor
-  std::vector<Group> groups;
+  std::vector<StepArgs> args;
   std::vector<Chunk> chunks;
   std::vector<size_t> windows;  // runs of whole tensors, as indices into `chunks`, whose second read finds the cache
   void cut();                   // fills `chunks` and `windows`; call it when tensors changed

@@ -1,6 +1,6 @@
-// What the kernels do. `Where` says which block this is and how its threads wait for each other: `each(f)` calls f for
-// every thread of the block and waits, `one(f)` for one. On a GPU a thread calls its own f; on the host they are a
-// loop.
+// What the kernels do. `Where` says which block this is and how its threads wait for each other: `all_threads(f)` calls
+// f for every thread of the block and waits, `one_thread(f)` for one. On a GPU a thread calls its own f; on the host
+// they are a loop.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -34,7 +34,7 @@ template <class Where>
 FUSED_OPT_FN void sum_lanes(const Where& where, Norms* lanes) {
   FUSED_OPT_ROLLED
   for (int width = kThreads / 2; width; width /= 2)
-    where.each([&](int thread) {
+    where.all_threads([&](int thread) {
       if (thread < width) lanes[thread] += lanes[thread + width];
     });
 }
@@ -42,7 +42,7 @@ FUSED_OPT_FN void sum_lanes(const Where& where, Norms* lanes) {
 // Sums n partial sums in lanes[0], in an order that only n decides.
 template <class Where, class At>
 FUSED_OPT_FN void sum_all(const Where& where, Norms* lanes, int64_t n, const At& at) {
-  where.each([&](int thread) {
+  where.all_threads([&](int thread) {
     Norms sum;
     FUSED_OPT_ROLLED
     for (int64_t k = thread; k < n; k += kThreads) sum += at(k);
@@ -59,10 +59,11 @@ struct Shared {
   Entry entry;
   Now now;
   Row row;
-  int64_t first, next;  // its pieces
+  int64_t first, next;  // its chunks
   Norms lanes[kThreads];
   Rule rule;
-  T lr, grad_scale, sigma;
+  Factors<T> by;
+  T sigma;
   int head;
   bool carries, averages, noisy;
   bool kept, counts, last, all;  // see walk()
@@ -73,14 +74,14 @@ FUSED_OPT_FN double clip_factor(double norm, double limit) {
   return clip > 1 ? 1 : clip;
 }
 
-FUSED_OPT_FN double full_scale(const Signals& signals, double grad_scale) {
-  double scale = signals.grad_scale ? 1 / static_cast<double>(fetch(signals.grad_scale)) : 1;
-  if (signals.norm2) scale *= clip_factor(scale * square_root(fetch(signals.norm2)), signals.max_norm);
+FUSED_OPT_FN double full_scale(const DeviceScalars& scalars, double grad_scale) {
+  double scale = scalars.grad_scale ? 1 / static_cast<double>(fetch(scalars.grad_scale)) : 1;
+  if (scalars.norm2) scale *= clip_factor(scale * square_root(fetch(scalars.norm2)), scalars.max_norm);
   return grad_scale * scale;
 }
 
 FUSED_OPT_FN double grad_norm2(const Launch& launch, const Now& now, int64_t t) {
-  return now.grad_norm2 != -1 ? now.grad_norm2 : fetch(&launch.norms[t].grad2);
+  return is_known(now.grad_norm2) ? now.grad_norm2 : fetch(&launch.norms[t].grad2);
 }
 
 // Copies as words, by all threads.
@@ -103,26 +104,26 @@ template <class Rule, class T>
 FUSED_OPT_FN void prepare(const Launch& launch, int64_t t, Shared<Rule, T>& shared) {
   Tensor& tensor = shared.entry.tensor;
   tensor.g.data = shared.now.g;
-  Group& group = shared.row.group;
+  StepArgs& args = shared.row.args;
   Layer& layer = shared.entry.layer;
-  if (shared.entry.step) unbias(group.rule, static_cast<double>(fetch(shared.entry.step)) + 1);
-  const double grad_scale = full_scale(launch.signals, group.grad_scale);
-  shared.rule = make<Rule, T>(group.rule, layer.decay_scale);
-  shared.grad_scale = static_cast<T>(grad_scale);
+  if constexpr (Rule::kCountsSteps)
+    if (shared.entry.step) Rule::at_step(args.coefficients, static_cast<double>(fetch(shared.entry.step)) + 1);
+  const double grad_scale = full_scale(launch.scalars, args.grad_scale);
+  shared.rule = make<Rule, T>(args.coefficients);
 
   const Norms norms = fetch_norms(&launch.norms[t]);
   layer.weight_norm2 = norms.weight2;
   layer.grad_norm2 = grad_norm2(launch, shared.now, t);
   layer.direction_norm2 = norms.direction2;
   layer.part_norms = shared.now.part_norms;
-  layer.ratio = has_ratio(tensor, group) ? trust_ratio(group, grad_scale, layer) : 1;
-  double lr[1] = {group.lr};
+  layer.ratio = has_ratio(tensor, args) ? trust_ratio(args, grad_scale, layer) : 1;
+  double lr[1] = {args.lr};
   if (shared.row.lr.data) load(shared.row.lr, 0, lr);
-  shared.lr = static_cast<T>(lr[0] * layer.lr_scale * layer.ratio);
-  shared.sigma = static_cast<T>(sigma(tensor, group, layer));
-  shared.noisy = group.sigma != 0;
-  shared.carries = carries_norm(tensor, group);
-  shared.averages = averages(group);
+  shared.by = factors<T>(args, lr[0], grad_scale, layer);
+  shared.sigma = static_cast<T>(sigma(tensor, args, layer));
+  shared.noisy = args.sigma != 0;
+  shared.carries = carries_norm(tensor, args);
+  shared.averages = averages(args);
 
   Operand operands[3 + Rule::kStates] = {tensor.p, tensor.g};
   for (int s = 0; s < Rule::kStates; ++s) operands[2 + s] = tensor.states[s];
@@ -132,12 +133,12 @@ FUSED_OPT_FN void prepare(const Launch& launch, int64_t t, Shared<Rule, T>& shar
 }
 
 template <int V, class T>
-FUSED_OPT_FN void add_noise(const Group& group, const Layer& layer, T sigma, int64_t i, T (&p)[V]) {
+FUSED_OPT_FN void add_noise(const StepArgs& args, const Layer& layer, T sigma, int64_t i, T (&p)[V]) {
   FUSED_OPT_UNROLL
   for (int k = 0; k < V; k += 4) {
     const uint64_t counter = static_cast<uint64_t>(i + k) / 4;
-    uint64_t c0 = counter & 0xFFFFFFFF, c1 = counter >> 32, c2 = layer.index, c3 = group.t;
-    philox<OneLane>(c0, c1, c2, c3, static_cast<uint32_t>(group.seed), static_cast<uint32_t>(group.seed >> 32));
+    uint64_t c0 = counter & 0xFFFFFFFF, c1 = counter >> 32, c2 = layer.index, c3 = args.noise_step;
+    philox<OneLane>(c0, c1, c2, c3, static_cast<uint32_t>(args.seed), static_cast<uint32_t>(args.seed >> 32));
     float z[4];
     box_muller(static_cast<uint32_t>(c0), static_cast<uint32_t>(c1), z[0], z[1]);
     box_muller(static_cast<uint32_t>(c2), static_cast<uint32_t>(c3), z[2], z[3]);
@@ -166,16 +167,16 @@ FUSED_OPT_FN void step_some(const Shared<Rule, T>& shared, int64_t i, Norms& sum
   convert(tensor.g, at[1], raw[1], g);
   (convert(tensor.states[S], at[2 + S], raw[2 + S], states[S]), ...);
 
-  apply(shared.rule, shared.lr, shared.grad_scale, V, p, g, states[S]...);
+  apply(shared.rule, shared.by, V, p, g, states[S]...);
   (store(tensor.states[S], at[2 + S], states[S]), ...);
-  if (shared.noisy) add_noise(shared.row.group, shared.entry.layer, shared.sigma, i, p);
+  if (shared.noisy) add_noise(shared.row.args, shared.entry.layer, shared.sigma, i, p);
   store(tensor.p, at[0], p);
   if (shared.averages) {
     T v[V];
     load(tensor.average, at[kAverage], v);
-    fold(shared.row.group, V, v, p);
+    fold(shared.row.args, V, v, p);
     store(tensor.average, at[kAverage], v);
-    if (shared.row.group.write_back) store(tensor.p, at[0], p);
+    if (shared.row.args.write_back) store(tensor.p, at[0], p);
   }
   if (shared.carries) add_squares(p, sums.weight2);
 }
@@ -187,14 +188,14 @@ FUSED_OPT_FN void sum_some(const Shared<Rule, T>& shared, int64_t i, Norms& sums
   locate<V>(tensor, i, at, slots);
   T p[V], g[V];
   if (shared.now.wanted & (kWeight | kDirection)) load(tensor.p, at[0], p);
-  if (shared.now.wanted & (kGrad | kDirection)) load(tensor.g, at[1], g);
+  if (shared.now.wanted & (kGradient | kDirection)) load(tensor.g, at[1], g);
   if (shared.now.wanted & kWeight) add_squares(p, sums.weight2);
-  if (shared.now.wanted & kGrad) add_squares(g, sums.grad2);
+  if (shared.now.wanted & kGradient) add_squares(g, sums.grad2);
   if (shared.now.wanted & kDirection) {
     T states[sizeof...(S) + 1][V];
     (load(tensor.states[S], at[2 + S], states[S]), ...);
     FUSED_OPT_UNROLL
-    for (int k = 0; k < V; ++k) p[k] = shared.rule(p[k], shared.grad_scale * g[k], states[S][k]...);
+    for (int k = 0; k < V; ++k) p[k] = direction(shared.rule, shared.by, p[k], g[k], states[S][k]...);
     add_squares(p, sums.direction2);
   }
 }
@@ -210,30 +211,30 @@ FUSED_OPT_FN void for_each(int64_t begin, int32_t n, int head, int thread, const
     scalar(begin + (k < s.first ? k : s.last + k - s.first));
 }
 
-// How many elements lie in `pieces` pieces from element `begin` on.
-FUSED_OPT_FN int32_t elements(const Tensor& tensor, int64_t begin, int64_t pieces) {
+// How many elements lie in `chunks` chunks from element `begin` on.
+FUSED_OPT_FN int32_t elements(const Tensor& tensor, int64_t begin, int64_t chunks) {
   const int64_t left = tensor.numel - begin;
-  return static_cast<int32_t>(left < pieces * kPiece ? left : pieces * kPiece);
+  return static_cast<int32_t>(left < chunks * kChunk ? left : chunks * kChunk);
 }
 
-// Walks the pieces of this block, tensor by tensor. `work(begin, n, thread, sums)` does n elements; where `keeps`, its
-// sums are kept for every piece, and the last block to arrive at a tensor adds them up in shared.lanes[0] and calls
+// Walks the chunks of this block, tensor by tensor. `work(begin, n, thread, sums)` does n elements; where `keeps`, its
+// sums are kept for every chunk, and the last block to arrive at a tensor adds them up in shared.lanes[0] and calls
 // `finish(t)`.
 template <class Rule, class T, class Where, class Keeps, class Work, class Finish>
 FUSED_OPT_FN void walk(const Where& where, const Launch& launch, Shared<Rule, T>& shared, const Keeps& keeps,
                        const Work& work, const Finish& finish) {
-  int64_t piece = first_piece(launch.pieces, where.block(), where.blocks());
-  const int64_t end = first_piece(launch.pieces, where.block() + 1, where.blocks());
-  for (int64_t t = find(launch.first, launch.count, piece); piece < end; ++t) {
-    const int64_t begin = piece, next = launch.first[t + 1], stop = next < end ? next : end;
-    piece = stop;
+  int64_t chunk = first_chunk(launch.chunks, where.block(), where.blocks());
+  const int64_t end = first_chunk(launch.chunks, where.block() + 1, where.blocks());
+  for (int64_t t = find(launch.first, launch.count, chunk); chunk < end; ++t) {
+    const int64_t begin = chunk, next = launch.first[t + 1], stop = next < end ? next : end;
+    chunk = stop;
     if (launch.now[t].row < 0) continue;
-    where.each([&](int thread) {
+    where.all_threads([&](int thread) {
       copy_words(&launch.entries[t], &shared.entry, thread);
       copy_words(&launch.now[t], &shared.now, thread);
       copy_words(&launch.rows[launch.now[t].row], &shared.row, thread);
     });
-    where.one([&] {
+    where.one_thread([&] {
       prepare(launch, t, shared);
       shared.first = launch.first[t];
       shared.next = launch.first[t + 1];
@@ -245,18 +246,18 @@ FUSED_OPT_FN void walk(const Where& where, const Launch& launch, Shared<Rule, T>
     const int64_t longest = shared.kept ? 1 : kLongest;
     FUSED_OPT_ROLLED
     for (int64_t k = begin; k < stop; k += longest) {
-      where.each([&](int thread) {
+      where.all_threads([&](int thread) {
         Norms sums;
-        const int64_t from = (k - shared.first) * kPiece;
+        const int64_t from = (k - shared.first) * kChunk;
         work(from, elements(shared.entry.tensor, from, stop - k < longest ? stop - k : longest), thread, sums);
         if (shared.kept) shared.lanes[thread] = sums;
       });
       if (!shared.kept) continue;
       sum_lanes(where, shared.lanes);
-      where.one([&] { launch.partial[k] = shared.lanes[0]; });
+      where.one_thread([&] { launch.partial[k] = shared.lanes[0]; });
     }
     if (!shared.counts) continue;
-    where.one([&] { shared.last = where.arrive(&launch.arrived[t], stop - begin, shared.next - shared.first); });
+    where.one_thread([&] { shared.last = where.arrive(&launch.arrived[t], stop - begin, shared.next - shared.first); });
     if (!shared.last) continue;
     if (shared.kept)
       sum_all(where, shared.lanes, shared.next - shared.first,
@@ -267,7 +268,7 @@ FUSED_OPT_FN void walk(const Where& where, const Launch& launch, Shared<Rule, T>
 
 template <template <class> class Rule, class T, class Where>
 FUSED_OPT_FN void update(const Where& where, const Launch& launch, Shared<Rule<T>, T>& shared) {
-  if (launch.signals.found_inf && fetch(launch.signals.found_inf) != 0) return;
+  if (launch.scalars.found_inf && fetch(launch.scalars.found_inf) != 0) return;
   constexpr auto states = std::make_index_sequence<Rule<T>::kStates>();
   walk(
       where, launch, shared, [&] { return shared.carries; },
@@ -277,7 +278,7 @@ FUSED_OPT_FN void update(const Where& where, const Launch& launch, Shared<Rule<T
             [&](int64_t i) { step_some<1>(shared, i, sums, states); });
       },
       [&](int64_t t) {
-        where.one([&] {
+        where.one_thread([&] {
           if (shared.kept) launch.norms[t].weight2 = shared.lanes[0].weight2;
           if (shared.entry.step) put(shared.entry.step, fetch(shared.entry.step) + 1);
         });
@@ -296,10 +297,10 @@ FUSED_OPT_FN void norms(const Where& where, const Launch& launch, Shared<Rule<T>
             [&](int64_t i) { sum_some<1>(shared, i, sums, states); });
       },
       [&](int64_t t) {
-        where.one([&] {
+        where.one_thread([&] {
           Norms& of_tensor = launch.norms[t];
           if (shared.now.wanted & kWeight) of_tensor.weight2 = shared.lanes[0].weight2;
-          if (shared.now.wanted & kGrad) of_tensor.grad2 = shared.lanes[0].grad2;
+          if (shared.now.wanted & kGradient) of_tensor.grad2 = shared.lanes[0].grad2;
           if (shared.now.wanted & kDirection) of_tensor.direction2 = shared.lanes[0].direction2;
           shared.all = launch.total && where.arrive(&launch.arrived[launch.count], 1, launch.active);
         });
@@ -309,9 +310,9 @@ FUSED_OPT_FN void norms(const Where& where, const Launch& launch, Shared<Rule<T>
           if (launch.now[k].row >= 0) of_tensor.grad2 = grad_norm2(launch, launch.now[k], k);
           return of_tensor;
         });
-        where.one([&] {
-          const double others = launch.add ? fetch(launch.signals.norm2) : 0;
-          put(launch.signals.norm2, others + shared.lanes[0].grad2);
+        where.one_thread([&] {
+          const double others = launch.add ? fetch(launch.scalars.norm2) : 0;
+          put(launch.scalars.norm2, others + shared.lanes[0].grad2);
         });
       });
 }
@@ -321,8 +322,8 @@ FUSED_OPT_FN void accumulate(const Where& where, const Accumulation& work, Norms
   const Tensor& tensor = work.tensor;
   const Operand operands[] = {tensor.p, tensor.g};
   const int head = peel<T>(operands, tensor.flat);
-  const int64_t begin = first_piece(work.pieces, where.block(), where.blocks());
-  const int64_t end = first_piece(work.pieces, where.block() + 1, where.blocks());
+  const int64_t begin = first_chunk(work.chunks, where.block(), where.blocks());
+  const int64_t end = first_chunk(work.chunks, where.block() + 1, where.blocks());
   const auto add = [&](int64_t i, auto& p, auto& g, Norms& sums) {
     load(tensor.g, i, g);
     add_squares(g, sums.grad2);
@@ -334,11 +335,11 @@ FUSED_OPT_FN void accumulate(const Where& where, const Accumulation& work, Norms
     add_squares(p, sums.weight2);
   };
   FUSED_OPT_ROLLED
-  for (int64_t piece = begin; piece < end; ++piece) {
-    where.each([&](int thread) {
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    where.all_threads([&](int thread) {
       Norms sums;
       for_each<T>(
-          piece * kPiece, elements(tensor, piece * kPiece, 1), head, thread,
+          chunk * kChunk, elements(tensor, chunk * kChunk, 1), head, thread,
           [&](int64_t i) {
             T p[kVector<T>], g[kVector<T>];
             add(i, p, g, sums);
@@ -350,12 +351,12 @@ FUSED_OPT_FN void accumulate(const Where& where, const Accumulation& work, Norms
       lanes[thread] = sums;
     });
     sum_lanes(where, lanes);
-    where.one([&] { work.partial[piece] = lanes[0]; });
+    where.one_thread([&] { work.partial[chunk] = lanes[0]; });
   }
-  where.one([&] { last = begin < end && where.arrive(work.arrived, end - begin, work.pieces); });
+  where.one_thread([&] { last = begin < end && where.arrive(work.arrived, end - begin, work.chunks); });
   if (!last) return;
-  sum_all(where, lanes, work.pieces, [&](int64_t k) { return fetch_norms(&work.partial[k]); });
-  where.one([&] {
+  sum_all(where, lanes, work.chunks, [&](int64_t k) { return fetch_norms(&work.partial[k]); });
+  where.one_thread([&] {
     work.sums[0] = lanes[0].grad2;
     work.sums[1] = tensor.p.data ? lanes[0].weight2 : lanes[0].grad2;
   });

@@ -29,17 +29,17 @@ struct Relaxed {
 };
 
 // Where a thread of a kernel is. Its functions are for kernels alone; nvcc wants to see them on both sides.
-struct Place {
+struct Block {
 #ifdef __CUDA_ARCH__
   __device__ int64_t block() const { return blockIdx.x; }
   __device__ int64_t blocks() const { return gridDim.x; }
   template <class F>
-  __device__ void each(const F& f) const {
+  __device__ void all_threads(const F& f) const {
     f(static_cast<int>(threadIdx.x));
     __syncthreads();
   }
   template <class F>
-  __device__ void one(const F& f) const {
+  __device__ void one_thread(const F& f) const {
     if (threadIdx.x == 0) f();
     __syncthreads();
   }
@@ -56,9 +56,9 @@ struct Place {
   __host__ int64_t block() const { return 0; }
   __host__ int64_t blocks() const { return 0; }
   template <class F>
-  __host__ void each(const F&) const {}
+  __host__ void all_threads(const F&) const {}
   template <class F>
-  __host__ void one(const F&) const {}
+  __host__ void one_thread(const F&) const {}
   __host__ bool arrive(uint64_t*, int64_t, int64_t) const { return false; }
 #endif
 };
@@ -74,30 +74,30 @@ template <template <class> class Rule, class T>
 __global__ void __launch_bounds__(kThreads, (kBlocks<Rule<T>, T>))
     update_kernel(const __grid_constant__ Launch launch) {
   __shared__ alignas(16) unsigned char shared[sizeof(Shared<Rule<T>, T>)];
-  update<Rule, T>(Place(), launch, *reinterpret_cast<Shared<Rule<T>, T>*>(shared));
+  update<Rule, T>(Block(), launch, *reinterpret_cast<Shared<Rule<T>, T>*>(shared));
 }
 
 template <template <class> class Rule, class T>
 __global__ void __launch_bounds__(kThreads, (kBlocks<Rule<T>, T>)) norms_kernel(const __grid_constant__ Launch launch) {
   __shared__ alignas(16) unsigned char shared[sizeof(Shared<Rule<T>, T>)];
-  norms<Rule, T>(Place(), launch, *reinterpret_cast<Shared<Rule<T>, T>*>(shared));
+  norms<Rule, T>(Block(), launch, *reinterpret_cast<Shared<Rule<T>, T>*>(shared));
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) accumulate_kernel(const __grid_constant__ Accumulation work) {
   __shared__ alignas(16) unsigned char lanes[kThreads * sizeof(Norms)];
   __shared__ bool last;
-  accumulate<T>(Place(), work, reinterpret_cast<Norms*>(lanes), last);
+  accumulate<T>(Block(), work, reinterpret_cast<Norms*>(lanes), last);
 }
 
-// Launches as many blocks as can be on the GPU at once, or as there are pieces.
+// Launches as many blocks as can be on the GPU at once, or as there are chunks.
 template <class Argument>
 void launch(void (*kernel)(Argument), const Argument& argument, void* stream) {
   int device = 0, processors = 0, blocks = 0;
   check(cudaGetDevice(&device), "say which GPU is used");
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "look at the GPU");
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0), "look at a kernel");
-  const int64_t grid = std::min<int64_t>(argument.pieces, static_cast<int64_t>(processors) * std::max(blocks, 1));
+  const int64_t grid = std::min<int64_t>(argument.chunks, static_cast<int64_t>(processors) * std::max(blocks, 1));
   kernel<<<static_cast<unsigned>(grid), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(argument);
   check(cudaGetLastError(), "launch a kernel");
 }

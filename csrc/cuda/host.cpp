@@ -16,16 +16,16 @@ std::atomic<bool> host_threads{false};
 
 namespace {
 
-struct Place {
+struct Block {
   int64_t block_, blocks_;
   int64_t block() const { return block_; }
   int64_t blocks() const { return blocks_; }
   template <class F>
-  void each(const F& f) const {
+  void all_threads(const F& f) const {
     for (int thread = 0; thread < kThreads; ++thread) f(thread);
   }
   template <class F>
-  void one(const F& f) const {
+  void one_thread(const F& f) const {
     f();
   }
   bool arrive(uint64_t* counter, int64_t n, int64_t all) const {
@@ -39,34 +39,34 @@ template <class F>
 void run(const F& block) {
   const int64_t blocks = host_blocks;
   if (!host_threads) {
-    for (int64_t b = blocks; b-- > 0;) block(Place{b, blocks});  // backwards: the order must not matter
+    for (int64_t b = blocks; b-- > 0;) block(Block{b, blocks});  // backwards: the order must not matter
     return;
   }
   std::vector<std::thread> threads;
-  for (int64_t b = 0; b < blocks; ++b) threads.emplace_back([&block, b, blocks] { block(Place{b, blocks}); });
+  for (int64_t b = 0; b < blocks; ++b) threads.emplace_back([&block, b, blocks] { block(Block{b, blocks}); });
   for (auto& thread : threads) thread.join();
 }
 
 template <template <class> class Rule, class T>
 void update_as(const Launch& launch) {
-  run([&](const Place& place) {
+  run([&](const Block& block) {
     Shared<Rule<T>, T> shared;
-    update<Rule, T>(place, launch, shared);
+    update<Rule, T>(block, launch, shared);
   });
 }
 template <template <class> class Rule, class T>
 void norms_as(const Launch& launch) {
-  run([&](const Place& place) {
+  run([&](const Block& block) {
     Shared<Rule<T>, T> shared;
-    norms<Rule, T>(place, launch, shared);
+    norms<Rule, T>(block, launch, shared);
   });
 }
 template <class T>
 void accumulate_as(const Accumulation& work) {
-  run([&](const Place& place) {
+  run([&](const Block& block) {
     Norms lanes[kThreads];
     bool last = false;
-    accumulate<T>(place, work, lanes, last);
+    accumulate<T>(block, work, lanes, last);
   });
 }
 
@@ -93,15 +93,6 @@ const Machine& host() {
       [](bool wide, const Accumulation& work, void*) { (wide ? accumulate_as<double> : accumulate_as<float>)(work); },
   };
   return machine;
-}
-
-int rule_index(const char* rule) {
-  int index = 0;
-#define FUSED_OPT_INDEX(name, Rule)           \
-  if (!std::strcmp(rule, name)) return index; \
-  ++index;
-  FUSED_OPT_RULES(FUSED_OPT_INDEX)
-  return -1;
 }
 
 #ifndef FUSED_OPT_CUDA

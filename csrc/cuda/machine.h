@@ -11,7 +11,7 @@ namespace fused_opt::cuda {
 
 struct Staging;  // memory that a copy may still be reading when the next one is prepared
 
-// A kernel by rule, in FUSED_OPT_RULES' order; `wide`: float64 arithmetic. Everything goes to a stream in its order.
+// A kernel by rule, in the order of kRules; `wide`: float64 arithmetic. Everything goes to a stream in its order.
 // Errors are std::runtime_error in words.
 struct Machine {
   void* (*allocate)(size_t bytes);  // filled with 0
@@ -31,7 +31,5 @@ const Machine& host();
 const Machine& gpu();                 // once unavailable() is empty
 void use(int device);                 // makes a GPU the one that `gpu` is
 std::string unavailable(int device);  // why the GPU of that number cannot be used, or nothing; -1: any
-
-int rule_index(const char* rule);  // -1: there is no such rule
 
 }  // namespace fused_opt::cuda

@@ -9,28 +9,28 @@ namespace fused_opt::cuda {
 
 constexpr int kThreads = 128;
 
-// A tensor is cut into pieces of this many elements, an empty one into one piece. Sums are formed piece by piece and
-// added in an order that only the number of pieces decides, so their bits do not depend on the number of blocks.
-constexpr int64_t kPiece = 4096;
+// A tensor is cut into chunks of this many elements, an empty one into one chunk. Sums are formed chunk by chunk and
+// added in an order that only the number of chunks decides, so their bits do not depend on the number of blocks.
+constexpr int64_t kChunk = 4096;
 constexpr int64_t kLongest =
-    (int64_t{1} << 30) / kPiece;  // pieces that are walked at once: 32 bits count their elements
+    (int64_t{1} << 30) / kChunk;  // chunks that are walked at once: 32 bits count their elements
 
-FUSED_OPT_FN int64_t pieces_of(int64_t numel) {
-  return numel > kPiece ? (numel - 1) / kPiece + 1 : 1;
+FUSED_OPT_FN int64_t chunks_of(int64_t numel) {
+  return numel > kChunk ? (numel - 1) / kChunk + 1 : 1;
 }
 
-// The first piece of a block: blocks take runs of pieces, of equal length to within one.
-FUSED_OPT_FN int64_t first_piece(int64_t pieces, int64_t block, int64_t blocks) {
-  const int64_t longer = pieces % blocks;
-  return pieces / blocks * block + (block < longer ? block : longer);
+// The first chunk of a block: blocks take runs of chunks, of equal length to within one.
+FUSED_OPT_FN int64_t first_chunk(int64_t chunks, int64_t block, int64_t blocks) {
+  const int64_t longer = chunks % blocks;
+  return chunks / blocks * block + (block < longer ? block : longer);
 }
 
-// Which tensor a piece belongs to: the last one whose first piece is not after it.
-FUSED_OPT_FN int64_t find(const int64_t* first, int64_t count, int64_t piece) {
+// Which tensor a chunk belongs to: the last one whose first chunk is not after it.
+FUSED_OPT_FN int64_t find(const int64_t* first, int64_t count, int64_t chunk) {
   int64_t low = 0, high = count - 1;
   while (low < high) {
     const int64_t middle = (low + high + 1) / 2;
-    if (first[middle] <= piece)
+    if (first[middle] <= chunk)
       low = middle;
     else
       high = middle - 1;
@@ -68,12 +68,7 @@ FUSED_OPT_FN Span span(int32_t n, int head) {
   return {head, head + (n - head) / kVector<T> * kVector<T>};
 }
 
-struct Norms {
-  double weight2 = 0, grad2 = 0, direction2 = 0;
-};
-constexpr uint32_t kWeight = 1, kGrad = 2, kDirection = 4;  // which of them are wanted
-
-// A tensor, made when something moved. Its `g`, `group` and `active` are in Now, its layer's norms in Norms.
+// A tensor, made when something moved. Its `g`, `args` and `active` are in Now, its layer's norms in Norms.
 struct Entry {
   Tensor tensor;
   Layer layer;
@@ -84,17 +79,17 @@ struct Entry {
 struct Now {
   void* g = nullptr;
   int32_t row = -1;  // -1: it has no gradient
-  uint32_t wanted = 0;
-  double part_norms = -1, grad_norm2 = -1;  // where the host knows them
+  Wanted wanted = 0;
+  double part_norms = kUnknown, grad_norm2 = kUnknown;  // where the host knows them
 };
 
 struct Row {
-  Group group;
+  StepArgs args;
   Operand lr;  // where it is in device memory, if it is
 };
 
 // What of a step's scale is in device memory.
-struct Signals {
+struct DeviceScalars {
   const float* found_inf = nullptr;   // not 0: nothing is done and nothing counted
   const float* grad_scale = nullptr;  // what the gradients were multiplied with
   double* norm2 = nullptr;            // sum of squares of all gradients
@@ -102,22 +97,22 @@ struct Signals {
 };
 
 struct Launch {
-  int64_t count, pieces, active;
+  int64_t count, chunks, active;
   const Entry* entries;
-  const int64_t* first;  // pieces before each tensor, and all of them at the end
+  const int64_t* first;  // chunks before each tensor, and all of them at the end
   const Now* now;
   const Row* rows;
-  Norms *norms, *partial;  // of the tensors; of the pieces, for the length of a launch
+  Norms *norms, *partial;  // of the tensors; of the chunks, for the length of a launch
   double* ratios;
-  uint64_t* arrived;  // pieces of each tensor that are done, and tensors that are: 0 between launches
-  Signals signals;
-  bool total = false, add = false;  // what the sums of the gradients are for: signals.norm2, with what is there or not
+  uint64_t* arrived;  // chunks of each tensor that are done, and tensors that are: 0 between launches
+  DeviceScalars scalars;
+  bool total = false, add = false;  // what the sums of the gradients are for: scalars.norm2, with what is there or not
 };
 
 // total += part.
 struct Accumulation {
   Tensor tensor;  // p: the total, or nothing; g: the part
-  int64_t pieces;
+  int64_t chunks;
   Norms* partial;
   double* sums;  // of the part, of the total
   uint64_t* arrived;

@@ -5,81 +5,83 @@
 #include <memory>
 #include <vector>
 
-#include "../cuda/plan.h"
+#include "../cuda/bucket.h"
 #include "bucket.h"
 
 namespace fused_opt {
 namespace {
 
-// Where tensors are that are not stepped by the CPU's kernels: on a GPU, or with number -1 on the host in its place.
-class There {
+// Where tensors are that the CPU's kernels do not step: on a GPU, or with number -1 on the host in its place.
+class Device {
  public:
-  explicit There(int device) : device_(device) {
-    if (device_ >= 0) cuda::use(device_);
+  explicit Device(int number) : number_(number) {
+    if (number_ >= 0) cuda::use(number_);
   }
-  const cuda::Machine& machine() const { return device_ < 0 ? cuda::host() : cuda::gpu(); }
+  const cuda::Machine& machine() const { return number_ < 0 ? cuda::host() : cuda::gpu(); }
   // torch's current one; makes the GPU the current one of this thread.
   void* stream() const {
     void* stream = nullptr;
-    if (device_ < 0) return stream;
-    cuda::use(device_);
-    if (exchange->current_stream(dlpack::kCUDA, device_, &stream)) throw py::error_already_set();
+    if (number_ < 0) return stream;
+    cuda::use(number_);
+    if (exchange->current_stream(dlpack::kCUDA, number_, &stream)) throw py::error_already_set();
     return stream;
   }
 
  private:
-  const int device_;
+  const int number_;
 };
 
-// A plan of tensors on a GPU, or with device -1 on the host in its place; all of them float64, or none. Addresses are
-// those of tensors of one element on the device, 0 for none.
-class DevicePlan : public Plan {
+// Parameters on one device; all of them float64, or none. Addresses are those of tensors of one element on the device,
+// 0 for none.
+class DeviceBucket : public Bucket {
  public:
-  DevicePlan(const std::string& rule, int device, const py::list& parameters, const py::list& param_groups,
-             const py::dict& state, bool ordered)
-      : Plan(rule, std::nullopt, parameters, param_groups, state, ordered), there_(device) {
-    counts_there_ = true;
+  DeviceBucket(const py::object& rule, const py::sequence& entries, const py::list& param_groups, const py::dict& state,
+               bool ordered, int device)
+      : Bucket(rule, entries, param_groups, state, ordered), device_(device) {
+    steps_on_device_ = kRules[rule_].counts_steps;
     std::vector<float*> steps;
     for (const Parameter& parameter : parameters_)
       steps.push_back(parameter.step ? static_cast<float*>(parameter.step->view.data) : nullptr);
     const bool wide = !table_.tensors.empty() && table_.tensors[0].p.dtype == DType::kFloat64;
-    plan_ = std::make_unique<cuda::Plan>(there_.machine(), rule.c_str(), wide, table_.tensors, table_.layers, steps);
+    bucket_ = std::make_unique<cuda::Bucket>(device_.machine(), kRules[rule_].name, wide, table_.tensors, table_.layers,
+                                             steps);
   }
 
   // norm2 <- (add ? norm2 : 0) + the sum of squares of all gradients, without waiting for it.
   void sum_gradients(uintptr_t norm2, bool add) {
-    cuda::Signals signals;
-    signals.norm2 = reinterpret_cast<double*>(norm2);
-    plan_->sum_gradients(table_.tensors, table_.layers, signals, add, there_.stream());
+    cuda::DeviceScalars scalars;
+    scalars.norm2 = reinterpret_cast<double*>(norm2);
+    bucket_->sum_gradients(table_.tensors, table_.layers, scalars, add, device_.stream());
   }
   double grad_norm2() {
-    void* const stream = there_.stream();
+    void* const stream = device_.stream();
     py::gil_scoped_release unlocked;
-    return plan_->grad_norm2(table_.tensors, table_.layers, stream);
+    return bucket_->grad_norm2(table_.tensors, table_.layers, stream);
   }
 
-  // rows: as Plan::run takes them, with rates that may be tensors. What is on the device: a float32 that is not 0 where
-  // nothing shall be done, a float32 that the gradients were multiplied with, and where they shall be clipped to
-  // max_norm, sum_gradients' float64.
-  void run(const py::list& rows, uintptr_t found_inf, uintptr_t grad_scale, uintptr_t norm2, double max_norm) {
-    if (rows.size() != keys_.size()) throw py::value_error("one row for every pair that gather() returned");
-    rows_.clear();
-    for (const auto& row : rows) {
-      cuda::Row& read = rows_.emplace_back();
-      read.group = read_row(py::reinterpret_borrow<py::tuple>(row), &read.lr);
+  // args: with rates that may be tensors. What is on the device: a float32 that is not 0 where nothing shall be done, a
+  // float32 that the gradients were multiplied with, and where they shall be clipped to max_norm, sum_gradients'
+  // float64.
+  void run(const py::sequence& args, uintptr_t found_inf, uintptr_t grad_scale, uintptr_t norm2, double max_norm) {
+    if (args.size() != keys_.size()) throw py::value_error("one StepArgs for every pair of collect_gradients()");
+    args_.clear();
+    for (const auto& of_row : args) {
+      cuda::Row& row = args_.emplace_back();
+      row.args = read_step_args(of_row, kRules[rule_], &row.lr);
     }
-    const cuda::Signals signals{reinterpret_cast<const float*>(found_inf), reinterpret_cast<const float*>(grad_scale),
-                                reinterpret_cast<double*>(norm2), max_norm};
-    plan_->run(table_.tensors, table_.layers, rows_, signals, there_.stream());
+    const cuda::DeviceScalars scalars{reinterpret_cast<const float*>(found_inf),
+                                      reinterpret_cast<const float*>(grad_scale), reinterpret_cast<double*>(norm2),
+                                      max_norm};
+    bucket_->run(table_.tensors, table_.layers, args_, scalars, device_.stream());
     for (size_t t = 0; t < parameters_.size(); ++t)
       if (table_.tensors[t].active) remember(parameters_[t], table_.layers[t]);
   }
-  std::vector<double> ratios() const { return plan_->ratios(there_.stream()); }
+  std::vector<double> ratios() const { return bucket_->ratios(device_.stream()); }
 
  private:
-  const There there_;
-  std::vector<cuda::Row> rows_;
-  std::unique_ptr<cuda::Plan> plan_;
+  const Device device_;
+  std::vector<cuda::Row> args_;
+  std::unique_ptr<cuda::Bucket> bucket_;
 };
 
 // total += part (or nothing, where total is None), with the sums of squares of the part and of the new total.
@@ -100,9 +102,11 @@ class Summand {
   const View g_, p_;
 };
 
-std::pair<double, double> accumulate(const py::object& total, const py::object& part, int threads) {
+std::pair<double, double> accumulate(const py::object& total, const py::object& part, int threads,
+                                     const std::optional<std::string>& instruction_set) {
   const Summand summand(total, part);
-  const cpu::InstructionSet* set = cpu::choose();
+  const cpu::InstructionSet* set = cpu::choose(instruction_set ? instruction_set->c_str() : nullptr);
+  if (!set) throw py::value_error("this processor does not run the instruction set '" + *instruction_set + "'");
   py::gil_scoped_release unlocked;
   const cpu::Sums sums = cpu::accumulate(*set, summand.tensor, threads);
   return {sums.part2, sums.total2};
@@ -110,11 +114,11 @@ std::pair<double, double> accumulate(const py::object& total, const py::object& 
 
 // The same on a GPU or the host in its place, where `scratch` holds as many zeros as `scratch_words` says; the sums
 // will be its first two numbers. False: they do not lie alike in memory, and nothing was done.
-bool accumulate_there(int device, const py::object& total, const py::object& part, const py::object& scratch) {
+bool accumulate_on_device(int device, const py::object& total, const py::object& part, const py::object& scratch) {
   const Summand summand(total, part);
   if (!summand.tensor.flat) return false;
-  const There there(device);
-  cuda::accumulate(there.machine(), summand.tensor, View(scratch).data, there.stream());
+  const Device where(device);
+  cuda::accumulate(where.machine(), summand.tensor, View(scratch).data, where.stream());
   return true;
 }
 
@@ -124,32 +128,46 @@ bool accumulate_there(int device, const py::object& total, const py::object& par
 PYBIND11_MODULE(_native, m) {
   using namespace fused_opt;
   m.doc() = "The native backend's core.";
-  m.def("connect", connect, "Learns from torch.Tensor how to read tensors.");
+  m.def(
+      "connect",
+      [](const py::object& tensor_type, const py::object& interface) {
+        connect(tensor_type);
+        check_named_tuples(interface);
+      },
+      "Learns from torch.Tensor how to read tensors; checks what is read by position.");
+  m.def("rules", [] {
+    std::vector<std::string> names;
+    for (const RuleShape& rule : kRules) names.emplace_back(rule.name);
+    return names;
+  });
+  m.def("check_rule", check_rule, "Raises where a rule of Python's promises what its kernel does not keep.");
   m.def("instruction_sets", [] {
     std::vector<std::string> names;
     for (const auto& set : cpu::instruction_sets())
       if (set.runs_here()) names.emplace_back(set.name);
     return names;
   });
-  m.def("accumulate", accumulate);
-  m.def("accumulate_there", accumulate_there);
+  m.def("accumulate", accumulate, py::arg("total"), py::arg("part"), py::arg("threads"),
+        py::arg("instruction_set") = std::nullopt);
+  m.def("accumulate_on_device", accumulate_on_device);
   m.def("scratch_words", cuda::scratch_words);
   m.def("unavailable", cuda::unavailable, "Why a GPU cannot be used (-1: any GPU), or an empty string.");
-  py::class_<Plan>(m, "Plan")
-      .def(py::init<const std::string&, const std::optional<std::string>&, const py::list&, const py::list&,
-                    const py::dict&, bool>())
-      .def("gather", &Plan::gather)
-      .def("run", &Plan::run)
-      .def("touched", &Plan::touched)
-      .def("know", &Plan::know)
-      .def("norms", &Plan::norms)
-      .def("know_norms", &Plan::know_norms)
-      .def("grad_norm2", &Plan::grad_norm2)
-      .def("ratios", &Plan::ratios);
-  py::class_<DevicePlan, Plan>(m, "DevicePlan")
-      .def(py::init<const std::string&, int, const py::list&, const py::list&, const py::dict&, bool>())
-      .def("sum_gradients", &DevicePlan::sum_gradients)
-      .def("grad_norm2", &DevicePlan::grad_norm2)
-      .def("run", &DevicePlan::run)
-      .def("ratios", &DevicePlan::ratios);
+  py::class_<Bucket>(m, "Bucket")
+      .def("collect_gradients", &Bucket::collect_gradients)
+      .def("set_part_norms", &Bucket::set_part_norms)
+      .def("touched", &Bucket::touched);
+  py::class_<CPUBucket, Bucket>(m, "CPUBucket")
+      .def(py::init<const py::object&, const py::sequence&, const py::list&, const py::dict&, bool,
+                    const std::optional<std::string>&>())
+      .def("run", &CPUBucket::run)
+      .def("norms", &CPUBucket::norms)
+      .def("set_norms", &CPUBucket::set_norms)
+      .def("grad_norm2", &CPUBucket::grad_norm2)
+      .def("ratios", &CPUBucket::ratios);
+  py::class_<DeviceBucket, Bucket>(m, "DeviceBucket")
+      .def(py::init<const py::object&, const py::sequence&, const py::list&, const py::dict&, bool, int>())
+      .def("sum_gradients", &DeviceBucket::sum_gradients)
+      .def("grad_norm2", &DeviceBucket::grad_norm2)
+      .def("run", &DeviceBucket::run)
+      .def("ratios", &DeviceBucket::ratios);
 }

@@ -39,6 +39,12 @@ class Attribute {
   const PyGetSetDef* descriptor_ = nullptr;
 };
 Attribute grad_of, version_of;
+PyTypeObject* plain_types[2] = {};
+
+// Whether its pointer is its own: what that of a subclass means is the subclass's business.
+bool is_plain(PyObject* tensor) {
+  return Py_IS_TYPE(tensor, plain_types[0]) || Py_IS_TYPE(tensor, plain_types[1]);
+}
 
 void connect(const py::object& tensor_type) {
   exchange = static_cast<const dlpack::ExchangeAPI*>(
@@ -49,6 +55,8 @@ void connect(const py::object& tensor_type) {
                            ", and 1 is understood here");
   grad_of.find(tensor_type, "grad");
   version_of.find(tensor_type, "_version");
+  plain_types[0] = reinterpret_cast<PyTypeObject*>(tensor_type.ptr());
+  plain_types[1] = reinterpret_cast<PyTypeObject*>(py::module_::import("torch.nn").attr("Parameter").ptr());
 }
 
 std::optional<DType> dtype_of(const dlpack::DataType& type) {
@@ -73,6 +81,9 @@ class View {
     data = address(now);
     device = now.device;
     ndim = now.ndim;
+    if (ndim > kMaxDimensions)
+      throw py::value_error("a tensor of " + std::to_string(ndim) + " dimensions reached a bucket; " +
+                            std::to_string(kMaxDimensions) + " are the most");
     implementation_ = now.shape;
     if (ndim > kFew) many_ = std::make_unique<int64_t[]>(2 * ndim);
     int64_t* layout = many_ ? many_.get() : few_;
@@ -91,6 +102,7 @@ class View {
       return false;
     }
     *where = address(now);
+    if (!*where && data) return false;  // zeros without memory
     const auto type = dtype_of(now.dtype);
     if (!type || *type != dtype || now.device.type != device.type || now.device.id != device.id || now.ndim != ndim)
       return false;

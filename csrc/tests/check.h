@@ -5,6 +5,8 @@
 #include <random>
 #include <vector>
 
+#include "../cpu/step.h"
+
 namespace {
 
 void check(bool holds, const char* what, const char* file, int line) {
@@ -13,6 +15,10 @@ void check(bool holds, const char* what, const char* file, int line) {
   std::exit(1);
 }
 #define CHECK(condition) check(condition, #condition, __FILE__, __LINE__)
+
+inline const fused_opt::cpu::Kernel& kernel_of(const fused_opt::cpu::InstructionSet& set, const char* rule) {
+  return set.kernels[fused_opt::rule_index(rule)];
+}
 
 std::vector<float> randn(size_t n, unsigned seed) {
   std::mt19937 generator(seed);

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "../cpu/step.h"
-#include "../cuda/plan.h"
+#include "../cuda/bucket.h"
 #include "check.h"
 
 namespace {
@@ -15,7 +15,7 @@ namespace {
 using namespace fused_opt;
 
 // Tensors of one dtype each for p, g, states and average, at an offset of their memory, between words that must stay.
-struct Kind {
+struct Storage {
   DType p, g, state, average;
   int64_t offset;  // in elements
   bool strided;
@@ -28,7 +28,7 @@ struct Model {
   std::vector<float> counts;
   std::vector<float*> steps;
 
-  Model(const std::vector<int64_t>& sizes, int states, const Kind& kind, bool whole = false) {
+  Model(const std::vector<int64_t>& sizes, int states, const Storage& kind, bool whole = false) {
     layouts.resize(sizes.size());
     counts.assign(sizes.size(), 0);
     for (size_t t = 0; t < sizes.size(); ++t) {
@@ -54,7 +54,7 @@ struct Model {
       table.layers.back().decay_scale = t % 2 ? 0.5 : 1;
       steps.push_back(&counts[t]);
     }
-    table.groups.resize(1);
+    table.args.resize(1);
     table.cut();
   }
 
@@ -87,42 +87,46 @@ struct Model {
 
 const std::vector<int64_t> kSizes = {0, 1, 3, 7, 8, 9, 15, 33, 4095, 4096, 4097, 9001};
 
-Group group_of(const std::string& rule) {
-  Group group;
-  group.lr = 0.1;
-  group.grad_scale = -0.5;
-  const double sgd[] = {0.01, 0.9, 0.7, 1, 0, 0, 0, 0}, adam[] = {0.01, 1, 0.1, 0.999, 0.001, 10, 31.6, 1e-8};
-  std::memcpy(group.rule, rule.find("sgd") == std::string::npos ? adam : sgd, sizeof sgd);
-  return group;
+StepArgs args_of(const std::string& rule) {
+  StepArgs args;
+  args.lr = 0.1;
+  args.grad_scale = -0.5;
+  args.coupled_decay = 0.01;
+  args.decoupled_decay = 0.02;
+  const double sgd[] = {0.9, 0.7, 1}, adam[] = {0.1, 0.999, 0.001, 0.9, 0.968, 1e-8};
+  if (rule.find("sgd") == std::string::npos)
+    std::memcpy(args.coefficients, adam, sizeof adam);
+  else
+    std::memcpy(args.coefficients, sgd, sizeof sgd);
+  return args;
 }
 
 struct Case {
   std::string name;
-  void (*change)(Group&);
+  void (*change)(StepArgs&);
 };
 const std::vector<Case> kPlain = {
-    {"plain", [](Group&) {}},
+    {"plain", [](StepArgs&) {}},
     {"noise",
-     [](Group& group) {
-       group.sigma = 0.01;
-       group.seed = 0x123456789ABCDEF0;
-       group.t = 7;
+     [](StepArgs& args) {
+       args.sigma = 0.01;
+       args.seed = 0x123456789ABCDEF0;
+       args.noise_step = 7;
      }},
-    {"average", [](Group& group) { group.add = 0.25, group.share = 1; }},
-    {"fresh average", [](Group& group) { group.add = 1, group.share = 1, group.fresh = true; }},
-    {"written back",
-     [](Group& group) { group.sigma = 0.01, group.add = 0.5, group.share = 1, group.write_back = true; }},
+    {"average", [](StepArgs& args) { args.add = 0.25, args.share = 1; }},
+    {"fresh average", [](StepArgs& args) { args.add = 1, args.share = 1, args.restart = true; }},
+    {"written back", [](StepArgs& args) { args.sigma = 0.01, args.add = 0.5, args.share = 1, args.write_back = true; }},
 };
 const std::vector<Case> kNormed = {
-    {"lars", [](Group& group) { group.ratio = Ratio::kLARS, group.cap = 10, group.exempt = -1; }},
-    {"clars", [](Group& group) { group.ratio = Ratio::kCLARS, group.cap = 10, group.eps = 1e-6; }},
-    {"lamb", [](Group& group) { group.ratio = Ratio::kLAMB, group.cap = INFINITY; }},
-    {"relative noise", [](Group& group) { group.sigma = 0.01, group.relative = true; }},
+    {"lars", [](StepArgs& args) { args.kind = Kind::kLARS, args.cap = 10, args.exempt = -1; }},
+    {"clars", [](StepArgs& args) { args.kind = Kind::kCLARS, args.cap = 10, args.eps = 1e-6; }},
+    {"lamb", [](StepArgs& args) { args.kind = Kind::kLAMB, args.cap = INFINITY; }},
+    {"relative noise", [](StepArgs& args) { args.sigma = 0.01, args.relative = true; }},
 };
 const char* const kRules[] = {"sgd", "momentum_sgd", "adam", "amsgrad"};
 const int kStates[] = {0, 1, 2, 3};
 const DType F32 = DType::kFloat32, F64 = DType::kFloat64, B16 = DType::kBFloat16, F16 = DType::kFloat16;
-const std::vector<Kind> kKinds = {
+const std::vector<Storage> kStorages = {
     {F32, F32, F32, F32, 0, false}, {B16, B16, B16, F32, 0, false}, {F16, F16, F32, F32, 0, false},
     {F64, F64, F64, F64, 0, false}, {B16, F32, F32, F32, 3, false}, {F32, F32, F32, F32, 1, false},
     {F64, F32, F64, F64, 1, false}, {F32, F64, F32, F32, 0, false}, {F32, B16, F32, F64, 2, true},
@@ -133,16 +137,16 @@ inline bool same_memory(const Model& a, const Model& b) {
 }
 
 // What the GPU's source makes of a model, in some steps.
-inline void step_as_gpu(Model& model, const char* rule, int steps, const std::vector<cuda::Signals>& signals = {{}},
-                        bool counted = false) {
+inline void step_as_gpu(Model& model, const char* rule, int steps,
+                        const std::vector<cuda::DeviceScalars>& scalars = {{}}, bool counted = false) {
   const bool wide = model.table.tensors[0].p.dtype == F64;
   std::vector<float*> nobody(model.steps.size(), nullptr);
-  cuda::Plan plan(cuda::host(), rule, wide, model.table.tensors, model.table.layers, counted ? model.steps : nobody);
+  cuda::Bucket plan(cuda::host(), rule, wide, model.table.tensors, model.table.layers, counted ? model.steps : nobody);
   for (int k = 0; k < steps; ++k) {
     for (Layer& layer : model.table.layers) layer.grad_norm2 = -1;
     std::vector<cuda::Row> rows;
-    for (const Group& group : model.table.groups) rows.push_back({group, {}});
-    plan.run(model.table.tensors, model.table.layers, rows, signals[k % signals.size()], nullptr);
+    for (const StepArgs& args : model.table.args) rows.push_back({args, {}});
+    plan.run(model.table.tensors, model.table.layers, rows, scalars[k % scalars.size()], nullptr);
   }
   const std::vector<double> ratios = plan.ratios(nullptr);
   for (size_t t = 0; t < ratios.size(); ++t) model.table.layers[t].ratio = ratios[t];

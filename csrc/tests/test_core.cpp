@@ -44,7 +44,7 @@ struct Model {
       table.layers.emplace_back();
       table.layers.back().index = static_cast<uint32_t>(t);
     }
-    table.groups.resize(1);
+    table.args.resize(1);
     table.cut();
   }
 };
@@ -108,18 +108,21 @@ void a_step_is_the_rule_applied_to_every_element() {
   for (const auto& set : cpu::instruction_sets()) {
     if (!set.runs_here()) continue;
     Model model(kSizes, 2), expected(kSizes, 2);
-    Group& group = model.table.groups[0];
-    group.lr = 0.1;
-    group.grad_scale = -0.5;
-    const double rule[] = {0.01, 0, 0.1, 0.999, 0.001, 10, 31.6, 1e-8};
-    std::memcpy(group.rule, rule, sizeof rule);
+    StepArgs& args = model.table.args[0];
+    args.lr = 0.1;
+    args.grad_scale = -0.5;
+    args.coupled_decay = 0.02;
+    args.decoupled_decay = 0.01;
+    const double coefficients[] = {0.1, 0.999, 0.001, 10, 31.6, 1e-8};
+    std::memcpy(args.coefficients, coefficients, sizeof coefficients);
     for (int repeat = 0; repeat < 2; ++repeat) {
-      cpu::step(*set.find("adam"), model.table, 2);
-      const Adam<float> adam{0.01f, 0, 0.1f, 0.999f, 0.001f, 10, 31.6f, 1e-8f};
+      cpu::step(kernel_of(set, "adam"), model.table, 2);
+      const Adam<float> adam{0.1f, 0.999f, 0.001f, 10, 31.6f, 1e-8f};
       for (size_t t = 0; t < kSizes.size(); ++t)
         for (size_t i = 0; i < kSizes[t]; ++i) {
           float& p = expected.p[t][i];
-          p -= 0.1f * adam(p, -0.5f * expected.g[t][i], expected.states[0][t][i], expected.states[1][t][i]);
+          const float g = -0.5f * expected.g[t][i] + 0.02f * p;
+          p -= 0.1f * (adam(g, expected.states[0][t][i], expected.states[1][t][i]) + 0.01f * p);
           CHECK(std::fabs(model.p[t][i] - p) <= 1e-6f * (1 + std::fabs(p)));
           CHECK(std::fabs(model.states[1][t][i] - expected.states[1][t][i]) <= 1e-7f);
         }
@@ -133,21 +136,21 @@ void threads_change_no_bit() {
     std::vector<std::vector<float>> results[2];
     for (int threads : {1, 3}) {
       Model model(kSizes, 1);
-      Group& group = model.table.groups[0];
-      group.lr = 0.1;
-      group.rule[0] = 0.1;
-      group.rule[1] = 0.9;
-      group.rule[2] = 1;
-      group.ratio = Ratio::kLARS;
-      group.cap = 10;
-      group.sigma = 0.1;
-      group.relative = true;
-      group.add = 0.5;
-      group.share = 1;
+      StepArgs& args = model.table.args[0];
+      args.lr = 0.1;
+      args.coupled_decay = 0.1;
+      args.coefficients[0] = 0.9;
+      args.coefficients[1] = 1;
+      args.kind = Kind::kLARS;
+      args.cap = 10;
+      args.sigma = 0.1;
+      args.relative = true;
+      args.add = 0.5;
+      args.share = 1;
       for (int repeat = 0; repeat < 3; ++repeat) {
         for (Layer& layer : model.table.layers) layer.grad_norm2 = -1;
-        cpu::grad_norm2(*set.find("momentum_sgd"), model.table, threads);
-        cpu::step(*set.find("momentum_sgd"), model.table, threads);
+        cpu::grad_norm2(kernel_of(set, "momentum_sgd"), model.table, threads);
+        cpu::step(kernel_of(set, "momentum_sgd"), model.table, threads);
       }
       results[threads == 3] = model.p;
       results[threads == 3].insert(results[threads == 3].end(), model.average.begin(), model.average.end());
@@ -160,11 +163,11 @@ void a_carried_norm_is_the_norm_of_what_was_stored() {
   for (const auto& set : cpu::instruction_sets()) {
     if (!set.runs_here()) continue;
     Model model(kSizes, 0);
-    Group& group = model.table.groups[0];
-    group.lr = 0.1;
-    group.ratio = Ratio::kCLARS;
-    group.cap = 10;
-    cpu::step(*set.find("sgd"), model.table, 2);
+    StepArgs& args = model.table.args[0];
+    args.lr = 0.1;
+    args.kind = Kind::kCLARS;
+    args.cap = 10;
+    cpu::step(kernel_of(set, "sgd"), model.table, 2);
     for (size_t t = 0; t < kSizes.size(); ++t) {
       if (!kSizes[t]) continue;
       double sum = 0;
@@ -173,10 +176,10 @@ void a_carried_norm_is_the_norm_of_what_was_stored() {
       const double carried = model.table.layers[t].weight_norm2;
       model.table.layers[t].weight_norm2 = -1;
       model.table.layers[t].grad_norm2 = -1;
-      group.lr = 0;
-      cpu::step(*set.find("sgd"), model.table, 1);  // sums anew, bit for bit
+      args.lr = 0;
+      cpu::step(kernel_of(set, "sgd"), model.table, 1);  // sums anew, bit for bit
       CHECK(model.table.layers[t].weight_norm2 == carried);
-      group.lr = 0.1;
+      args.lr = 0.1;
     }
   }
 }
@@ -207,10 +210,10 @@ void strides_and_narrow_types() {
     tensor.active = true;
     table.tensors.push_back(tensor);
     table.layers.resize(1);
-    table.groups.resize(1);
-    table.groups[0].lr = 0.25;
+    table.args.resize(1);
+    table.args[0].lr = 0.25;
     table.cut();
-    cpu::step(*set.find("sgd"), table, 2);
+    cpu::step(kernel_of(set, "sgd"), table, 2);
     for (int64_t i = 0; i < sizes[0]; ++i)
       for (int64_t j = 0; j < sizes[1]; ++j) {
         const float exact = widen(before[i + 53 * j]) - 0.25f * g[37 * i + j];
@@ -250,13 +253,13 @@ void shards_step_as_the_whole() {
                         {5, kRows, 50, kColumns},
                     };
   const int64_t strides[] = {kColumns, 1};
-  for (const Ratio ratio : {Ratio::kNone, Ratio::kLARS, Ratio::kLAMB}) {
+  for (const Kind kind : {Kind::kNone, Kind::kLARS, Kind::kLAMB}) {
     Model whole({kRows * kColumns}, 1);
     std::vector<size_t> numels;
     for (const auto& box : kBoxes) numels.push_back(static_cast<size_t>((box[1] - box[0]) * (box[3] - box[2])));
     Model cut(numels, 1);
     int64_t sizes[4][2];
-    Place places[4];
+    ShardLayout shards[4];
     const auto each = [&](size_t b, const auto& f) {
       const auto& box = kBoxes[b];
       for (int64_t i = 0; i < sizes[b][0] * sizes[b][1]; ++i)
@@ -270,8 +273,8 @@ void shards_step_as_the_whole() {
       cut.table.tensors[b].sizes = sizes[b];
       Layer& layer = cut.table.layers[b];
       layer.index = 0;
-      layer.place = &places[b];
-      places[b] = {box[0] * kColumns + box[2],
+      layer.shard = &shards[b];
+      shards[b] = {box[0] * kColumns + box[2],
                    sizes[b][1] == kColumns ? std::max<int64_t>(1, sizes[b][0] * kColumns) : sizes[b][1],
                    kRows * kColumns - sizes[b][0] * sizes[b][1], strides};
       each(b, [&](size_t i, size_t k) {
@@ -279,20 +282,20 @@ void shards_step_as_the_whole() {
         cut.g[b][i] = whole.g[0][k];
       });
     }
-    Group group;
-    group.lr = 0.1;
-    group.rule[1] = 0.9;
-    group.rule[2] = 1;
-    group.sigma = 0.5;
-    group.seed = 1234567890123;
-    group.ratio = ratio;
-    group.relative = ratio != Ratio::kNone;
-    group.cap = 1e9;
-    whole.table.groups[0] = cut.table.groups[0] = group;
-    const cpu::Kernel* kernel = cpu::choose()->find("momentum_sgd");
+    StepArgs args;
+    args.lr = 0.1;
+    args.coefficients[0] = 0.9;
+    args.coefficients[1] = 1;
+    args.sigma = 0.5;
+    args.seed = 1234567890123;
+    args.kind = kind;
+    args.relative = kind != Kind::kNone;
+    args.cap = 1e9;
+    whole.table.args[0] = cut.table.args[0] = args;
+    const cpu::Kernel& kernel = kernel_of(*cpu::choose(), "momentum_sgd");
     for (int t = 0; t < 3; ++t) {
-      whole.table.groups[0].t = cut.table.groups[0].t = static_cast<uint32_t>(t);
-      cpu::norms(*kernel, cut.table, true, true, 2);
+      whole.table.args[0].noise_step = cut.table.args[0].noise_step = static_cast<uint32_t>(t);
+      cpu::norms(kernel, cut.table, true, true, 2);
       Layer sum;
       sum.weight_norm2 = sum.grad_norm2 = sum.direction_norm2 = 0;
       for (const Layer& layer : cut.table.layers) {
@@ -301,17 +304,17 @@ void shards_step_as_the_whole() {
         sum.direction_norm2 += layer.direction_norm2;
       }
       for (Layer& layer : cut.table.layers) {
-        if (ratio != Ratio::kNone) layer.weight_norm2 = sum.weight_norm2;
+        if (kind != Kind::kNone) layer.weight_norm2 = sum.weight_norm2;
         layer.grad_norm2 = sum.grad_norm2;
-        if (ratio == Ratio::kLAMB) layer.direction_norm2 = sum.direction_norm2;
+        if (kind == Kind::kLAMB) layer.direction_norm2 = sum.direction_norm2;
       }
-      cpu::step(*kernel, whole.table, 1);
-      cpu::step(*kernel, cut.table, 2);
+      cpu::step(kernel, whole.table, 1);
+      cpu::step(kernel, cut.table, 2);
       for (Layer& layer : cut.table.layers) layer.grad_norm2 = layer.direction_norm2 = -1;
       for (size_t b = 0; b < 4; ++b) {
         CHECK(std::fabs(cut.table.layers[b].ratio - whole.table.layers[0].ratio) <= 1e-12);
         each(b, [&](size_t i, size_t k) {
-          const float bound = ratio == Ratio::kNone ? 0 : 1e-5f;
+          const float bound = kind == Kind::kNone ? 0 : 1e-5f;
           CHECK(std::fabs(cut.p[b][i] - whole.p[0][k]) <= bound * std::fabs(whole.p[0][k]) + bound);
         });
       }
@@ -333,7 +336,7 @@ void every_number_is_handed_out_once() {
 
 void lookups_that_find_nothing() {
   CHECK(cpu::choose("no such instruction set") == nullptr);
-  CHECK(cpu::choose()->find("no such rule") == nullptr);
+  CHECK(rule_index("no such rule") == -1);
 }
 
 }  // namespace

@@ -4,8 +4,8 @@
 #include <cstring>
 #include <string>
 
+#include "../cuda/bucket.h"
 #include "../cuda/host.h"
-#include "../cuda/plan.h"
 #include "models.h"
 
 using namespace fused_opt;
@@ -14,32 +14,32 @@ namespace {
 
 // ---- who does what
 
-void every_piece_is_taken_once_and_belongs_to_its_tensor() {
+void every_chunk_is_taken_once_and_belongs_to_its_tensor() {
   std::mt19937_64 generator(0);
   const std::vector<std::vector<int64_t>> models = {
       {1},
       {0},
       {0, 0, 1, 0},
       {1, 4095, 4096, 4097, 0, 70000},
-      {(int64_t{1} << 33) + 5, 3, int64_t{1} << 31, 0},  // more elements, and of all tensors pieces, than 32 bits count
+      {(int64_t{1} << 33) + 5, 3, int64_t{1} << 31, 0},  // more elements, and of all tensors chunks, than 32 bits count
       {int64_t{1} << 46, 7},
   };
   for (const auto& sizes : models) {
     std::vector<int64_t> first(1, 0);
-    for (const int64_t n : sizes) first.push_back(first.back() + cuda::pieces_of(n));
-    const int64_t pieces = first.back(), count = static_cast<int64_t>(sizes.size());
+    for (const int64_t n : sizes) first.push_back(first.back() + cuda::chunks_of(n));
+    const int64_t chunks = first.back(), count = static_cast<int64_t>(sizes.size());
     for (int64_t t = 0; t < count; ++t) {
       CHECK(cuda::find(first.data(), count, first[t]) == t);
       CHECK(cuda::find(first.data(), count, first[t + 1] - 1) == t);
-      CHECK((first[t + 1] - first[t]) * cuda::kPiece >= sizes[t]);
-      CHECK((first[t + 1] - first[t] - 1) * cuda::kPiece < std::max<int64_t>(sizes[t], 1));
+      CHECK((first[t + 1] - first[t]) * cuda::kChunk >= sizes[t]);
+      CHECK((first[t + 1] - first[t] - 1) * cuda::kChunk < std::max<int64_t>(sizes[t], 1));
     }
     for (const int64_t blocks : {int64_t{1}, int64_t{2}, int64_t{7}, int64_t{1056}}) {
-      CHECK(cuda::first_piece(pieces, 0, blocks) == 0);
-      CHECK(cuda::first_piece(pieces, blocks, blocks) == pieces);
-      int64_t least = pieces, most = 0;
+      CHECK(cuda::first_chunk(chunks, 0, blocks) == 0);
+      CHECK(cuda::first_chunk(chunks, blocks, blocks) == chunks);
+      int64_t least = chunks, most = 0;
       for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t share = cuda::first_piece(pieces, b + 1, blocks) - cuda::first_piece(pieces, b, blocks);
+        const int64_t share = cuda::first_chunk(chunks, b + 1, blocks) - cuda::first_chunk(chunks, b, blocks);
         least = std::min(least, share);
         most = std::max(most, share);
       }
@@ -48,12 +48,12 @@ void every_piece_is_taken_once_and_belongs_to_its_tensor() {
   }
   std::vector<int64_t> first(1, 0), owner;
   for (int64_t t = 0; t < 5000; ++t) {
-    const int64_t pieces = 1 + static_cast<int64_t>(generator() % 3);
-    owner.insert(owner.end(), pieces, t);
-    first.push_back(first.back() + pieces);
+    const int64_t chunks = 1 + static_cast<int64_t>(generator() % 3);
+    owner.insert(owner.end(), chunks, t);
+    first.push_back(first.back() + chunks);
   }
-  for (size_t piece = 0; piece < owner.size(); ++piece)
-    CHECK(cuda::find(first.data(), 5000, static_cast<int64_t>(piece)) == owner[piece]);
+  for (size_t chunk = 0; chunk < owner.size(); ++chunk)
+    CHECK(cuda::find(first.data(), 5000, static_cast<int64_t>(chunk)) == owner[chunk]);
 }
 
 void vectors_begin_where_all_operands_are_aligned() {
@@ -88,15 +88,15 @@ void vectors_begin_where_all_operands_are_aligned() {
 void an_update_has_the_bits_of_the_cpus() {
   const cpu::InstructionSet& set = *cpu::choose("baseline");
   for (int r = 0; r < 4; ++r)
-    for (const Kind& kind : kKinds)
+    for (const Storage& kind : kStorages)
       for (const Case& some : kPlain) {
         Model ours(kSizes, kStates[r], kind), theirs(kSizes, kStates[r], kind);
         for (Model* model : {&ours, &theirs}) {
-          model->table.groups[0] = group_of(kRules[r]);
-          some.change(model->table.groups[0]);
+          model->table.args[0] = args_of(kRules[r]);
+          some.change(model->table.args[0]);
         }
         step_as_gpu(ours, kRules[r], 2);
-        for (int k = 0; k < 2; ++k) cpu::step(*set.find(kRules[r]), theirs.table, 1);
+        for (int k = 0; k < 2; ++k) cpu::step(kernel_of(set, kRules[r]), theirs.table, 1);
         if (!same_memory(ours, theirs)) std::fprintf(stderr, "%s, %s\n", kRules[r], some.name.c_str());
         CHECK(same_memory(ours, theirs));
       }
@@ -106,16 +106,16 @@ void an_update_has_the_bits_of_the_cpus() {
 void norms_have_the_values_of_the_cpus() {
   const cpu::InstructionSet& set = *cpu::choose("baseline");
   for (int r = 0; r < 4; ++r)
-    for (const Kind& kind : kKinds)
+    for (const Storage& kind : kStorages)
       for (const Case& some : kNormed) {
         Model ours(kSizes, kStates[r], kind, true), theirs(kSizes, kStates[r], kind, true);
         const bool exact = some.name != "lamb";
         for (Model* model : {&ours, &theirs}) {
-          model->table.groups[0] = group_of(kRules[r]);
-          some.change(model->table.groups[0]);
+          model->table.args[0] = args_of(kRules[r]);
+          some.change(model->table.args[0]);
         }
         step_as_gpu(ours, kRules[r], 1);
-        cpu::step(*set.find(kRules[r]), theirs.table, 1);
+        cpu::step(kernel_of(set, kRules[r]), theirs.table, 1);
         if (exact) CHECK(same_memory(ours, theirs));
         for (size_t t = 0; t < kSizes.size(); ++t) {
           const double ratio = theirs.table.layers[t].ratio;
@@ -124,10 +124,10 @@ void norms_have_the_values_of_the_cpus() {
         if (!exact) continue;
         // The second step's weight norms are those that the first has carried, of numbers of every kind.
         Model again(kSizes, kStates[r], kind, true);
-        again.table.groups[0] = theirs.table.groups[0];
+        again.table.args[0] = theirs.table.args[0];
         step_as_gpu(again, kRules[r], 2);
         for (Layer& layer : theirs.table.layers) layer.grad_norm2 = -1;
-        cpu::step(*set.find(kRules[r]), theirs.table, 1);
+        cpu::step(kernel_of(set, kRules[r]), theirs.table, 1);
         for (size_t t = 0; t < kSizes.size(); ++t) {
           const double ratio = theirs.table.layers[t].ratio;
           CHECK(std::fabs(again.table.layers[t].ratio - ratio) <= 1e-12 * ratio);
@@ -136,10 +136,10 @@ void norms_have_the_values_of_the_cpus() {
 }
 
 void carried_norms_are_those_of_what_was_stored() {
-  Model carried(kSizes, 1, kKinds[1]), anew(kSizes, 1, kKinds[1]);
+  Model carried(kSizes, 1, kStorages[1]), anew(kSizes, 1, kStorages[1]);
   for (Model* model : {&carried, &anew}) {
-    model->table.groups[0] = group_of("momentum_sgd");
-    kNormed[0].change(model->table.groups[0]);
+    model->table.args[0] = args_of("momentum_sgd");
+    kNormed[0].change(model->table.args[0]);
   }
   step_as_gpu(carried, "momentum_sgd", 3);
   for (int k = 0; k < 3; ++k) {
@@ -155,18 +155,18 @@ void blocks_and_threads_change_no_bit() {
     for (const int64_t blocks : {1, 2, 3, 7, 50}) {
       cuda::host_threads = threads;
       cuda::host_blocks = blocks;
-      Model model(kSizes, 2, kKinds[0]);
-      Group& group = model.table.groups[0] = group_of("adam");
-      for (const Case& some : {kNormed[0], kPlain[4]}) some.change(group);
-      group.relative = true;
+      Model model(kSizes, 2, kStorages[0]);
+      StepArgs& args = model.table.args[0] = args_of("adam");
+      for (const Case& some : {kNormed[0], kPlain[4]}) some.change(args);
+      args.relative = true;
       const float found_inf = 0, grad_scale = 8;
       double norm2 = 3;
-      const cuda::Signals signals{&found_inf, &grad_scale, &norm2, 0.5};
-      cuda::Plan plan(cuda::host(), "adam", false, model.table.tensors, model.table.layers, model.steps);
+      const cuda::DeviceScalars scalars{&found_inf, &grad_scale, &norm2, 0.5};
+      cuda::Bucket plan(cuda::host(), "adam", false, model.table.tensors, model.table.layers, model.steps);
       for (int k = 0; k < 3; ++k) {
         for (Layer& layer : model.table.layers) layer.grad_norm2 = -1;
-        plan.sum_gradients(model.table.tensors, model.table.layers, signals, false, nullptr);
-        plan.run(model.table.tensors, model.table.layers, {{group, {}}}, signals, nullptr);
+        plan.sum_gradients(model.table.tensors, model.table.layers, scalars, false, nullptr);
+        plan.run(model.table.tensors, model.table.layers, {{args, {}}}, scalars, nullptr);
       }
       model.memory.emplace_back(reinterpret_cast<char*>(&norm2), reinterpret_cast<char*>(&norm2 + 1));
       if (expected.empty()) expected = model.memory;
@@ -183,24 +183,24 @@ void the_devices_coefficients_are_the_hosts() {
   for (const double beta1 : {0.0, 0.5, 0.9, 0.99999})
     for (const double beta2 : {0.0, 0.9, 0.999, 0.9999999})
       for (const double t : {1.0, 2.0, 3.0, 10.0, 1000.0, 123456.0, 16777216.0}) {
-        double coefficients[8] = {0, 0, 1 - beta1, beta2, 1 - beta2, 1, 1, 1e-8};
-        unbias(coefficients, t);
+        double coefficients[] = {1 - beta1, beta2, 1 - beta2, beta1, beta2, 1e-8};
+        Adam<float>::at_step(coefficients, t);
         const double first = 1 / (1 - std::pow(beta1, t)), second = 1 / std::sqrt(1 - std::pow(beta2, t));
-        // 1 - beta is rounded, and taken from 1 again: an error of one unit of 1, over 1 - beta
-        CHECK(std::fabs(coefficients[5] - first) <= first * (1e-13 + 2e-16 / (1 - beta1)));
-        CHECK(std::fabs(coefficients[6] - second) <= second * (1e-13 + 2e-16 / (1 - beta2)));
+        // an error of one unit of 1, over 1 - beta
+        CHECK(std::fabs(coefficients[3] - first) <= first * (1e-13 + 2e-16 / (1 - beta1)));
+        CHECK(std::fabs(coefficients[4] - second) <= second * (1e-13 + 2e-16 / (1 - beta2)));
       }
 }
 
 void steps_counted_on_the_device_are_those_counted_by_the_host() {
-  Model ours(kSizes, 2, kKinds[0]), theirs(kSizes, 2, kKinds[0]);
-  Group& group = ours.table.groups[0] = group_of("adam");
+  Model ours(kSizes, 2, kStorages[0]), theirs(kSizes, 2, kStorages[0]);
+  StepArgs& args = ours.table.args[0] = args_of("adam");
   ours.counts.assign(kSizes.size(), 41);
   step_as_gpu(ours, "adam", 2, {{}}, true);
   CHECK(ours.counts == std::vector<float>(kSizes.size(), 43));
   for (const double t : {42.0, 43.0}) {
-    theirs.table.groups[0] = group;
-    unbias(theirs.table.groups[0].rule, t);
+    theirs.table.args[0] = args;
+    Adam<float>::at_step(theirs.table.args[0].coefficients, t);
     step_as_gpu(theirs, "adam", 1);
   }
   CHECK(same_memory(ours, theirs));
@@ -208,10 +208,10 @@ void steps_counted_on_the_device_are_those_counted_by_the_host() {
 
 void an_overflow_changes_and_counts_nothing() {
   const float none = 0, found = 1;
-  Model ours(kSizes, 1, kKinds[0]), theirs(kSizes, 1, kKinds[0]);
+  Model ours(kSizes, 1, kStorages[0]), theirs(kSizes, 1, kStorages[0]);
   for (Model* model : {&ours, &theirs}) {
-    model->table.groups[0] = group_of("momentum_sgd");
-    kNormed[0].change(model->table.groups[0]);
+    model->table.args[0] = args_of("momentum_sgd");
+    kNormed[0].change(model->table.args[0]);
   }
   step_as_gpu(ours, "momentum_sgd", 5, {{&found}, {&none}, {&found}, {&found}, {&none}}, true);
   step_as_gpu(theirs, "momentum_sgd", 2, {{}}, true);
@@ -224,8 +224,8 @@ void scale_and_rate_come_from_the_device() {
     const float scale = 8;
     double norm2 = 0;
     const float lr = 0.1f;
-    Model ours(kSizes, 1, kKinds[0], true), theirs(kSizes, 1, kKinds[0], true);
-    const Group group = theirs.table.groups[0] = group_of("momentum_sgd");
+    Model ours(kSizes, 1, kStorages[0], true), theirs(kSizes, 1, kStorages[0], true);
+    const StepArgs args = theirs.table.args[0] = args_of("momentum_sgd");
     const auto sum_of = [&](size_t t) {
       double sum = 0;
       for (int64_t i = 0; i < kSizes[t]; ++i)
@@ -235,46 +235,46 @@ void scale_and_rate_come_from_the_device() {
     double expected = 17 - sum_of(3);
     for (size_t t = 0; t < kSizes.size(); ++t) expected += sum_of(t);
 
-    cuda::Plan plan(cuda::host(), "momentum_sgd", false, ours.table.tensors, ours.table.layers,
-                    std::vector<float*>(kSizes.size(), nullptr));
-    const cuda::Signals signals{nullptr, &scale, &norm2, limit};
-    Group blank = group;
+    cuda::Bucket plan(cuda::host(), "momentum_sgd", false, ours.table.tensors, ours.table.layers,
+                      std::vector<float*>(kSizes.size(), nullptr));
+    const cuda::DeviceScalars scalars{nullptr, &scale, &norm2, limit};
+    StepArgs blank = args;
     blank.lr = -1;                         // not this one
     ours.table.layers[3].grad_norm2 = 17;  // known already
-    plan.sum_gradients(ours.table.tensors, ours.table.layers, signals, false, nullptr);
+    plan.sum_gradients(ours.table.tensors, ours.table.layers, scalars, false, nullptr);
     CHECK(norm2 == expected);
-    plan.run(ours.table.tensors, ours.table.layers, {{blank, {const_cast<float*>(&lr), F32, nullptr}}}, signals,
+    plan.run(ours.table.tensors, ours.table.layers, {{blank, {const_cast<float*>(&lr), F32, nullptr}}}, scalars,
              nullptr);
     const double norm = std::sqrt(norm2) * (1.0 / 8);
     CHECK(norm > 0.25);
-    theirs.table.groups[0].lr = lr;
-    theirs.table.groups[0].grad_scale *= 1.0 / 8 * std::min(1.0, limit / (norm + 1e-6));
-    cpu::step(*cpu::choose("baseline")->find("momentum_sgd"), theirs.table, 1);
+    theirs.table.args[0].lr = lr;
+    theirs.table.args[0].grad_scale *= 1.0 / 8 * std::min(1.0, limit / (norm + 1e-6));
+    cpu::step(kernel_of(*cpu::choose("baseline"), "momentum_sgd"), theirs.table, 1);
     CHECK(same_memory(ours, theirs));
 
     ours.table.layers[3].grad_norm2 = -1;
-    plan.sum_gradients(ours.table.tensors, ours.table.layers, signals, true, nullptr);
+    plan.sum_gradients(ours.table.tensors, ours.table.layers, scalars, true, nullptr);
     CHECK(norm2 == expected + expected - 17 + sum_of(3));  // added to what was there
   }
 }
 
 void tensors_without_a_gradient_are_left_alone() {
-  Model ours(kSizes, 1, kKinds[0]), theirs(kSizes, 1, kKinds[0]);
+  Model ours(kSizes, 1, kStorages[0]), theirs(kSizes, 1, kStorages[0]);
   for (Model* model : {&ours, &theirs}) {
-    model->table.groups[0] = group_of("momentum_sgd");
+    model->table.args[0] = args_of("momentum_sgd");
     for (const size_t t : {1u, 5u, 11u}) {
       model->table.tensors[t].active = false;
       model->table.tensors[t].g.data = nullptr;
     }
   }
   step_as_gpu(ours, "momentum_sgd", 2, {{}}, true);
-  for (int k = 0; k < 2; ++k) cpu::step(*cpu::choose("baseline")->find("momentum_sgd"), theirs.table, 1);
+  for (int k = 0; k < 2; ++k) cpu::step(kernel_of(*cpu::choose("baseline"), "momentum_sgd"), theirs.table, 1);
   CHECK(same_memory(ours, theirs));
   for (size_t t = 0; t < kSizes.size(); ++t) CHECK(ours.counts[t] == (ours.table.tensors[t].active ? 2 : 0));
 }
 
 void accumulate_adds_and_sums_both_squares() {
-  for (const Kind& kind : kKinds) {
+  for (const Storage& kind : kStorages) {
     if (kind.strided) continue;
     for (const bool alone : {false, true})
       for (size_t t = 0; t < kSizes.size(); ++t) {
@@ -293,7 +293,7 @@ void accumulate_adds_and_sums_both_squares() {
 }  // namespace
 
 int main() {
-  every_piece_is_taken_once_and_belongs_to_its_tensor();
+  every_chunk_is_taken_once_and_belongs_to_its_tensor();
   vectors_begin_where_all_operands_are_aligned();
   an_update_has_the_bits_of_the_cpus();
   norms_have_the_values_of_the_cpus();

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import Member, Row, Signals, warn_not_finite
 from ..rule import Rule
-from . import reference
+from . import interface, reference
+from .interface import DeviceScalars, Norms, ParamEntry, PartNorms, StepArgs
+from .pointers import unreachable
 
 try:
     from . import _native  # type: ignore[attr-defined]
 
-    _native.connect(torch.Tensor)
+    _native.connect(torch.Tensor, interface)
     _reason = None
 except ImportError as error:
     _reason = f"its compiled core is not installed ({error}); reinstall where a C++ compiler is found"
@@ -26,17 +27,19 @@ except AttributeError:
     _reason = f"torch {torch.__version__} has no DLPack C exchange API; torch 2.10 or newer has"
 
 DEVICES = ("cpu", "cuda")
-IN_ITS_PLACE = "gpu"  # FUSED_OPT_CPU for tests: what is on the CPU goes through the kernels for GPUs, run by the host
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Only these two reach a raw pointer: what a subclass's data pointer means is its own business (DTensor, FakeTensor).
-PLAIN = (Tensor, torch.nn.Parameter)
+UNTESTED = ("cuda",)
+REUSABLE = True
+#: For tests: what is on the CPU goes through the kernels for GPUs, run by the host.
+EMULATE_GPU = os.environ.get("FUSED_OPT_EMULATE_GPU") == "1"
+#: The instruction set of the CPU's kernels; None: the widest that the processor has.
+INSTRUCTION_SET = os.environ.get("FUSED_OPT_CPU")
+_HOST = -1  # in place of a GPU's number
 
 
 def unavailable() -> str | None:
     """Why the compiled core cannot run here, or None."""
-    wanted = os.environ.get("FUSED_OPT_CPU")
-    if _reason is None and wanted not in (None, IN_ITS_PLACE, *(sets := _native.instruction_sets())):
-        return f"this processor does not run FUSED_OPT_CPU={wanted!r}; it runs {', '.join(map(repr, sets))}"
+    if _reason is None and INSTRUCTION_SET not in (None, *(sets := _native.instruction_sets())):
+        return f"this processor does not run FUSED_OPT_CPU={INSTRUCTION_SET!r}; it runs {', '.join(map(repr, sets))}"
     return _reason
 
 
@@ -46,37 +49,39 @@ def gpu_unavailable(number: int = -1) -> str | None:
     return _reason or _native.unavailable(number) or None
 
 
-def _number(tensor: Tensor) -> int | None:
-    """Of the GPU that steps a tensor; -1: the host in its place; None: the CPU's own kernels do."""
+def _device_number(tensor: Tensor) -> int | None:
+    """Of the GPU that steps a tensor, or of the host in its place; None: the CPU's own kernels do."""
     if tensor.is_cuda:
         return tensor.device.index
-    # Asked for every part of a gradient: `in` is a third of what `get` costs where there is nothing to get.
-    return -1 if "FUSED_OPT_CPU" in os.environ and os.environ["FUSED_OPT_CPU"] == IN_ITS_PLACE else None
+    return _HOST if EMULATE_GPU else None
 
 
-def counts_there(p: Tensor) -> bool:
+def steps_on_device(p: Tensor) -> bool:
     """Whether the steps of a parameter are counted on its device, in float32, as torch.optim's fused ones are."""
-    return _number(p) is not None
+    return _device_number(p) is not None
 
 
-def unsupported(rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = False) -> str | None:
+@lru_cache
+def _unsupported_rule(rule: Rule) -> str | None:
+    if rule.name not in _native.rules():
+        return f"no rule {rule.name!r} in csrc/rules.h"
+    _native.check_rule(rule)
+    return None
+
+
+def unsupported(rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = False, sharded: bool = False) -> str | None:
     """Why a parameter, its gradient or its states cannot be stepped here, or None."""
     if _reason:
         return _reason
+    if rule is not None and (reason := _unsupported_rule(rule)):
+        return reason
     for tensor in tensors:
-        if type(tensor) not in PLAIN:
-            return f"{type(tensor).__name__} is a tensor subclass; it steps torch.Tensor and torch.nn.Parameter"
-        if tensor.layout != torch.strided:
-            return f"a {tensor.layout} tensor; it steps strided ones"
-        if not tensor.is_cpu:
-            if not tensor.is_cuda:
-                return f"a tensor on {tensor.device}; it steps those on {' and '.join(DEVICES)}"
-            if reason := gpu_unavailable(tensor.device.index):
-                return f"a tensor on {tensor.device}, and {reason}"
-        if tensor.dtype not in DTYPES:
-            return f"a {tensor.dtype} tensor; it steps {', '.join(str(dtype) for dtype in DTYPES)}"
-        if tensor.is_neg():
-            return "a tensor with a lazy negation"
+        if reason := unreachable(tensor, DEVICES):
+            return reason
+        if tensor.is_cuda and (reason := gpu_unavailable(tensor.device.index)):
+            return f"a tensor on {tensor.device}, and {reason}"
+    if sharded and steps_on_device(tensors[0]):
+        return "a shard of a DTensor; it cannot add up norms over processes on a device"
     if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
         return (
             "a CUDA graph is being captured, and the tables of these tensors would have to be made in it; step once with "
@@ -87,13 +92,13 @@ def unsupported(rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = Fals
 
 def accumulate(total: Tensor | None, part: Tensor) -> tuple[float, float]:
     """``total += part`` in one pass with the sums of squares of both; on a GPU it is waited for."""
-    number = _number(part)
+    number = _device_number(part)
     if number is None:
-        sums = _native.accumulate(total, part, torch.get_num_threads())
+        sums = _native.accumulate(total, part, torch.get_num_threads(), INSTRUCTION_SET)
     else:
         scratch = torch.zeros(_native.scratch_words(part.numel()), dtype=torch.float64, device=part.device)
         with _current(part.device):
-            if not _native.accumulate_there(number, total, part, scratch):  # they do not lie alike in memory
+            if not _native.accumulate_on_device(number, total, part, scratch):  # they do not lie alike in memory
                 return reference.accumulate(total, part)
         sums = tuple(scratch[:2].tolist())
     if total is not None:
@@ -106,80 +111,73 @@ def _current(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-class Bucket:
-    """Parameters that torch's threads step, as a plan in C++; those on a GPU make a :class:`GPUBucket`."""
+class _Bucket:
+    """What is alike wherever the parameters are.
 
-    def __new__(cls, rule: Rule, members: Sequence[Member], *rest: Any) -> Bucket:
-        """Of the kind that the parameters, all on one device, need."""
-        return super().__new__(cls if _number(members[0].tensor) is None else GPUBucket)
+    Args:
+        core: the bucket in C++.
+        members: its parameters.
+    """
 
-    def __init__(
-        self,
-        rule: Rule,
-        members: Sequence[Member],
-        param_groups: list[dict[str, Any]],
-        state: Mapping[Tensor, Any],
-        noisy: bool,
-    ) -> None:
+    def __init__(self, core: Any, members: Sequence[ParamEntry]) -> None:
+        self.core = core
         self.members = members
-        rows = [
-            (
-                *(m.tensor, m.tensor.grad, m.group, m.fresh, m.states, m.step, m.average),
-                *(m.index, m.lr_scale, m.decay_scale, m.place),
-            )
-            for m in members
-        ]
-        self.core = self._plan(rule.name, rows, param_groups, state, noisy)
         # The gradient's edge refers to the parameter from C++, which makes looking at the parameter three times cheaper
         # (see Held in view.h) and, unlike other references, is one that torch.utils.swap_tensors allows.
         self.edges = [torch.autograd.graph.get_gradient_edge(m.tensor) for m in members if m.tensor.requires_grad]
-        self.gather = self.core.gather
-        self.know = self.core.know
-        self.know_norms = self.core.know_norms
 
-    def _plan(self, rule: str, *rest: Any) -> Any:
-        return _native.Plan(rule, os.environ.get("FUSED_OPT_CPU"), *rest)
+    def collect_gradients(
+        self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]
+    ) -> list[tuple[int, float]] | None:
+        """Find this step's gradients: the (group, step) pairs that ``run`` needs arguments for, or None: plan anew."""
+        return self.core.collect_gradients(param_groups, state)
+
+    def set_part_norms(self, norms: Sequence[PartNorms | None]) -> None:
+        """For every member the sum of its gradient's parts' norms and the gradient's sum of squares, where known."""
+        self.core.set_part_norms(norms)
+
+
+class CPUBucket(_Bucket):
+    """Parameters that torch's threads step."""
+
+    device = None
 
     def grad_norm2(self) -> float:
         """Sum of squares of all gradients, as they lie in memory."""
         return self.core.grad_norm2(torch.get_num_threads())
 
-    def norms(self, rows: Sequence[Row], gradients: bool, directions: bool) -> list[tuple[float, float, float]]:
-        """Squared norms of weights, gradient and direction by member, as far as a step with these rows wants them."""
-        return self.core.norms(rows, gradients, directions, torch.get_num_threads())
+    def norms(self, args: Sequence[StepArgs], gradients: bool, directions: bool) -> list[Norms]:
+        """Squared norms of weights, gradient and direction by member, as far as a step with these arguments needs them."""
+        return list(map(Norms._make, self.core.norms(args, gradients, directions, torch.get_num_threads())))
 
-    def run(self, rows: Sequence[Row]) -> None:
+    def set_norms(self, norms: Sequence[Norms]) -> None:
+        """What the norms of the whole tensors are, where the members are shards of them."""
+        self.core.set_norms(norms)
+
+    def run(self, args: Sequence[StepArgs]) -> None:
         """Step every parameter that has a gradient, on torch's threads."""
         # Raw pointers tell autograd nothing; without this a backward through the old weights would pass unnoticed.
         torch.autograd.graph.increment_version(self.core.touched())
-        for index in self.core.run(rows, torch.get_num_threads()):
-            warn_not_finite(self.members[index])
+        for index in self.core.run(args, torch.get_num_threads()):
+            self.members[index].warn_not_finite()
 
     def ratios(self) -> list[float]:
         """The trust ratio of every member in the last step."""
         return self.core.ratios()
 
 
-class GPUBucket(Bucket):
+class GPUBucket(_Bucket):
     """Parameters on one GPU, all of them float64 or none.
 
     A step is queued on torch's current stream and never waited for, except where the host is asked for a number:
     ``grad_norm2``, ``ratios``, and making the plan. For the same reason nobody warns of a ratio that cannot be formed.
     """
 
-    def __init__(self, rule: Rule, members: Sequence[Member], *rest: Any) -> None:
-        self.device = members[0].tensor.device
-        self.signals = Signals()
-        super().__init__(rule, members, *rest)
+    device: torch.device
 
-    def _plan(self, rule: str, *rest: Any) -> Any:
-        number = _number(torch.empty(0, device=self.device))
-        with _current(self.device):
-            try:
-                return _native.DevicePlan(rule, number, *rest)
-            except MemoryError:  # torch keeps what it has freed
-                torch.cuda.empty_cache()
-                return _native.DevicePlan(rule, number, *rest)
+    def __init__(self, core: Any, members: Sequence[ParamEntry]) -> None:
+        super().__init__(core, members)
+        self.device = members[0].tensor.device
 
     def sum_gradients(self, norm2: Tensor, add: bool) -> None:
         """Put the sum of squares of all gradients into ``norm2``, or add it to what is there, without waiting for it."""
@@ -191,17 +189,16 @@ class GPUBucket(Bucket):
         with _current(self.device):
             return self.core.grad_norm2()
 
-    def run(self, rows: Sequence[Row]) -> None:
+    def run(self, args: Sequence[StepArgs], scalars: DeviceScalars = DeviceScalars()) -> None:  # noqa: B008  # immutable
         """Queue the step of every parameter that has a gradient."""
-        found_inf, grad_scale, norm2, max_norm = self.signals
-        scalars = [
+        found_inf, grad_scale = (
             None if scalar is None else scalar.to(self.device, torch.float32, non_blocking=True)
-            for scalar in (found_inf, grad_scale)
-        ]
-        addresses = [0 if scalar is None else scalar.data_ptr() for scalar in (*scalars, norm2)]
+            for scalar in (scalars.found_inf, scalars.grad_scale)
+        )
+        addresses = [0 if scalar is None else scalar.data_ptr() for scalar in (found_inf, grad_scale, scalars.norm2)]
         with _current(self.device):
             torch.autograd.graph.increment_version(self.core.touched())
-            self.core.run(rows, *addresses, max_norm)
+            self.core.run(args, *addresses, scalars.max_norm)
 
     def ratios(self) -> list[float]:
         """The trust ratio of every member in the last step."""
@@ -209,6 +206,26 @@ class GPUBucket(Bucket):
             return self.core.ratios()
 
 
+def bucket(
+    rule: Rule,
+    members: Sequence[ParamEntry],
+    param_groups: list[dict[str, Any]],
+    state: Mapping[Tensor, Any],
+    noisy: bool,
+) -> CPUBucket | GPUBucket:
+    """A bucket in C++ for parameters that are all on the CPU or all on one GPU."""
+    number, device = _device_number(members[0].tensor), members[0].tensor.device
+    if number is None:
+        return CPUBucket(_native.CPUBucket(rule, members, param_groups, state, noisy, INSTRUCTION_SET), members)
+    with _current(device):
+        try:
+            core = _native.DeviceBucket(rule, members, param_groups, state, noisy, number)
+        except MemoryError:  # torch keeps what it has freed
+            torch.cuda.empty_cache()
+            core = _native.DeviceBucket(rule, members, param_groups, state, noisy, number)
+    return GPUBucket(core, members)
+
+
 def instruction_set() -> str:
     """The instruction set that steps on this CPU use: FUSED_OPT_CPU if set, else the widest that the processor has."""
-    return os.environ.get("FUSED_OPT_CPU") or _native.instruction_sets()[0]
+    return INSTRUCTION_SET or _native.instruction_sets()[0]

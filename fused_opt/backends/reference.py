@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 
 from ..extras.noise import normal, normal_at
-from ..plan import Member, Row, warn_not_finite
-from ..rule import Rule
+from ..rule import UNKNOWN, Rule
+from .interface import Kind, Norms, ParamEntry, PartNorms, StepArgs, is_known
+
+DEVICES = ("cpu", "cuda")  # and every other
+UNTESTED: tuple[str, ...] = ()
+REUSABLE = False  # it does not see what was replaced; a plan of nothing but its buckets is made anew for every step
 
 
 def unavailable() -> str | None:
@@ -19,9 +23,14 @@ def unavailable() -> str | None:
     return None
 
 
-def unsupported(rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = False) -> str | None:
+def unsupported(rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = False, sharded: bool = False) -> str | None:
     """Nothing that torch.optim can step is beyond it."""
     return None
+
+
+def steps_on_device(p: Tensor) -> bool:
+    """It asks for every number."""
+    return False
 
 
 def norm2(tensor: Tensor) -> float:
@@ -39,23 +48,21 @@ def accumulate(total: Tensor | None, part: Tensor) -> tuple[float, float]:
     return norm2(part), norm2(total)
 
 
-def trust_ratio(
-    member: Member, row: Row, weight2: float, grad2: float, parts: float, direction2: float, weight_decay: float
-) -> float:
-    """The ratio of fused_opt.extras.trust_ratio, from sums of squares and the sum of the parts' norms (-1: one part)."""
-    assert row.ratio is not None
-    kind, coefficient, cap, eps, _ = row.ratio
-    weight, scale = math.sqrt(weight2), abs(row.grad_scale)
-    if kind == 1:  # lars
-        grad = scale * math.sqrt(grad2)
-        denominator = grad + weight_decay * weight + eps if grad else 0.0
-    elif kind == 2:  # clars
-        sum_of_norms = scale * (parts if parts >= 0 else math.sqrt(grad2))
-        denominator = sum_of_norms + eps if sum_of_norms else 0.0
-    else:  # lamb
-        denominator = math.sqrt(direction2) + eps if direction2 else 0.0
+def trust_ratio(member: ParamEntry, args: StepArgs, norms: Norms, sum_of_norms: float, decay: float) -> float:
+    """The ratio of fused_opt.extras.trust_ratio; ``sum_of_norms``: of the gradient's parts, where known."""
+    assert args.ratio is not None
+    kind, coefficient, cap, eps, _ = args.ratio
+    weight, scale = math.sqrt(norms.weight2), abs(args.grad_scale)
+    if kind == Kind.LARS:
+        grad = scale * math.sqrt(norms.grad2)
+        denominator = grad + decay * weight + eps if grad else 0.0
+    elif kind == Kind.CLARS:
+        total = scale * (sum_of_norms if is_known(sum_of_norms) else math.sqrt(norms.grad2))
+        denominator = total + eps if total else 0.0
+    else:
+        denominator = math.sqrt(norms.direction2) + eps if norms.direction2 else 0.0
     if not (math.isfinite(weight) and math.isfinite(denominator)):
-        warn_not_finite(member)
+        member.warn_not_finite()
         return min(cap, 1.0)
     return min(cap, coefficient * weight / denominator if weight > 0 and denominator > 0 else 1.0)
 
@@ -63,58 +70,56 @@ def trust_ratio(
 class Bucket:
     """Parameters that are stepped one by one."""
 
-    def __init__(
-        self,
-        rule: Rule,
-        members: Sequence[Member],
-        param_groups: list[dict[str, Any]],
-        state: Mapping[Tensor, Any],
-        noisy: bool,
-    ) -> None:
+    device = None
+
+    def __init__(self, rule: Rule, members: Sequence[ParamEntry]) -> None:
         self.rule = rule
         self.members = members
-        self.active: list[tuple[Member, int]] = []
-        self._norms: dict[int, list[float]] = {}  # by index: weight, gradient, direction, squared; -1 where not known
+        self.active: list[tuple[ParamEntry, int]] = []
+        self._layouts = [None if m.tensor.grad is None else m.tensor.grad.layout for m in members]
+        self._norms: dict[int, list[float]] = {}  # by index: of weights, gradient, direction
         self._parts: dict[int, float] = {}
         self._ratios = dict.fromkeys((member.index for member in members), 1.0)
 
-    def gather(self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> list[tuple[int, float]] | None:
-        """Find this step's gradients: the (group, step count) pairs that ``run`` needs rows for, or None: plan anew."""
+    def collect_gradients(
+        self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]
+    ) -> list[tuple[int, float]] | None:
+        """Find this step's gradients: the (group, step) pairs that ``run`` needs arguments for, or None: plan anew."""
         self.active = []
-        self._norms = {member.index: [-1.0, -1.0, -1.0] for member in self.members}
+        self._norms = {member.index: list(Norms()) for member in self.members}
         self._parts = {}
         keys: dict[tuple[int, float], int] = {}
-        for member in self.members:
+        for member, layout in zip(self.members, self._layouts):
             if member.tensor.grad is None:
                 continue
-            if member.states is None:
+            if member.states is None or member.tensor.grad.layout != layout:  # another backend may be able to
                 return None
             key = (member.group, member.count() + 1)
             self.active.append((member, keys.setdefault(key, len(keys))))
         return list(keys)
 
-    def know(self, norms: list[tuple[float, float] | None]) -> None:
+    def set_part_norms(self, norms: Sequence[PartNorms | None]) -> None:
         """For every member the sum of its gradient's parts' norms and the gradient's sum of squares, where known."""
         for member, known in zip(self.members, norms):
             if known is not None:
                 self._parts[member.index], self._norms[member.index][1] = known
 
     @torch.no_grad()
-    def norms(self, rows: Sequence[Row], gradients: bool, directions: bool) -> list[list[float]]:
-        """Squared norms of weights, gradient and direction (where asked for) by member; -1 where there is no gradient."""
+    def norms(self, args: Sequence[StepArgs], gradients: bool, directions: bool) -> list[Norms]:
+        """Squared norms of weights, gradient and direction (where asked for) by member; UNKNOWN without a gradient."""
         for member, row in self.active:
-            p, g, direction, *_ = self._direct(member, rows[row])
+            p, g, direction, *_ = self._direct(member, args[row])
             for which, tensor in enumerate((p, g, direction) if directions else (p, g)):
                 self._norm2(member, which, tensor)
-        return [self._norms[member.index] for member in self.members]
+        return [Norms(*self._norms[member.index]) for member in self.members]
 
-    def know_norms(self, norms: Sequence[Sequence[float]]) -> None:
+    def set_norms(self, norms: Sequence[Norms]) -> None:
         """What the norms of the whole tensors are, where the members are shards of them."""
         self._norms = {member.index: list(of_member) for member, of_member in zip(self.members, norms)}
 
-    def _norm2(self, member: Member, which: int, tensor: Tensor) -> float:
+    def _norm2(self, member: ParamEntry, which: int, tensor: Tensor) -> float:
         known = self._norms[member.index]
-        if known[which] == -1:
+        if not is_known(known[which]):
             known[which] = norm2(tensor)
         return known[which]
 
@@ -123,13 +128,13 @@ class Bucket:
         return sum(self._norm2(m, 1, m.tensor.grad) for m, _ in self.active if m.tensor.grad is not None)
 
     @torch.no_grad()
-    def run(self, rows: Sequence[Row]) -> None:
+    def run(self, args: Sequence[StepArgs]) -> None:
         """Step every parameter that has a gradient."""
         for member, row in self.active:
-            self._step(member, rows[row])
+            self._step(member, args[row])
             member.advance()
 
-    def _direct(self, member: Member, row: Row) -> tuple[Tensor, ...]:
+    def _direct(self, member: ParamEntry, args: StepArgs) -> tuple[Tensor, ...]:
         """Parameter, gradient, direction and new states, real and dense, in the arithmetic's dtype."""
         assert member.tensor.grad is not None
         tensors = [member.tensor, member.tensor.grad, *(member.states or ())]
@@ -137,49 +142,72 @@ class Bucket:
             tensors = [torch.view_as_real(tensor.resolve_conj()) for tensor in tensors]
         dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
         p, g, *states = ((tensor.to_dense() if tensor.is_sparse else tensor).to(dtype) for tensor in tensors)
-        weight_decay = row.coefficients[0] * member.decay_scale
-        return p, g, *self.rule.direction(p, row.grad_scale * g, *states, weight_decay, *row.coefficients[1:])
+        coupled, decoupled = args.coupled_decay * member.decay_scale, args.decoupled_decay * member.decay_scale
+        update, *new = self.rule.update(args.grad_scale * g + coupled * p, *states, *args.coefficients)
+        return p, g, update + decoupled * p, *new
 
     @staticmethod
-    def _noise(member: Member, seed: int, t: int, p: Tensor) -> Tensor:
-        if member.place is None:
-            return normal(seed, member.index, t, p.numel(), p.device)
-        elements = member.place.elements(member.tensor.shape).to(p.device)
+    def _noise(member: ParamEntry, seed: int, step: int, p: Tensor) -> Tensor:
+        if member.layout is None:
+            return normal(seed, member.index, step, p.numel(), p.device)
+        elements = member.layout.elements(member.tensor.shape).to(p.device)
         if member.tensor.is_complex():  # each two numbers
             elements = torch.stack([2 * elements, 2 * elements + 1], dim=1).flatten()
-        return normal_at(seed, member.index, t, elements)
+        return normal_at(seed, member.index, step, elements)
 
-    def _step(self, member: Member, row: Row) -> None:
-        p, g, direction, *new = self._direct(member, row)
-        average = member.average
-        if average is not None and average.is_complex():
-            average = torch.view_as_real(average)
+    def _step(self, member: ParamEntry, args: StepArgs) -> None:
+        p, g, direction, *new = self._direct(member, args)
         ratio = 1.0
-        if row.ratio is not None and member.tensor.ndim > row.ratio[-1]:
-            norms = [self._norm2(member, which, tensor) for which, tensor in enumerate((p, g, direction))]
-            parts, weight_decay = self._parts.get(member.index, -1.0), row.coefficients[0] * member.decay_scale
-            ratio = trust_ratio(member, row, norms[0], norms[1], parts, norms[2], weight_decay)
+        if args.ratio is not None and member.tensor.ndim > args.ratio.exempt:
+            norms = Norms(*[self._norm2(member, which, tensor) for which, tensor in enumerate((p, g, direction))])
+            decay = (args.coupled_decay + args.decoupled_decay) * member.decay_scale
+            ratio = trust_ratio(member, args, norms, self._parts.get(member.index, UNKNOWN), decay)
         self._ratios[member.index] = ratio
-        updated = p - row.lr * member.lr_scale * ratio * direction
-        if row.noise is not None:
-            sigma, relative, seed, t = row.noise
-            if relative and p.numel():
-                elsewhere = 0 if member.place is None else member.place.elsewhere * p.numel() // member.tensor.numel()
-                sigma *= math.sqrt(self._norm2(member, 0, p) / (p.numel() + elsewhere))
-            updated = updated + sigma * self._noise(member, seed, t, p).to(p.dtype).reshape(p.shape)
+        updated = p - args.lr * member.lr_scale * ratio * direction
+        if args.noise is not None:
+            updated = updated + self._sigma(member, args, p) * self._noise(
+                member, args.noise.seed, args.noise.step, p
+            ).to(p.dtype).reshape(p.shape)
         for tensor, value in zip([member.tensor, *(member.states or ())], [updated, *new]):
             # Not through the real view: that of a lazy conjugate is a copy.
             tensor.copy_(torch.view_as_complex(value.contiguous()) if tensor.is_complex() else value)
-        if row.average is not None and average is not None:
-            add, share, fresh, write_back = row.average
-            stored = torch.empty(0, dtype=member.tensor.dtype).real.dtype
-            p = updated.to(stored).to(p.dtype)
-            v = torch.zeros_like(p) if fresh else average.to(p.dtype)
-            v = v + add * (p - share * v)
-            average.copy_(v)
-            if write_back:
-                member.tensor.copy_(torch.view_as_complex(v) if member.tensor.is_complex() else v)
+        if args.fold is not None and member.average is not None:
+            self._fold(member, args, updated)
+
+    def _sigma(self, member: ParamEntry, args: StepArgs, p: Tensor) -> float:
+        """Standard deviation of the noise."""
+        assert args.noise is not None
+        if not args.noise.relative or not p.numel():
+            return args.noise.sigma
+        elsewhere = 0 if member.layout is None else member.layout.elsewhere * p.numel() // member.tensor.numel()
+        return args.noise.sigma * math.sqrt(self._norm2(member, 0, p) / (p.numel() + elsewhere))
+
+    @staticmethod
+    def _fold(member: ParamEntry, args: StepArgs, updated: Tensor) -> None:
+        """Take a sample of the weights as they were stored."""
+        assert args.fold is not None
+        assert member.average is not None
+        add, share, restart, write_back = args.fold
+        average = torch.view_as_real(member.average) if member.average.is_complex() else member.average
+        stored = torch.empty(0, dtype=member.tensor.dtype, device="cpu").real.dtype
+        p = updated.to(stored).to(updated.dtype)
+        v = torch.zeros_like(p) if restart else average.to(p.dtype)
+        v = v + add * (p - share * v)
+        average.copy_(v)
+        if write_back:
+            member.tensor.copy_(torch.view_as_complex(v) if member.tensor.is_complex() else v)
 
     def ratios(self) -> list[float]:
         """The trust ratio of every member in the last step."""
         return [self._ratios[member.index] for member in self.members]
+
+
+def bucket(
+    rule: Rule,
+    members: Sequence[ParamEntry],
+    param_groups: list[dict[str, Any]],
+    state: Mapping[Tensor, Any],
+    noisy: bool,
+) -> Bucket:
+    """The parameters; nothing needs to be prepared."""
+    return Bucket(rule, members)

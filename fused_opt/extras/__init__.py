@@ -1,32 +1,102 @@
-"""What rides in the same pass as the update: trust ratios, noise, averaging; and how checkpoints carry their settings."""
+"""What is fused into the pass that updates: trust ratios, noise, averaging, clipping.
+
+``EXTRAS`` is the only list of them: it drives the keywords and their checks, the keys of ``param_groups``, the arguments of a
+step, what checkpoints carry, what ZeroRedundancyOptimizer must refuse, and the documentation of the keywords.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from typing import Any, TypedDict
 
-from .averaging import EMA, PSWA, PSWM, PWALKS, SWM
-from .noise import WeightNoise
-from .trust_ratio import TrustRatio
+import torch
 
-SETTINGS = {cls.__name__: cls for cls in (TrustRatio, WeightNoise, PSWA, PWALKS, PSWM, SWM, EMA)}
+from .averaging import AVERAGING, EMA, PSWA, PSWM, PWALKS, SWM, Averaging
+from .clipping import MAX_GRAD_NORM, NONFINITE
+from .extra import Extra
+from .noise import NOISE, WeightNoise
+from .trust_ratio import TRUST_RATIO, TrustRatio
+
+__all__ = [
+    "EMA",
+    "EXTRAS",
+    "PSWA",
+    "PSWM",
+    "PWALKS",
+    "SWM",
+    "Averaging",
+    "Extra",
+    "Extras",
+    "TrustRatio",
+    "WeightNoise",
+]
+
+EXTRAS = (TRUST_RATIO, NOISE, AVERAGING, MAX_GRAD_NORM, NONFINITE)
+#: Those that a step's arguments speak of, in the order of ``StepArgs``.
+IN_ARGS = tuple((extra, extra.args) for extra in EXTRAS if extra.args is not None)
+NO_ARGS = (None,) * len(IN_ARGS)
+#: Plain numbers in the groups: load_state_dict would cast tensors in the state to the parameter's dtype.
+COUNTS = ("steps", *(count for extra in EXTRAS for count in extra.counts))
+_SETTINGS: dict[str, dict[str, type[Any]]] = {
+    extra.key: {cls.__name__: cls for cls in extra.settings} for extra in EXTRAS if extra.settings
+}
 
 
-def pack(value: Any) -> Any:
+class Extras(TypedDict, total=False):
+    """What every optimizer of the package takes beyond torch.optim's arguments, for type checkers."""
+
+    trust_ratio: TrustRatio | None
+    noise: WeightNoise | None
+    averaging: Averaging | None
+    max_grad_norm: float | None
+    nonfinite: str
+    state_dtype: torch.dtype | None
+    backend: str
+
+
+def check_extras(options: Mapping[str, Any]) -> None:
+    """Raise where a value is none for its key."""
+    for extra in EXTRAS:
+        extra.check(options[extra.key])
+
+
+def step_args(group: Mapping[str, Any], lr: Any) -> tuple[Any, ...]:
+    """What the step of a group says of the extras, in the order of ``StepArgs``."""
+    return tuple([None if group[extra.key] is None else args(group, lr) for extra, args in IN_ARGS])
+
+
+def documentation() -> str:
+    """The arguments of a docstring."""
+    return "\n".join(f"        {extra.key}: {extra.doc}" for extra in EXTRAS)
+
+
+def pack(key: str, value: Any) -> Any:
     """A setting as one string, which ``torch.load(weights_only=True)`` reads; anything else as it is.
 
     torch.distributed.checkpoint takes dicts and tuples apart, and could load them only into a setting of the same kind.
 
     Example:
-        >>> pack(TrustRatio("lars", coefficient=0.5))
+        >>> pack("trust_ratio", TrustRatio("lars", coefficient=0.5))
         'TrustRatio {"kind": "lars", "coefficient": 0.5, "cap": Infinity, "eps": 0.0, "exempt": 1}'
     """
-    name = type(value).__name__
-    return f"{name} {json.dumps(asdict(value))}" if SETTINGS.get(name) is type(value) else value
+    if is_dataclass(value) and type(value) in _SETTINGS.get(key, {}).values():
+        return f"{type(value).__name__} {json.dumps(asdict(value))}"  # type: ignore[arg-type]
+    return value
 
 
-def unpack(value: Any) -> Any:
-    """What ``pack`` was given."""
-    name, _, fields = value.partition(" ") if isinstance(value, str) else ("", "", "")
-    return SETTINGS[name](**json.loads(fields)) if name in SETTINGS else value
+def unpack(key: str, value: Any) -> Any:
+    """What ``pack`` was given.
+
+    Raises:
+        ValueError: for a string that ``pack`` does not make under this key.
+    """
+    if key not in _SETTINGS or not isinstance(value, str):
+        return value
+    name, _, fields = value.partition(" ")
+    try:
+        return _SETTINGS[key][name](**json.loads(fields))
+    except (KeyError, TypeError, ValueError) as error:
+        kinds = ", ".join(_SETTINGS[key])
+        raise ValueError(f"Invalid {key} in the state_dict: {value!r}; there is None, or one of {kinds}") from error

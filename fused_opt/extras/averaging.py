@@ -5,7 +5,7 @@ the equations of the variants are our definition. US patent 11,922,316 covers th
 
 After the update of step t a sample of the weights is taken if the step lies in the last ``fraction`` of its period, on
 the grid of ``interval`` steps that ends with the period, and a draw with ``probability`` succeeds. Every variant is one
-recurrence, ``v <- (fresh ? 0 : v) + add * (w - share * v)``, and at a period's end ``w <- v`` where anything was sampled:
+recurrence, ``v <- (restart ? 0 : v) + add * (w - share * v)``, and at a period's end ``w <- v`` where anything was sampled:
 
 .. math::
     \text{PSWA, PWALKS}:\quad & v_n = v_{n-1} + (w - v_{n-1}) / n
@@ -16,25 +16,26 @@ recurrence, ``v <- (fresh ? 0 : v) + add * (w - share * v)``, and at a period's 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .noise import uniform
+from ..backends.interface import Fold
+from ..checks import real, whole
+from .extra import Extra, check_setting
+from .noise import uniform, uniforms
 
+AVERAGE = "average"  # the slot in a parameter's state
 
-class Fold(NamedTuple):
-    """What a step does with the average."""
-
-    add: float
-    share: float
-    fresh: bool
-    write_back: bool
+_LEAST = {"start": 0, "interval": 1, "period": 1, "samples": 1, "seed": 0}
+_POSITIVE: tuple[Callable[[float], bool], str] = lambda x: 0 < x <= 1, "in (0, 1]"
+_RANGES = {"fraction": _POSITIVE, "probability": _POSITIVE, "beta": (lambda x: 0 <= x < 1, "in [0, 1)")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,18 +62,14 @@ class Averaging:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, valid, range_ in (
-            ("start", self.start >= 0, "at least 0"),
-            ("fraction", 0 < self.fraction <= 1, "in (0, 1]"),
-            ("probability", 0 < self.probability <= 1, "in (0, 1]"),
-            ("interval", self.interval >= 1, "at least 1"),
-            ("on_write_back", self.on_write_back in ("keep", "zero"), "'keep' or 'zero'"),
-            ("period", getattr(self, "period", 1) >= 1, "at least 1"),
-            ("samples", getattr(self, "samples", 1) >= 1, "at least 1"),
-            ("beta", 0 <= getattr(self, "beta", 0) < 1, "in [0, 1)"),
-        ):
-            if not valid:
-                raise ValueError(f"Invalid {name}: {getattr(self, name)}; it must be {range_}")
+        if self.on_write_back not in ("keep", "zero"):
+            raise ValueError(f"Invalid on_write_back: {self.on_write_back!r}; it must be 'keep' or 'zero'")
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if name in _LEAST:
+                object.__setattr__(self, name, whole(name, value, _LEAST[name]))
+            elif name in _RANGES:
+                object.__setattr__(self, name, real(name, value, *_RANGES[name]))
 
     def _window(self) -> float:
         """Steps at the end of a period that can be sampled."""
@@ -87,7 +84,7 @@ class Averaging:
         return self.probability == 1 or uniform(self.seed, t) < self.probability
 
     def weight(self, t: int, count: int, periods: int) -> tuple[float, float, bool]:
-        """``(add, share, fresh)`` of the ``count``-th sample of its period, after ``periods`` that were written back."""
+        """``(add, share, restart)`` of the ``count``-th sample of its period, after ``periods`` that were written back."""
         return 1 / count, 1.0, count == 1
 
     def fold(self, t: int, count: int, periods: int) -> Fold | None:
@@ -171,8 +168,12 @@ class PSWM(Averaging):
 
 @lru_cache(maxsize=16)
 def _samples(averaging: PSWM, period: int) -> int:
-    first = averaging.start + period * averaging.period + 1
-    return sum(averaging.sampled(t) for t in range(first, first + averaging.period))
+    """How many samples are taken in a period, counted from 0."""
+    last = averaging.start + (period + 1) * averaging.period
+    steps = range(last, last - math.ceil(averaging._window()), -averaging.interval)
+    if averaging.probability == 1:
+        return len(steps)
+    return sum(draw < averaging.probability for draw in uniforms(averaging.seed, steps))
 
 
 @dataclass(frozen=True)
@@ -228,32 +229,73 @@ class EMA(Averaging):
         return Fold(1 - self.beta if count else 1.0, 1.0, count == 0, False)
 
 
+def initial(group: Mapping[str, Any], p: Tensor) -> Tensor:
+    """The average of a parameter that joins now: earlier samples of the period found it as it is."""
+    normalizer = group["averaging"].normalizer(*(group[count] for count in ("steps", "samples", "periods")))
+    average = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
+    return average.copy_(p).div_(normalizer)
+
+
 @torch.no_grad()
-def sample_idle(parameters: Sequence[Tensor], state: Mapping[Tensor, Any], slot: str, fold: Fold) -> None:
-    """A sample is of all weights: those that this step did not move are folded in, and written back, here."""
-    for p in parameters:
-        if p.grad is None and (average := state.get(p, {}).get(slot)) is not None:
-            add, share, fresh, write_back = fold
-            average.mul_(0.0 if fresh else 1.0 - add * share).add_(p.to(average.dtype), alpha=add)
+def finish(group: dict[str, Any], state: Mapping[Tensor, Any], fold: Fold, slots: Sequence[str]) -> None:
+    """Count a sample, and what goes with it; ``slots``: the states that a write-back may begin anew.
+
+    A sample is of all weights: those that this step did not move are folded in, and written back, here.
+    """
+    add, share, restart, write_back = fold
+    for p in group["params"]:
+        if p.grad is None and (average := state.get(p, {}).get(AVERAGE)) is not None:
+            average.mul_(0.0 if restart else 1.0 - add * share).add_(p.to(average.dtype), alpha=add)
             if write_back:
                 p.copy_(average)
+    group["samples"] += add > 0
+    if write_back:
+        group["samples"] = 0
+        group["periods"] += 1
+        if group["averaging"].on_write_back == "zero":
+            for p in group["params"]:
+                for slot in slots if p in state else ():
+                    state[p].pop(slot, None)
 
 
 @contextmanager
-def swapped_in(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Any], slot: str) -> Iterator[None]:
+def swapped_in(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Any]) -> Iterator[None]:
     """Within the block the groups' parameters hold their averages, and afterwards what they held before."""
-    before = []
+    before: list[tuple[Tensor, Tensor]] = []
     try:
         with torch.no_grad():
             for group in groups:
                 samples, periods = group["samples"], group["periods"]
                 factor = group["averaging"].normalizer(group["steps"], samples, periods)
                 for p in group["params"] if samples or periods else ():
-                    if (average := state.get(p, {}).get(slot)) is not None:
+                    if (average := state.get(p, {}).get(AVERAGE)) is not None:
                         before.append((p, p.detach().clone()))
                         p.copy_(average * factor)
         yield
     finally:
-        with torch.no_grad():
-            for p, weights in before:
-                p.copy_(weights)
+        restore(before)
+
+
+@torch.no_grad()
+def restore(before: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy values back: all of them, also where one copy fails or is interrupted, and is then tried once more."""
+    failed: BaseException | None = None
+    for tensor, value in before:
+        for _ in range(2):
+            try:
+                tensor.copy_(value)
+                break
+            except BaseException as error:
+                failed = error
+    if failed is not None:
+        raise failed
+
+
+AVERAGING = Extra(
+    "averaging",
+    check_setting("averaging", Averaging),
+    ":class:`PSWA`, :class:`PWALKS`, :class:`PSWM`, :class:`SWM` or :class:`EMA`, or None.",
+    settings=(PSWA, PWALKS, PSWM, SWM, EMA),
+    args=lambda group, lr: group["averaging"].fold(group["steps"] + 1, group["samples"], group["periods"]),
+    counts=("samples", "periods"),
+)

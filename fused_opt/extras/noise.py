@@ -8,12 +8,19 @@ the same after a resume.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from ..backends.interface import NoiseArgs
+from ..checks import real, whole
+from .extra import Extra, check_setting
+
 SCHEDULES = (None, "decay", "cycle")
+BLOCK = 1024  # draws for single steps that are made at once
 DECAY = 0.55  # gamma of arXiv 1511.06807
 
 
@@ -54,15 +61,19 @@ class WeightNoise:
     def __post_init__(self) -> None:
         if (self.std is None) == (self.temperature is None):
             raise ValueError(f"WeightNoise takes either std or temperature; got {self.std} and {self.temperature}")
-        if not 0 <= (self.std if self.std is not None else self.temperature) < math.inf:  # type: ignore[operator]
-            raise ValueError(f"Invalid noise: std={self.std}, temperature={self.temperature}; at least 0 and finite")
+        for name in ("std", "temperature"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, real(name, value, lambda x: 0 <= x < math.inf, "at least 0 and finite"))
         if self.schedule not in SCHEDULES:
             raise ValueError(f"Invalid schedule: {self.schedule!r}; there are {', '.join(map(repr, SCHEDULES))}")
-        if (self.schedule == "cycle") != (self.period is not None) or (self.period is not None and self.period < 1):
+        if (self.schedule == "cycle") != (self.period is not None):
             raise ValueError(
                 f"Invalid period: {self.period} with schedule {self.schedule!r}; 'cycle' takes one, at least 1"
             )
-        if not 0 <= self.seed < 2**64:
+        if self.period is not None:
+            object.__setattr__(self, "period", whole("period", self.period, 1))
+        object.__setattr__(self, "seed", whole("seed", self.seed, 0))
+        if self.seed >= 2**64:
             raise ValueError(f"Invalid seed: {self.seed}; 0 to 2**64 - 1")
 
     def sigma(self, t: int, lr: float) -> float:
@@ -74,6 +85,10 @@ class WeightNoise:
             assert self.period is not None
             return sigma * (1 - t % self.period / self.period)
         return sigma
+
+    def args(self, t: int, lr: float) -> NoiseArgs:
+        """The noise of step ``t``, counted from 0."""
+        return NoiseArgs(self.sigma(t, lr), self.relative, self.seed, t % 2**32)
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
@@ -120,7 +135,28 @@ def _fours(seed: int, index: int, t: int, counter: Tensor) -> Tensor:
     return torch.stack(lanes, dim=1)
 
 
-def uniform(seed: int, t: int) -> float:
-    """A draw in [0, 1) for step ``t`` that is the same on every rank and after every resume."""
-    words = philox([torch.tensor(word) for word in (0, 0, 0xFFFFFFFF, t)], seed)
-    return int(words[0]) / 2**32
+def uniforms(seed: int, steps: Sequence[int]) -> list[float]:
+    """For every step, modulo 2**32, a draw in [0, 1) that is the same on every rank and after every resume."""
+    t = torch.tensor(steps, dtype=torch.int64, device="cpu")
+    zero = torch.zeros_like(t)
+    return (philox([zero, zero, zero + 0xFFFFFFFF, t & 0xFFFFFFFF], seed)[0].double() * 2.0**-32).tolist()
+
+
+@lru_cache(maxsize=256)
+def _uniform_block(seed: int, block: int) -> list[float]:
+    return uniforms(seed, range(BLOCK * block, BLOCK * (block + 1)))
+
+
+def uniform(seed: int, step: int) -> float:
+    """One of ``uniforms``; neighbours are drawn together."""
+    return _uniform_block(seed, step // BLOCK)[step % BLOCK]
+
+
+NOISE = Extra(
+    "noise",
+    check_setting("noise", WeightNoise),
+    "a :class:`WeightNoise`, or None.",
+    settings=(WeightNoise,),
+    args=lambda group, lr: group["noise"].args(group["steps"], float(lr)),
+    of_all_parameters=True,  # the key of a draw is the parameter's place among all
+)

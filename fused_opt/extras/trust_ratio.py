@@ -16,7 +16,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-KINDS = ("lars", "clars", "lamb")
+from ..backends.interface import Kind, RatioArgs
+from ..checks import real, whole
+from .extra import Extra, check_setting
+
+KINDS = tuple(kind.name.lower() for kind in Kind)
 _COEFFICIENTS = {"lars": 0.001, "clars": 0.01, "lamb": 1.0}
 
 
@@ -66,14 +70,22 @@ class TrustRatio:
             "eps": 1e-6 if clars else 0.0,
         }
         for name, default in defaults.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"Invalid {name} of a trust ratio: {getattr(self, name)}; it must be at least 0")
+            value = default if getattr(self, name) is None else getattr(self, name)
+            object.__setattr__(self, name, real(f"{name} of a trust ratio", value, lambda x: x >= 0, "at least 0"))
+        object.__setattr__(self, "exempt", whole("exempt", self.exempt, -1))
 
-    def row(self) -> tuple[int, float, float, float, int]:
+    def args(self) -> RatioArgs:
         """The numbers that a backend needs."""
         assert self.coefficient is not None
         assert self.cap is not None
         assert self.eps is not None
-        return KINDS.index(self.kind) + 1, self.coefficient, self.cap, self.eps, self.exempt
+        return RatioArgs(Kind[self.kind.upper()], self.coefficient, self.cap, self.eps, self.exempt)
+
+
+TRUST_RATIO = Extra(
+    "trust_ratio",
+    check_setting("trust_ratio", TrustRatio),
+    "a :class:`TrustRatio`, or None.",
+    settings=(TrustRatio,),
+    args=lambda group, lr: group["trust_ratio"].args(),
+)

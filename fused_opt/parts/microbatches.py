@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from .. import backends
+from ..backends.interface import PartNorms
 from ..shards import is_spread, like, local
 
 
@@ -270,12 +271,12 @@ class Microbatches:
             self._sums[p] = known
         return known
 
-    def norms(self, p: Tensor) -> tuple[float, float] | None:
+    def norms(self, p: Tensor) -> PartNorms | None:
         """Sum of the norms of the parts of ``p.grad``, and its squared norm; None where no backward was seen."""
         if p.grad is None or p not in self._sums:
             return None
         known = self._current(p, p.grad)
-        return known.norms if known.whole is None else known.whole, known.norm2
+        return PartNorms(known.norms if known.whole is None else known.whole, known.norm2)
 
     def squares(self, p: Tensor) -> list[float]:
         """Of a DTensor every part's sum of squares, as far as it is here: these add up over processes, norms do not."""

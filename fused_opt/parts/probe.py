@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends.interface import PartNorms
 from .microbatches import Microbatches, squared_norm
 
 
@@ -45,9 +46,9 @@ class Probe(Microbatches):
             found = (mean / torch.distributed.get_world_size(self._replicas.process_group)).tolist()
         self._norms = dict(zip(norms, found))
 
-    def norms(self, p: Tensor) -> tuple[float, float] | None:
-        """What was set, and -1: the squared norm of ``p.grad`` is not known."""
-        return (self._norms[p], -1.0) if p in self._norms and p.grad is not None else None
+    def norms(self, p: Tensor) -> PartNorms | None:
+        """What was set; the squared norm of ``p.grad`` is not known."""
+        return PartNorms(self._norms[p]) if p in self._norms and p.grad is not None else None
 
     def counts(self) -> dict[Tensor, int]:
         """One part for every parameter that was set."""

@@ -13,25 +13,22 @@ r"""Adam, AMSGrad and AdamW, as torch.optim defines them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..checks import check_betas, check_decay, check_lr, check_number, check_switches
 from ..optimizer import Extras, FusedOptimizer, ParamsT
 from ..rule import Rule
-from .checks import check_decay, check_lr, check_switches
 
 
 def _adam(
-    p: Tensor,
     g: Tensor,
     m: Tensor,
     v: Tensor,
-    weight_decay: float,
-    coupled: float,
     one_minus_beta1: float,
     beta2: float,
     one_minus_beta2: float,
@@ -39,20 +36,16 @@ def _adam(
     unbias2: float,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    g = g + coupled * weight_decay * p
     m = m.lerp(g, one_minus_beta1)
     v = beta2 * v + one_minus_beta2 * g * g
-    return unbias1 * m / (unbias2 * v.sqrt() + eps) + (1 - coupled) * weight_decay * p, m, v
+    return unbias1 * m / (unbias2 * v.sqrt() + eps), m, v
 
 
 def _amsgrad(
-    p: Tensor,
     g: Tensor,
     m: Tensor,
     v: Tensor,
     largest: Tensor,
-    weight_decay: float,
-    coupled: float,
     one_minus_beta1: float,
     beta2: float,
     one_minus_beta2: float,
@@ -60,29 +53,26 @@ def _amsgrad(
     unbias2: float,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    g = g + coupled * weight_decay * p
     m = m.lerp(g, one_minus_beta1)
     v = beta2 * v + one_minus_beta2 * g * g
     largest = torch.maximum(largest, v)
-    return unbias1 * m / (unbias2 * largest.sqrt() + eps) + (1 - coupled) * weight_decay * p, m, v, largest
+    return unbias1 * m / (unbias2 * largest.sqrt() + eps), m, v, largest
 
 
-def _coefficients(group: Mapping[str, Any], t: float) -> tuple[float, ...]:
+def _coefficients(group: Mapping[str, Any]) -> tuple[float, ...]:
     beta1, beta2 = map(float, group["betas"])
-    return (
-        float(group["weight_decay"]),
-        0.0 if group["decoupled_weight_decay"] else 1.0,
-        1 - beta1,
-        beta2,
-        1 - beta2,
-        1 / (1 - beta1**t),
-        1 / math.sqrt(1 - beta2**t),
-        float(group["eps"]),
-    )
+    return 1 - beta1, beta2, 1 - beta2, beta1, beta2, float(group["eps"])
 
 
-ADAM_RULE = Rule("adam", ("exp_avg", "exp_avg_sq"), _coefficients, _adam, counts_steps=True)
-AMSGRAD_RULE = Rule("amsgrad", ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), _coefficients, _amsgrad, counts_steps=True)
+def _at_step(coefficients: Sequence[float], step: float) -> Sequence[float]:
+    one_minus_beta1, beta2, one_minus_beta2, beta1, _, eps = coefficients
+    unbias1, unbias2 = 1 / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
+    return one_minus_beta1, beta2, one_minus_beta2, unbias1, unbias2, eps
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+ADAM_RULE = Rule("adam", _MOMENTS, _coefficients, _adam, _at_step, counts_steps=True)
+AMSGRAD_RULE = Rule("amsgrad", (*_MOMENTS, "max_exp_avg_sq"), _coefficients, _amsgrad, _at_step, counts_steps=True)
 
 
 class Adam(FusedOptimizer):
@@ -157,17 +147,13 @@ class Adam(FusedOptimizer):
     def _rule(self, group: Mapping[str, Any]) -> Rule:
         return AMSGRAD_RULE if group["amsgrad"] else ADAM_RULE
 
+    def _decouples(self, group: Mapping[str, Any]) -> bool:
+        return bool(group["decoupled_weight_decay"])
+
     def _check(self, options: Mapping[str, Any]) -> None:
         check_lr(options)
-        if not options["eps"] >= 0.0:
-            raise ValueError(f"Invalid epsilon value: {options['eps']}")
-        for index, beta in enumerate(options["betas"]):
-            if isinstance(beta, Tensor) and beta.numel() != 1:
-                raise ValueError(f"Tensor betas[{index}] must be 1-element")
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
-        if len({isinstance(beta, Tensor) for beta in options["betas"]}) != 1:
-            raise ValueError("betas must be either both floats or both Tensors")
+        check_number("Invalid epsilon value", options["eps"], lambda x: x >= 0.0)
+        check_betas(options)
         check_decay(options)
         check_switches(options)
 

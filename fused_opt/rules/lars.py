@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..extras import TrustRatio
+from ..extras.trust_ratio import TrustRatio
 from ..optimizer import ParamsT
 from .sgd import SGD
 

@@ -10,40 +10,40 @@ r"""Stochastic gradient descent with momentum, as torch.optim.SGD defines it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..checks import check_decay, check_lr, check_number, check_switches
 from ..optimizer import Extras, FusedOptimizer, ParamsT
 from ..rule import Rule
-from .checks import check_decay, check_lr, check_switches
 
 
-def _sgd(p: Tensor, g: Tensor, weight_decay: float) -> tuple[Tensor, ...]:
-    return (g + weight_decay * p,)
+def _sgd(g: Tensor) -> tuple[Tensor, ...]:
+    return (g,)
 
 
-def _momentum_sgd(
-    p: Tensor, g: Tensor, m: Tensor, weight_decay: float, momentum: float, keep: float, nesterov: float
-) -> tuple[Tensor, ...]:
-    d = g + weight_decay * p
+def _momentum_sgd(d: Tensor, m: Tensor, momentum: float, keep: float, nesterov: float) -> tuple[Tensor, ...]:
     m = momentum * m + keep * d
     return (d + momentum * m if nesterov else m), m
 
 
-def _sgd_coefficients(group: Mapping[str, Any], t: float) -> tuple[float, ...]:
-    return (float(group["weight_decay"]),)
+def _momentum_sgd_coefficients(group: Mapping[str, Any]) -> tuple[float, ...]:
+    return float(group["momentum"]), 1.0 - group["dampening"], float(group["nesterov"])
 
 
-def _momentum_sgd_coefficients(group: Mapping[str, Any], t: float) -> tuple[float, ...]:
-    keep = 1.0 if t == 1 else 1.0 - group["dampening"]
-    return float(group["weight_decay"]), float(group["momentum"]), keep, float(group["nesterov"])
+def _momentum_sgd_at_step(coefficients: Sequence[float], step: float) -> Sequence[float]:
+    momentum, keep, nesterov = coefficients
+    return momentum, 1.0 if step == 1 else keep, nesterov
 
 
-SGD_RULE = Rule("sgd", (), _sgd_coefficients, _sgd)
-MOMENTUM_SGD_RULE = Rule("momentum_sgd", ("momentum_buffer",), _momentum_sgd_coefficients, _momentum_sgd)
+SGD_RULE = Rule("sgd", (), lambda group: (), _sgd)
+MOMENTUM_SGD_RULE = Rule(
+    "momentum_sgd", ("momentum_buffer",), _momentum_sgd_coefficients, _momentum_sgd, _momentum_sgd_at_step
+)
 
 
 class SGD(FusedOptimizer):
@@ -113,11 +113,9 @@ class SGD(FusedOptimizer):
 
     def _check(self, options: Mapping[str, Any]) -> None:
         check_lr(options)
-        if not options["momentum"] >= 0.0:
-            raise ValueError(f"Invalid momentum value: {options['momentum']}")
+        check_number("Invalid momentum value", options["momentum"], lambda x: x >= 0.0)
         check_decay(options)
-        if not -float("inf") < options["dampening"] < float("inf"):
-            raise ValueError(f"Invalid dampening value: {options['dampening']}")
+        check_number("Invalid dampening value", options["dampening"], lambda x: -math.inf < x < math.inf)
         if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
         check_switches(options)

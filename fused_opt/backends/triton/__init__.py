@@ -12,6 +12,7 @@ cannot be captured in a CUDA graph, and refuses to be.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -19,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...plan import Member, Row
 from ...rule import Rule
-from ..native import DTYPES, PLAIN
+from ..interface import ParamEntry, PartNorms, StepArgs
+from ..pointers import unreachable
 
 try:
     import triton  # noqa: F401
@@ -35,6 +36,8 @@ except ImportError as error:
     INTERPRETED = False
 
 DEVICES = ("cpu", "cuda") if INTERPRETED else ("cuda",)  # torch calls AMD's GPUs so, too
+UNTESTED = ("cpu", "cuda")
+REUSABLE = True
 
 
 def unavailable() -> str | None:
@@ -59,21 +62,31 @@ def _dense(tensor: Tensor) -> bool:
     return True
 
 
-def unsupported(rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = False) -> str | None:
+@lru_cache
+def _unsupported_rule(rule: Rule) -> str | None:
+    function = getattr(rules, rule.name, None)
+    if function is None:
+        return f"no rule {rule.name!r} in fused_opt/backends/triton/rules.py"
+    taken, promised = len(function.arg_names), 1 + len(rule.states) + rule.coefficient_count
+    if taken != promised or rule.coefficient_count > kernel.MOST_COEFFICIENTS:
+        raise RuntimeError(
+            f"rule {rule.name!r} has {len(rule.states)} states and {rule.coefficient_count} coefficients (at most "
+            f"{kernel.MOST_COEFFICIENTS}), {promised} arguments with the gradient, and its kernel in Triton takes {taken}"
+        )
+    return None
+
+
+def unsupported(rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = False, sharded: bool = False) -> str | None:
     """Why a parameter, its gradient or its states cannot be stepped here, or None."""
     if reason := unavailable():
         return reason
+    if rule is not None and (reason := _unsupported_rule(rule)):
+        return reason
+    if sharded:
+        return "a shard of a DTensor; it cannot add up norms over processes"
     for tensor in tensors:
-        if type(tensor) not in PLAIN:
-            return f"{type(tensor).__name__} is a tensor subclass; it steps torch.Tensor and torch.nn.Parameter"
-        if tensor.layout != torch.strided:
-            return f"a {tensor.layout} tensor; it steps strided ones"
-        if tensor.device.type not in DEVICES:
-            return f"a tensor on {tensor.device}; it steps those on {' and '.join(DEVICES)}"
-        if tensor.dtype not in DTYPES:
-            return f"a {tensor.dtype} tensor; it steps {', '.join(str(dtype) for dtype in DTYPES)}"
-        if tensor.is_neg():
-            return "a tensor with a lazy negation"
+        if reason := unreachable(tensor, DEVICES):
+            return reason
         if _strides(tensor) != _strides(tensors[0]):
             return f"strides {tensor.stride()} beside {tensors[0].stride()}; it steps tensors that lie alike in memory"
     if not _dense(tensors[0]):
@@ -83,13 +96,18 @@ def unsupported(rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = Fals
     return None
 
 
+def steps_on_device(p: Tensor) -> bool:
+    """The coefficients are the host's."""
+    return False
+
+
 def accumulate(total: Tensor | None, part: Tensor) -> tuple[float, float]:
     """``total += part`` in one pass with the sums of squares of both."""
-    size = kernel.piece_size(part.numel())
-    pieces = max(1, -(-part.numel() // size))
-    sums = torch.empty(2, pieces, dtype=torch.float64, device=part.device)
+    size = kernel.chunk_size(part.numel())
+    chunks = max(1, -(-part.numel() // size))
+    sums = torch.empty(2, chunks, dtype=torch.float64, device=part.device)
     launch(
-        kernel.accumulate, part.device, pieces, sums, 0 if total is None else total.data_ptr(), part.data_ptr(), part.numel(),
+        kernel.accumulate, part.device, chunks, sums, 0 if total is None else total.data_ptr(), part.data_ptr(), part.numel(),
         size, None if total is None else TYPES[total.dtype], TYPES[part.dtype], arithmetic(part.dtype),
     )  # fmt: skip
     part2, total2 = sums.sum(dim=1).tolist()
@@ -102,13 +120,14 @@ def accumulate(total: Tensor | None, part: Tensor) -> tuple[float, float]:
 class Bucket:
     """The parameters in tables, one for each device and combination of dtypes."""
 
+    device = None
+
     def __init__(
         self,
         rule: Rule,
-        members: Sequence[Member],
+        members: Sequence[ParamEntry],
         param_groups: list[dict[str, Any]],
         state: Mapping[Tensor, Any],
-        noisy: bool,
     ) -> None:
         _refuse_capture(members)
         self.members = members
@@ -124,29 +143,31 @@ class Bucket:
                 alike.setdefault(key, []).append(place)
         self.tables = [Table(rule, [members[place] for place in places], places) for places in alike.values()]
 
-    def gather(self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> list[tuple[int, float]] | None:
-        """Find this step's gradients: the (group, step count) pairs that ``run`` needs rows for, or None: plan anew."""
+    def collect_gradients(
+        self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]
+    ) -> list[tuple[int, float]] | None:
+        """Find this step's gradients: the (group, step) pairs that ``run`` needs arguments for, or None: plan anew."""
         _refuse_capture(self.members)
         if not all(map(is_, _everything(param_groups, state), self.seen)):
             return None
         if any(p.grad is not None for p in self.idle):
             return None
         keys: dict[tuple[int, float], int] = {}
-        return list(keys) if all(table.gather(keys) for table in self.tables) else None
+        return list(keys) if all(table.collect_gradients(keys) for table in self.tables) else None
 
-    def know(self, norms: list[tuple[float, float] | None]) -> None:
+    def set_part_norms(self, norms: Sequence[PartNorms | None]) -> None:
         """For every member the sum of its gradient's parts' norms and the gradient's sum of squares, where known."""
         for table in self.tables:
-            table.know([norms[place] for place in table.places])
+            table.set_part_norms([norms[place] for place in table.places])
 
     def grad_norm2(self) -> float:
         """Sum of squares of all gradients, as they lie in memory."""
         return sum(table.grad_norm2() for table in self.tables)
 
-    def run(self, rows: Sequence[Row]) -> None:
+    def run(self, args: Sequence[StepArgs]) -> None:
         """Step every parameter that has a gradient."""
         for table in self.tables:
-            table.run(rows)
+            table.run(args)
 
     def ratios(self) -> list[float]:
         """The trust ratio of every member in the last step."""
@@ -157,7 +178,18 @@ class Bucket:
         return ratios
 
 
-def _refuse_capture(members: Sequence[Member]) -> None:
+def bucket(
+    rule: Rule,
+    members: Sequence[ParamEntry],
+    param_groups: list[dict[str, Any]],
+    state: Mapping[Tensor, Any],
+    noisy: bool,
+) -> Bucket:
+    """The parameters in tables."""
+    return Bucket(rule, members, param_groups, state)
+
+
+def _refuse_capture(members: Sequence[ParamEntry]) -> None:
     if members[0].tensor.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "backend 'triton' was asked for a step while a CUDA graph is captured, and its coefficients are the host's: "
@@ -167,5 +199,5 @@ def _refuse_capture(members: Sequence[Member]) -> None:
 
 def _everything(param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> Iterator[Any]:
     """Every object whose replacement makes a plan stale, and an end that only as many objects have in their place."""
-    params = chain.from_iterable(group["params"] for group in param_groups)
-    return chain(params, state, chain.from_iterable(map(dict.values, state.values())), (Ellipsis,))
+    groups = chain.from_iterable((group, *group["params"]) for group in param_groups)
+    return chain(groups, state, chain.from_iterable(map(dict.values, state.values())), (Ellipsis,))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...plan import Member
+from ..interface import ParamEntry
 
 _version, _value = attrgetter("_version"), attrgetter("value")
 _CELLS: dict[torch.dtype, Any] = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
@@ -24,7 +24,7 @@ class Counts:
     after a write of somebody else's. Where the rule counts nothing it is 0 before the first step and 1 after it.
     """
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Sequence[ParamEntry]) -> None:
         self.members = members
         self.steps = [m.step for m in members if m.step is not None]
         self.cells = [
@@ -34,7 +34,7 @@ class Counts:
         self.memory = [step.detach() for step in self.steps]  # kept, so that an address belongs to nothing else
         self.known: list[float] = []
         self.versions: list[int] = []
-        self.fresh = any(m.fresh for m in members)
+        self.any_new = any(m.states_are_new for m in members)
 
     def moved(self) -> bool:
         """Whether one of them lies elsewhere; of a single element its address says all."""
@@ -53,10 +53,10 @@ class Counts:
     def advance(self, here: Sequence[bool] | None) -> None:
         """One more for those that are here, None: for all; after ``read``."""
         here = here or [True] * len(self.members)
-        if self.fresh:
+        if self.any_new:
             for member in compress(self.members, here):
-                member.fresh = False
-            self.fresh = any(m.fresh for m in self.members)
+                member.states_are_new = False
+            self.any_new = any(m.states_are_new for m in self.members)
             self.known = self.known if self.steps else []
         if self.cells:
             for cell, n in compress(zip(self.cells, self.known), here):

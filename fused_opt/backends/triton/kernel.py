@@ -1,12 +1,12 @@
 """The loops of a step in Triton: one kernel that updates, one that sums squares first, one that accumulates.
 
-A tensor is cut into pieces, one program each. Sums of squares are kept as one float64 per piece; whoever needs the norm of
+A tensor is cut into chunks, one program each. Sums of squares are kept as one float64 per chunk; whoever needs the norm of
 a tensor adds them up, always in the same order, so a carried norm costs no launch of its own. That the adding is cheap
-decides the size of a piece: see ``piece_size``.
+decides the size of a chunk: see ``chunk_size``.
 
 The tables, of 8-byte words, are stored column by column, one entry for every tensor:
 
-- ``tensors``, made when something moved: FIRST (its first piece), NUMEL, PIECE (elements in a piece), NDIM, INDEX (which
+- ``tensors``, made when something moved: FIRST (its first chunk), NUMEL, CHUNK (elements in a chunk), NDIM, INDEX (which
   parameter of the optimizer), LR_SCALE, DECAY_SCALE, P, AVERAGE (addresses), and the addresses of the states;
 - ``words``, new in every step: G (the gradient's address), ROW (of the groups' table, -1: no gradient), WANTS (bits:
   what the first pass sums), PARTS, GRAD2 (norms that are known, -1 where they are not), and then the rows.
@@ -19,31 +19,36 @@ import struct
 import triton
 import triton.language as tl
 
+from ...rule import UNKNOWN as UNKNOWN_NORM
+from ..interface import Norm
 from .rules import normal, trust_ratio
 
-# Elements that one program works on at once. A FULL block lies wholly within its piece and is aligned: its loads are
+# Elements that one program works on at once. A FULL block lies wholly within its chunk and is aligned: its loads are
 # unmasked and 128 bits wide, eight elements for each of 4 * 32 threads. What is left, and all of an unaligned tensor,
 # goes in TAIL blocks with masks: fewer elements, since masked ones take several times the registers, and a kernel takes
 # as many as the hungriest of its parts.
 FULL, TAIL = tl.constexpr(1024), tl.constexpr(256)
 SUMS = tl.constexpr(512)  # partial sums that are added at once
 
-FIRST, NUMEL, PIECE, NDIM, INDEX = (tl.constexpr(column) for column in range(5))
+FIRST, NUMEL, CHUNK, NDIM, INDEX = (tl.constexpr(column) for column in range(5))
 LR_SCALE, DECAY_SCALE, P, AVERAGE, STATES = (tl.constexpr(column) for column in range(5, 10))
 G, ROW, WANTS, PARTS, GRAD2, ROWS = (tl.constexpr(column) for column in range(6))
-WANT_WEIGHT, WANT_GRAD, WANT_DIRECTION = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
+WANT_WEIGHT, WANT_GRAD, WANT_DIRECTION = (tl.constexpr(norm.value) for norm in Norm)
+UNKNOWN = tl.constexpr(UNKNOWN_NORM)
 
-# A row: lr, grad_scale, 8 coefficients; kind, coefficient, cap, eps, exempt; sigma, relative, seed, t; add, share,
-# fresh, write_back.
-ROW_FORMAT = struct.Struct("=17dQq4d")
-RATIO, NOISE, FOLD, WIDTH = tl.constexpr(10), tl.constexpr(15), tl.constexpr(19), tl.constexpr(23)
+# A row of arguments, as StepArgs: lr, grad_scale, two decays, 8 coefficients; kind, coefficient, cap, eps, exempt; sigma,
+# relative, seed, step; add, share, restart, write_back.
+MOST_COEFFICIENTS = 8
+ROW_FORMAT = struct.Struct("=19dQq4d")
+COUPLED, DECOUPLED, COEFFICIENTS_AT = tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
+RATIO, NOISE, FOLD, WIDTH = tl.constexpr(12), tl.constexpr(17), tl.constexpr(21), tl.constexpr(25)
 
 
-def piece_size(numel: int) -> int:
-    """Elements in a piece of a tensor of ``numel``.
+def chunk_size(numel: int) -> int:
+    """Elements in a chunk of a tensor of ``numel``.
 
-    Not so many that the last programs run alone, not so few that adding up the sums of all pieces, which every program
-    does, counts: a piece of n elements moves at least 12 n bytes, and the sums are at most 2 n bytes, out of the cache.
+    Not so many that the last programs run alone, not so few that adding up the sums of all chunks, which every program
+    does, counts: a chunk of n elements moves at least 12 n bytes, and the sums are at most 2 n bytes, out of the cache.
     """
     size = 4 * FULL.value
     while size * size < 4 * numel:
@@ -52,13 +57,13 @@ def piece_size(numel: int) -> int:
 
 
 @triton.jit
-def _find(first, count, piece):
-    """Which tensor a piece belongs to: the last one whose first piece is not after it."""
+def _find(first, count, chunk):
+    """Which tensor a chunk belongs to: the last one whose first chunk is not after it."""
     low = count * 0
     high = count - 1
     while low < high:
         middle = (low + high + 1) // 2
-        reached = tl.load(first + middle) <= piece
+        reached = tl.load(first + middle) <= chunk
         low = tl.where(reached, middle, low)
         high = tl.where(reached, high, middle - 1)
     return low.to(tl.int64)
@@ -115,34 +120,44 @@ def _squares(values, start, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _sum(partials, pieces):
-    """Of one float64 per piece, in an order that only their number decides."""
+def _sum(partials, chunks):
+    """Of one float64 per chunk, in an order that only their number decides."""
     total = tl.zeros([SUMS], tl.float64)
-    for start in range(0, pieces, SUMS):
+    for start in range(0, chunks, SUMS):
         offsets = start + tl.arange(0, SUMS)
-        total += tl.load(partials + offsets, mask=offsets < pieces, other=0)
+        total += tl.load(partials + offsets, mask=offsets < chunks, other=0)
     return tl.sum(total)
 
 
 @triton.jit
-def _coefficients(row, decay_scale, COUNT: tl.constexpr, T: tl.constexpr):
-    """A rule's, of which the first is the weight decay."""
-    coefficients = ((tl.load(row + 2) * decay_scale).to(T),)
-    for k in tl.static_range(1, COUNT):
-        coefficients = coefficients + (tl.load(row + 2 + k).to(T),)
+def _coefficients(row, COUNT: tl.constexpr, T: tl.constexpr):
+    coefficients = ()
+    for k in tl.static_range(COUNT):
+        coefficients = coefficients + (tl.load(row + COEFFICIENTS_AT + k).to(T),)
     return coefficients
 
 
 @triton.jit
-def _operands(addresses, start, end, grad_scale, DTYPES: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
-    """What a rule takes: p, the scaled g, the states."""
-    operands = (
-        _load(addresses[0], start, end, DTYPES[0], T, BLOCK),
-        grad_scale * _load(addresses[1], start, end, DTYPES[1], T, BLOCK),
-    )
-    for k in tl.static_range(2, len(DTYPES)):
+def _decays(row, decay_scale, T: tl.constexpr):
+    """Coupled and decoupled."""
+    return (tl.load(row + COUPLED) * decay_scale).to(T), (tl.load(row + DECOUPLED) * decay_scale).to(T)
+
+
+@triton.jit
+def _operands(addresses, start, end, DTYPES: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
+    """Blocks of p, g and the states."""
+    operands = ()
+    for k in tl.static_range(len(DTYPES)):
         operands = operands + (_load(addresses[k], start, end, DTYPES[k], T, BLOCK),)
     return operands
+
+
+@triton.jit
+def _directed(operands, coefficients, grad_scale, decays, RULE: tl.constexpr):
+    """The direction, which is the rule's update between the two decays, and the new states."""
+    p = operands[0]
+    results = RULE(grad_scale * operands[1] + decays[0] * p, *operands[2:], *coefficients)
+    return (results[0] + decays[1] * p,) + results[1:]
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -151,7 +166,7 @@ def update(
     layers,
     words,
     numbers,
-    carried,  # sums of squares of the weights as they are, one for every piece
+    carried,  # sums of squares of the weights as they are, one for every chunk
     leaving,  # those of the weights as they will be: another buffer, since other programs still read this one
     gradients,  # those of the gradients, for LAMB of the directions
     ratios,
@@ -164,15 +179,15 @@ def update(
     NOISY: tl.constexpr,
     NORMS: tl.constexpr,
 ):
-    """Step one piece: everything that a step does to it, in one pass."""
-    piece = tl.program_id(0)
-    t = _find(tensors + FIRST * count, count, piece)
+    """Step one chunk: everything that a step does to it, in one pass."""
+    chunk = tl.program_id(0)
+    t = _find(tensors + FIRST * count, count, chunk)
     row_index = tl.load(words + ROW * count + t)
     if row_index >= 0:
         row = numbers + ROWS * count + row_index * WIDTH
         first = tl.load(tensors + FIRST * count + t)
         numel = tl.load(tensors + NUMEL * count + t)
-        size = tl.load(tensors + PIECE * count + t)
+        size = tl.load(tensors + CHUNK * count + t)
         decay_scale = tl.load(layers + DECAY_SCALE * count + t)
         grad_scale = tl.load(row + 1)
         sigma = tl.load(row + NOISE)
@@ -183,12 +198,12 @@ def update(
             has_ratio = (kind != 0) & (tl.load(tensors + NDIM * count + t) > exempt)
             carries = has_ratio | (relative & (sigma > 0))
             if carries:
-                pieces = tl.maximum(tl.cdiv(numel, size), 1)
-                weight2 = _sum(carried + first, pieces)
+                chunks = tl.maximum(tl.cdiv(numel, size), 1)
+                weight2 = _sum(carried + first, chunks)
                 if has_ratio:
                     grad2 = tl.load(numbers + GRAD2 * count + t)
-                    if grad2 == -1:
-                        grad2 = _sum(gradients + first, pieces)
+                    if grad2 == UNKNOWN:
+                        grad2 = _sum(gradients + first, chunks)
                     ratio = trust_ratio(
                         kind,
                         tl.load(row + RATIO + 1),
@@ -197,26 +212,26 @@ def update(
                         weight2,
                         grad2,
                         tl.load(numbers + PARTS * count + t),
-                        tl.load(row + 2) * decay_scale,
+                        (tl.load(row + COUPLED) + tl.load(row + DECOUPLED)) * decay_scale,
                         grad_scale,
                     )
                 if relative & (numel > 0):
                     sigma *= tl.sqrt(weight2 / numel.to(tl.float64))
-        if piece == first:
+        if chunk == first:
             tl.store(ratios + t, ratio)
 
         lr = (tl.load(row) * tl.load(layers + LR_SCALE * count + t) * ratio).to(T)
-        coefficients = _coefficients(row, decay_scale, COEFFICIENTS, T)
-        # The seed and t lie among the floats as integers.
+        coefficients, decays = _coefficients(row, COEFFICIENTS, T), _decays(row, decay_scale, T)
+        # The seed and the step lie among the floats as integers.
         seed_and_t = words + ROWS * count + row_index * WIDTH + NOISE + 2
         seed, noise_t, index = tl.load(seed_and_t), tl.load(seed_and_t + 1), tl.load(tensors + INDEX * count + t)
         add, share = tl.load(row + FOLD).to(T), tl.load(row + FOLD + 1).to(T)
-        fresh, write_back = tl.load(row + FOLD + 2) != 0, tl.load(row + FOLD + 3) != 0
+        restart, write_back = tl.load(row + FOLD + 2) != 0, tl.load(row + FOLD + 3) != 0
         addresses, aligned = _addresses(tensors, words, t, count, DTYPES)
         average = tl.load(tensors + AVERAGE * count + t)
         aligned &= (average & 15) == 0
 
-        begin = (piece - first) * size
+        begin = (chunk - first) * size
         end = tl.minimum(begin + size, numel)
         full = tl.where(aligned, begin + (end - begin) // FULL * FULL, begin)
         new2 = tl.full((), 0, tl.float64)
@@ -224,8 +239,8 @@ def update(
             stop = full if BLOCK == FULL else end
             squares = tl.zeros([BLOCK // 4], tl.float64)
             for start in range(begin, stop, BLOCK):
-                operands = _operands(addresses, start, end, grad_scale.to(T), DTYPES, T, BLOCK)
-                results = RULE(*operands, *coefficients)
+                operands = _operands(addresses, start, end, DTYPES, T, BLOCK)
+                results = _directed(operands, coefficients, grad_scale.to(T), decays, RULE)
                 for k in tl.static_range(2, len(DTYPES)):
                     _store(addresses[k], start, end, results[k - 1], DTYPES[k], BLOCK)
                 p = operands[0] - lr * results[0]
@@ -237,7 +252,7 @@ def update(
                     p = _narrow(p, DTYPES[0]).to(T)  # what is averaged is what would be stored
                     if (add != 0) | write_back:
                         v = _load(average, start, end, AVERAGE_DTYPE, T, BLOCK)
-                        v = tl.where(fresh, add * p, v + add * (p - share * v))
+                        v = tl.where(restart, add * p, v + add * (p - share * v))
                         _store(average, start, end, v, AVERAGE_DTYPE, BLOCK)
                         p = tl.where(write_back, v, p)
                 _store(addresses[0], start, end, p, DTYPES[0], BLOCK)
@@ -246,7 +261,7 @@ def update(
             new2 += tl.sum(squares)
             begin = stop
         if NORMS:
-            tl.store(leaving + piece, new2)
+            tl.store(leaving + chunk, new2)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -264,18 +279,18 @@ def norms(
     COEFFICIENTS: tl.constexpr,
     WANTED: tl.constexpr,  # by any tensor; what one does not want of it is not stored
 ):
-    """Sum the squares of one piece, before the weights may be touched."""
-    piece = tl.program_id(0)
-    t = _find(tensors + FIRST * count, count, piece)
+    """Sum the squares of one chunk, before the weights may be touched."""
+    chunk = tl.program_id(0)
+    t = _find(tensors + FIRST * count, count, chunk)
     wanted = tl.load(words + WANTS * count + t)
     if wanted != 0:
         first = tl.load(tensors + FIRST * count + t)
         numel = tl.load(tensors + NUMEL * count + t)
-        size = tl.load(tensors + PIECE * count + t)
+        size = tl.load(tensors + CHUNK * count + t)
         decay_scale = tl.load(layers + DECAY_SCALE * count + t)
         addresses, aligned = _addresses(tensors, words, t, count, DTYPES)
 
-        begin = (piece - first) * size
+        begin = (chunk - first) * size
         end = tl.minimum(begin + size, numel)
         full = tl.where(aligned, begin + (end - begin) // FULL * FULL, begin)
         weight2 = tl.full((), 0, tl.float64)
@@ -289,8 +304,9 @@ def norms(
             for start in range(begin, stop, BLOCK):
                 if WANT_DIRECTION & WANTED:
                     row = numbers + ROWS * count + tl.load(words + ROW * count + t) * WIDTH
-                    operands = _operands(addresses, start, end, tl.load(row + 1).to(T), DTYPES, T, BLOCK)
-                    results = RULE(*operands, *_coefficients(row, decay_scale, COEFFICIENTS, T))
+                    operands = _operands(addresses, start, end, DTYPES, T, BLOCK)
+                    coefficients, decays = _coefficients(row, COEFFICIENTS, T), _decays(row, decay_scale, T)
+                    results = _directed(operands, coefficients, tl.load(row + 1).to(T), decays, RULE)
                     of_direction += _squares(results[0], start, end, BLOCK)
                 if WANT_WEIGHT & WANTED:
                     of_weights += _squares(_load(addresses[0], start, end, DTYPES[0], T, BLOCK), start, end, BLOCK)
@@ -301,16 +317,16 @@ def norms(
             direction2 += tl.sum(of_direction)
             begin = stop
         if wanted & WANT_WEIGHT:
-            tl.store(carried + piece, weight2)
+            tl.store(carried + chunk, weight2)
         if wanted & WANT_GRAD:
-            tl.store(gradients + piece, grad2)
+            tl.store(gradients + chunk, grad2)
         if wanted & WANT_DIRECTION:
-            tl.store(gradients + piece, direction2)
+            tl.store(gradients + chunk, direction2)
 
 
 @triton.jit(do_not_specialize=["total", "part", "numel", "size"])
 def accumulate(
-    sums,  # two columns, of a float64 for every piece
+    sums,  # two columns, of a float64 for every chunk
     total,  # an address
     part,
     numel,
@@ -319,9 +335,9 @@ def accumulate(
     PART_DTYPE: tl.constexpr,
     T: tl.constexpr,
 ):
-    """One piece of ``total += part``, with the sums of squares of the part and of the new total."""
-    piece = tl.program_id(0).to(tl.int64)
-    begin = piece * size
+    """One chunk of ``total += part``, with the sums of squares of the part and of the new total."""
+    chunk = tl.program_id(0).to(tl.int64)
+    begin = chunk * size
     end = tl.minimum(begin + size, numel)
     full = tl.where(((total | part) & 15) == 0, begin + (end - begin) // FULL * FULL, begin)
     part2 = tl.full((), 0, tl.float64)
@@ -340,5 +356,5 @@ def accumulate(
         part2 += tl.sum(of_part)
         total2 += tl.sum(of_total)
         begin = stop
-    tl.store(sums + piece, part2)
-    tl.store(sums + tl.num_programs(0) + piece, total2)
+    tl.store(sums + chunk, part2)
+    tl.store(sums + tl.num_programs(0) + chunk, total2)

@@ -1,7 +1,7 @@
-"""THE MATHEMATICS in Triton, line for line as csrc/rules.h, csrc/noise.h and trust_ratio() of csrc/cpu/step.cpp.
+"""THE MATHEMATICS in Triton, line for line as csrc/rules.h, csrc/noise.h and trust_ratio() of csrc/pass.h.
 
-A rule takes the weights, the gradient, its states and its coefficients, in the order of fused_opt/rules/, and returns the
-direction u of ``p <- p - lr * u`` and the new states.
+A rule takes the gradient, its states and its coefficients, in the order of fused_opt/rules/, and returns the update u of
+``p <- p - lr * (u + decoupled_decay * p)`` and the new states. It is found by its name.
 """
 
 import triton
@@ -33,40 +33,33 @@ def lerp(a, b, weight):
 
 
 @triton.jit
-def sgd(p, g, weight_decay):
+def sgd(g):
     """One line."""
-    return (g + weight_decay * p,)
+    return (g,)
 
 
 @triton.jit
-def momentum_sgd(p, g, m, weight_decay, momentum, keep, nesterov):
+def momentum_sgd(d, m, momentum, keep, nesterov):
     """keep: 1 - dampening, and 1 in the first step."""
-    d = g + weight_decay * p
     m = momentum * m + keep * d
     return tl.where(nesterov != 0, d + momentum * m, m), m
 
 
 @triton.jit
-def adam(p, g, m, v, weight_decay, coupled, one_minus_beta1, beta2, one_minus_beta2, unbias1, unbias2, eps):
-    """coupled: 1 adds the decay to the gradient (Adam), 0 to the direction (AdamW)."""
-    g += coupled * weight_decay * p
+def adam(g, m, v, one_minus_beta1, beta2, one_minus_beta2, unbias1, unbias2, eps):
+    """unbias1 = 1 / (1 - beta1^t) and unbias2 = 1 / sqrt(1 - beta2^t)."""
     m = lerp(m, g, one_minus_beta1)
     v = beta2 * v + one_minus_beta2 * g * g
-    return divide(unbias1 * m, unbias2 * square_root(v) + eps) + (1 - coupled) * weight_decay * p, m, v
+    return divide(unbias1 * m, unbias2 * square_root(v) + eps), m, v
 
 
 @triton.jit
-def amsgrad(p, g, m, v, largest, weight_decay, coupled, one_minus_beta1, beta2, one_minus_beta2, unbias1, unbias2, eps):
+def amsgrad(g, m, v, largest, one_minus_beta1, beta2, one_minus_beta2, unbias1, unbias2, eps):
     """Adam with the largest v so far."""
-    g += coupled * weight_decay * p
     m = lerp(m, g, one_minus_beta1)
     v = beta2 * v + one_minus_beta2 * g * g
     largest = maximum(largest, v)
-    u = divide(unbias1 * m, unbias2 * square_root(largest) + eps) + (1 - coupled) * weight_decay * p
-    return u, m, v, largest
-
-
-RULES = {"sgd": sgd, "momentum_sgd": momentum_sgd, "adam": adam, "amsgrad": amsgrad}
+    return divide(unbias1 * m, unbias2 * square_root(largest) + eps), m, v, largest
 
 
 @triton.jit

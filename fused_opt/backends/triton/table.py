@@ -13,16 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...plan import Member, Row
-from ...rule import Rule
-from . import kernel
+from ...rule import UNKNOWN, Rule
+from ..interface import Fold, Kind, NoiseArgs, Norm, ParamEntry, PartNorms, RatioArgs, StepArgs, is_known
+from . import kernel, rules
 from .counts import Counts
-from .rules import RULES
 
 INTERPRETED = not isinstance(kernel.update, triton.JITFunction)  # decided from the environment when Triton was imported
 TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-LARS, CLARS, LAMB = 1, 2, 3
-NO_ROW_EXTRAS: tuple[tuple[Any, ...], ...] = ((0, 1.0, 0.0, 0.0, 0), (0.0, False, 0, 0), (0.0, 0.0, False, False))
+NO_RATIO, NO_NOISE, NO_FOLD = (0, 1.0, 0.0, 0.0, 0), NoiseArgs(0.0, False, 0, 0), Fold(0.0, 0.0, False, False)
 
 _grad, _dtype, _shape, _version = map(attrgetter, ("grad", "dtype", "shape", "_version"))
 
@@ -50,7 +48,7 @@ class Table:
         places: where they are in their bucket.
     """
 
-    def __init__(self, rule: Rule, members: Sequence[Member], places: list[int]) -> None:
+    def __init__(self, rule: Rule, members: Sequence[ParamEntry], places: list[int]) -> None:
         self.members, self.places = members, places
         self.parameters = [m.tensor for m in members]
         self.device = self.parameters[0].device
@@ -63,12 +61,12 @@ class Table:
         self.groups = [m.group for m in members]
         self.distinct_groups = list(dict.fromkeys(self.groups))
         self.counts = Counts(members)
-        self.nothing = [-1.0] * len(members)  # what is known of norms where nobody said anything
+        self.nothing = [UNKNOWN] * len(members)  # what is known of norms where nobody said anything
         self.unknown = array("d", 2 * self.nothing).tobytes()
         self.nobody: list[int | None] = [None] * len(members)
 
-        sizes = [kernel.piece_size(p.numel()) for p in self.parameters]
-        *firsts, self.pieces = accumulate(
+        sizes = [kernel.chunk_size(p.numel()) for p in self.parameters]
+        *firsts, self.chunks = accumulate(
             (max(1, -(-p.numel() // n)) for p, n in zip(self.parameters, sizes)), initial=0
         )
         addresses = [[s.data_ptr() for s in of_slot] for of_slot in zip(*(m.states or () for m in members))]
@@ -86,17 +84,17 @@ class Table:
         ]
         self.tensors = torch.tensor(columns, dtype=torch.int64).to(self.device)
         # Of even width, so that every row is aligned to 16 bytes: Triton compiles a kernel anew for other alignments.
-        self.sums = torch.zeros(3, self.pieces + self.pieces % 2, dtype=torch.float64, device=self.device)
+        self.sums = torch.zeros(3, self.chunks + self.chunks % 2, dtype=torch.float64, device=self.device)
         self.ratios = torch.ones(len(members), dtype=torch.float64, device=self.device)
         self.turn = 0  # which of the first two rows of `sums` holds the carried sums of squares
         self.versions = self.nobody  # of the weights whose sums those are; None: of none
 
-        self.function = RULES[rule.name]
+        self.function = getattr(rules, rule.name)
         self.p_dtype = self.parameters[0].dtype
         states = members[0].states or ()
         self.types = tuple(TYPES[t.dtype] for t in (self.parameters[0], gradients[0], *states))
         self.average_type = None if members[0].average is None else TYPES[members[0].average.dtype]
-        self.coefficients = len(self.function.arg_names) - len(self.types)
+        self.coefficients = rule.coefficient_count
 
     @staticmethod
     def _layouts(gradients: Sequence[Tensor]) -> list[list[Any]]:
@@ -104,7 +102,7 @@ class Table:
         looks = (type, _dtype, _shape, Tensor.stride, Tensor.is_neg)
         return [list(map(look, gradients)) for look in looks]
 
-    def gather(self, keys: dict[tuple[int, float], int]) -> bool:
+    def collect_gradients(self, keys: dict[tuple[int, float], int]) -> bool:
         """Find the gradients, and number the (group, step count) pairs; False: something has changed."""
         gradients, layouts = list(map(_grad, self.parameters)), self.layouts
         here = [gradient is not None for gradient in gradients]
@@ -131,18 +129,18 @@ class Table:
         self.summed = False  # whether `sums` holds those of the gradients
         return True
 
-    def know(self, norms: Sequence[tuple[float, float] | None]) -> None:
+    def set_part_norms(self, norms: Sequence[PartNorms | None]) -> None:
         """The sum of the norms of every gradient's parts, and its sum of squares, where known."""
         self.parts, self.grad2 = [*self.parts], [*self.grad2]
         for i, known in enumerate(norms):
             if known is not None:
                 self.parts[i], self.grad2[i] = known
 
-    def _upload(self, wanted: list[int], rows: Sequence[Row]) -> None:
+    def _upload(self, wanted: list[int], args: Sequence[StepArgs]) -> None:
         """Tell the device what is new in this step."""
         words = array("q", self.gradients + self.rows + wanted).tobytes()
         numbers = self.unknown if self.parts is self.nothing else array("d", self.parts + self.grad2).tobytes()
-        host = torch.frombuffer(bytearray(b"".join((words, numbers, *map(pack, rows)))), dtype=torch.int64)
+        host = torch.frombuffer(bytearray(b"".join((words, numbers, *map(pack, args)))), dtype=torch.int64)
         if self.device.type == "cuda":  # torch keeps the pinned memory until the copy is done
             host = host.pin_memory()
         self.words = host.to(self.device, non_blocking=True)
@@ -154,59 +152,60 @@ class Table:
     def _sum(self, wanted: int) -> None:
         """Sum what the words say of every tensor, all of it in the bits of `wanted`."""
         launch(
-            kernel.norms, self.device, self.pieces, *self._tables(), self.sums[self.turn], self.sums[2],
+            kernel.norms, self.device, self.chunks, *self._tables(), self.sums[self.turn], self.sums[2],
             len(self.members), self.function, self.types, arithmetic(self.p_dtype), self.coefficients, wanted,
         )  # fmt: skip
 
     def grad_norm2(self) -> float:
         """Sum of squares of the gradients."""
-        wanted = [kernel.WANT_GRAD.value * (row >= 0 and known == -1) for row, known in zip(self.rows, self.grad2)]
-        known2 = sum(known for row, known in zip(self.rows, self.grad2) if row >= 0 and known != -1)
+        wanted = [Norm.GRADIENT * (row >= 0 and not is_known(known)) for row, known in zip(self.rows, self.grad2)]
+        known2 = sum(known for row, known in zip(self.rows, self.grad2) if row >= 0 and is_known(known))
         if not any(wanted):
             return known2
         self.sums[2].zero_()
         self._upload(wanted, ())
-        self._sum(kernel.WANT_GRAD.value)
+        self._sum(Norm.GRADIENT)
         self.summed = True
         return known2 + self.sums[2].sum().item()
 
-    def run(self, rows: Sequence[Row]) -> None:
+    def run(self, args: Sequence[StepArgs]) -> None:
         """Step every parameter that has a gradient."""
         if max(self.rows) < 0:
             return
         carries = [False] * len(self.members)
         wanted = [0] * len(self.members)
-        if any(row.ratio is not None or (row.noise is not None and row.noise[1]) for row in rows):
+        if any(of_row.ratio is not None or (of_row.noise is not None and of_row.noise.relative) for of_row in args):
             versions = list(map(_version, self.parameters))
             for i, row in enumerate(self.rows):
                 if row >= 0:
                     valid = self.versions[i] == versions[i]
-                    carries[i], wanted[i] = self._want(self.members[i], rows[row], valid, self.parts[i], self.grad2[i])
-        self._upload(wanted, rows)
+                    carries[i], wanted[i] = self._want(self.members[i], args[row], valid, self.parts[i], self.grad2[i])
+        self._upload(wanted, args)
         if any(wanted):
             together = 0
             for bits in wanted:
                 together |= bits
             self._sum(together)
-        folds = any(row.average is not None for row in rows)
+        folds = any(of_row.fold is not None for of_row in args)
         launch(
-            kernel.update, self.device, self.pieces, *self._tables(), self.sums[self.turn], self.sums[1 - self.turn],
+            kernel.update, self.device, self.chunks, *self._tables(), self.sums[self.turn], self.sums[1 - self.turn],
             self.sums[2], self.ratios, len(self.members), self.function, self.types,
             self.average_type if folds else None, arithmetic(self.p_dtype), self.coefficients,
-            any(row.noise is not None for row in rows), any(carries),
+            any(of_row.noise is not None for of_row in args), any(carries),
         )  # fmt: skip
         self._advance(carries)
 
-    def _want(self, member: Member, row: Row, valid: bool, parts: float, grad2: float) -> tuple[bool, int]:
+    def _want(self, member: ParamEntry, args: StepArgs, valid: bool, parts: float, grad2: float) -> tuple[bool, int]:
         """Whether the norm of the new weights is carried, and what must be summed before they are made."""
-        kind = row.ratio[0] if row.ratio is not None and member.tensor.ndim > row.ratio[-1] else 0
-        carries = kind != 0 or (row.noise is not None and row.noise[1] and row.noise[0] > 0)
-        wanted = kernel.WANT_WEIGHT.value * (carries and not valid)
-        if kind == LAMB:
-            wanted |= kernel.WANT_DIRECTION.value
-        elif kind and not (kind == CLARS and parts >= 0) and grad2 == -1 and not self.summed:
-            wanted |= kernel.WANT_GRAD.value
-        return carries, wanted
+        ratio, noise = args.ratio, args.noise
+        kind = ratio.kind if ratio is not None and member.tensor.ndim > ratio.exempt else None
+        carries = kind is not None or (noise is not None and noise.relative and noise.sigma > 0)
+        wanted = Norm.WEIGHT * (carries and not valid)
+        if kind == Kind.LAMB:
+            wanted |= Norm.DIRECTION
+        elif kind and not (kind == Kind.CLARS and is_known(parts)) and not is_known(grad2) and not self.summed:
+            wanted |= Norm.GRADIENT
+        return carries, int(wanted)
 
     def _advance(self, carries: list[bool]) -> None:
         """Count the step, here and for autograd."""
@@ -217,14 +216,13 @@ class Table:
         self.turn = 1 - self.turn
         self.versions = self.nobody
         if any(carries):
-            self.versions = [p._version if carried else None for p, carried in zip(self.parameters, carries)]
+            self.versions = [
+                m.tensor._version if carried and m.exclusive else None for m, carried in zip(self.members, carries)
+            ]
 
 
-def pack(row: Row) -> bytes:
-    """A row as the kernels read it."""
-    no_ratio, no_noise, no_fold = NO_ROW_EXTRAS
-    coefficients = [*row.coefficients, *[0.0] * (8 - len(row.coefficients))]
-    ratio, (sigma, relative, seed, t) = row.ratio or no_ratio, row.noise or no_noise
-    return kernel.ROW_FORMAT.pack(
-        row.lr, row.grad_scale, *coefficients, *ratio, sigma, relative, seed, t, *(row.average or no_fold)
-    )
+def pack(args: StepArgs) -> bytes:
+    """A row of arguments as the kernels read it."""
+    coefficients = [*args.coefficients, *[0.0] * (kernel.MOST_COEFFICIENTS - len(args.coefficients))]
+    ratio: RatioArgs | tuple[float, ...] = args.ratio or NO_RATIO
+    return kernel.ROW_FORMAT.pack(*args[:4], *coefficients, *ratio, *(args.noise or NO_NOISE), *(args.fold or NO_FOLD))

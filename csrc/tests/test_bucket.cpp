@@ -2,7 +2,7 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "../cuda/plan.h"
+#include "../cuda/bucket.h"
 #include "models.h"
 
 namespace {
@@ -25,24 +25,24 @@ void only_what_changed_is_copied_until_a_graph_writes_too() {
     copied.push_back(bytes);
     std::memcpy(to, from, bytes);
   };
-  const auto copies = [&](cuda::Mirror& mirror, std::vector<size_t> expected) {
+  const auto copies = [&](cuda::DeviceBuffer& buffer, std::vector<size_t> expected) {
     copied.clear();
-    mirror.follow(800, nullptr);
+    buffer.sync(800, nullptr);
     CHECK(copied == expected);
-    CHECK(!std::memcmp(mirror.now(), mirror.device(), 800));
+    CHECK(!std::memcmp(buffer.now(), buffer.device(), 800));
   };
-  cuda::Mirror mirror(machine, 1000);
-  copies(mirror, {});
-  mirror.now()[400] = mirror.now()[423] = 1;
-  copies(mirror, {24});
-  copies(mirror, {});
-  mirror.now()[0] = mirror.now()[799] = 1;
-  copies(mirror, {800});
+  cuda::DeviceBuffer buffer(machine, 1000);
+  copies(buffer, {});
+  buffer.now()[400] = buffer.now()[423] = 1;
+  copies(buffer, {24});
+  copies(buffer, {});
+  buffer.now()[0] = buffer.now()[799] = 1;
+  copies(buffer, {800});
   in_capture = true;
-  copies(mirror, {800});
+  copies(buffer, {800});
   in_capture = false;
-  copies(mirror, {800});
-  CHECK(mirror.captured());
+  copies(buffer, {800});
+  CHECK(buffer.captured());
 }
 
 // ---- what is launched
@@ -60,48 +60,48 @@ void a_step_is_one_launch_where_norms_are_carried() {
     cuda::host().norms(rule, wide, launch, stream);
   };
   const auto launches = [&](const Case& some, bool clips, bool parts, std::vector<int> expected) {
-    Model model(kSizes, 1, kKinds[0]);
-    Group& group = model.table.groups[0] = group_of("momentum_sgd");
-    some.change(group);
-    cuda::Plan plan(machine, "momentum_sgd", false, model.table.tensors, model.table.layers,
-                    std::vector<float*>(kSizes.size(), nullptr));
+    Model model(kSizes, 1, kStorages[0]);
+    StepArgs& args = model.table.args[0] = args_of("momentum_sgd");
+    some.change(args);
+    cuda::Bucket plan(machine, "momentum_sgd", false, model.table.tensors, model.table.layers,
+                      std::vector<float*>(kSizes.size(), nullptr));
     for (size_t step = 0; step < expected.size(); ++step) {
       updates = sums = 0;
       for (Layer& layer : model.table.layers) {
         layer.grad_norm2 = -1;
         if (parts) layer.part_norms = 2;
       }
-      cuda::Signals signals;
+      cuda::DeviceScalars scalars;
       double norm2 = 0;
       if (clips) {
-        signals.norm2 = &norm2;
-        signals.max_norm = 1;
-        plan.sum_gradients(model.table.tensors, model.table.layers, signals, false, nullptr);
+        scalars.norm2 = &norm2;
+        scalars.max_norm = 1;
+        plan.sum_gradients(model.table.tensors, model.table.layers, scalars, false, nullptr);
       }
-      plan.run(model.table.tensors, model.table.layers, {{group, {}}}, signals, nullptr);
+      plan.run(model.table.tensors, model.table.layers, {{args, {}}}, scalars, nullptr);
       CHECK(updates == 1);
       CHECK(sums == expected[step]);
     }
     for (Tensor& tensor : model.table.tensors) tensor.active = false;
     double norm2 = 5;
-    cuda::Signals signals;
-    signals.norm2 = &norm2;
-    plan.sum_gradients(model.table.tensors, model.table.layers, signals, true, nullptr);
+    cuda::DeviceScalars scalars;
+    scalars.norm2 = &norm2;
+    plan.sum_gradients(model.table.tensors, model.table.layers, scalars, true, nullptr);
     CHECK(norm2 == 5);
-    plan.sum_gradients(model.table.tensors, model.table.layers, signals, false, nullptr);
+    plan.sum_gradients(model.table.tensors, model.table.layers, scalars, false, nullptr);
     CHECK(norm2 == 0);
-    plan.run(model.table.tensors, model.table.layers, {{group, {}}}, signals, nullptr);
+    plan.run(model.table.tensors, model.table.layers, {{args, {}}}, scalars, nullptr);
     CHECK(updates == 1);  // still of the last one: nothing to step is no launch
     in_capture = true;
     for (Tensor& tensor : model.table.tensors) tensor.active = true;
     bool refused = false;
     try {
-      plan.run(model.table.tensors, model.table.layers, {{group, {}}}, {}, nullptr);
+      plan.run(model.table.tensors, model.table.layers, {{args, {}}}, {}, nullptr);
     } catch (const std::runtime_error&) {
       refused = true;
     }
     in_capture = false;
-    CHECK(refused == (group.sigma != 0 || averages(group)));
+    CHECK(refused == (args.sigma != 0 || averages(args)));
   };
   launches(kPlain[0], false, false, {0, 0});
   launches(kPlain[4], false, false, {0, 0});

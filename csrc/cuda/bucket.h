@@ -8,14 +8,14 @@
 namespace fused_opt::cuda {
 
 // One stretch of device memory that follows the host's: only what has changed since the last time is copied.
-class Mirror {
+class DeviceBuffer {
  public:
-  Mirror(const Machine&, size_t bytes);
-  ~Mirror();
-  Mirror(const Mirror&) = delete;
-  char* now() { return now_.data(); }  // write what shall be there, then follow()
+  DeviceBuffer(const Machine&, size_t bytes);
+  ~DeviceBuffer();
+  DeviceBuffer(const DeviceBuffer&) = delete;
+  char* now() { return now_.data(); }  // write what shall be there, then sync()
   char* device() const { return device_; }
-  void follow(size_t bytes, void* stream);
+  void sync(size_t bytes, void* stream);
   bool captured() const { return captured_; }
 
  private:
@@ -29,34 +29,36 @@ class Mirror {
 // The tensors and layers that the functions take are those of the constructor, as the step's host sees them: whether a
 // gradient is there and where, which row, and norms that are known. A `weight_norm2` of 0 says that the device knows
 // it.
-class Plan {
+class Bucket {
  public:
   // steps: where the count of every tensor is, or null. All arithmetic is in float64 (`wide`) or in float32.
-  Plan(const Machine&, const char* rule, bool wide, const std::vector<Tensor>&, const std::vector<Layer>&,
-       const std::vector<float*>& steps);
-  ~Plan();
-  Plan(const Plan&) = delete;
+  Bucket(const Machine&, const char* rule, bool wide, const std::vector<Tensor>&, const std::vector<Layer>&,
+         const std::vector<float*>& steps);
+  ~Bucket();
+  Bucket(const Bucket&) = delete;
 
-  // signals.norm2 <- (add ? signals.norm2 : 0) + the sum of squares of the gradients.
-  void sum_gradients(const std::vector<Tensor>&, const std::vector<Layer>&, const Signals&, bool add, void* stream);
+  // scalars.norm2 <- (add ? scalars.norm2 : 0) + the sum of squares of the gradients.
+  void sum_gradients(const std::vector<Tensor>&, const std::vector<Layer>&, const DeviceScalars&, bool add,
+                     void* stream);
   double grad_norm2(const std::vector<Tensor>&, const std::vector<Layer>&, void* stream);  // waits
-  void run(const std::vector<Tensor>&, std::vector<Layer>&, const std::vector<Row>&, const Signals&, void* stream);
+  void run(const std::vector<Tensor>&, std::vector<Layer>&, const std::vector<Row>&, const DeviceScalars&,
+           void* stream);
   std::vector<double> ratios(void* stream) const;  // waits
 
  private:
-  Launch launch(Mirror&, const std::vector<Tensor>&, const std::vector<Layer>&, const std::vector<Row>&, const Signals&,
-                void* stream, bool* any, bool gradients);
+  Launch launch(DeviceBuffer&, const std::vector<Tensor>&, const std::vector<Layer>&, const std::vector<Row>&,
+                const DeviceScalars&, void* stream, bool* any, bool gradients);
 
   const Machine& machine_;
   const int rule_;
   const bool wide_;
   const int64_t count_;
-  int64_t pieces_ = 0;
+  int64_t chunks_ = 0;
   char* memory_;
   Launch fixed_{};  // the addresses of the tables
   double* norm2_;
-  Mirror sums_, step_;   // Now and Row of every tensor: for the sums of gradients alone, and for a step
-  bool summed_ = false;  // the gradients of the coming step
+  DeviceBuffer sums_, step_;  // Now and Row of every tensor: for the sums of gradients alone, and for a step
+  bool summed_ = false;       // the gradients of the coming step
 };
 
 // total += part, and the sums of both squares; `scratch`: 8 * scratch_words(numel) bytes of zeros on the device.

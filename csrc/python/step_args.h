@@ -1,0 +1,88 @@
+// The named tuples and the rule of backends/interface.py and rule.py, as C++ reads them.
+#pragma once
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../table.h"
+#include "view.h"
+
+namespace fused_opt {
+namespace {
+
+// Named tuples are read by position, which is what costs least; that their members are these is checked once.
+const std::pair<const char*, std::vector<std::string>> kNamedTuples[] = {
+    {"StepArgs", {"lr", "grad_scale", "coupled_decay", "decoupled_decay", "coefficients", "ratio", "noise", "fold"}},
+    {"RatioArgs", {"kind", "coefficient", "cap", "eps", "exempt"}},
+    {"NoiseArgs", {"sigma", "relative", "seed", "step"}},
+    {"Fold", {"add", "share", "restart", "write_back"}},
+    {"Norms", {"weight2", "grad2", "direction2"}},
+    {"PartNorms", {"sum_of_norms", "grad2"}},
+};
+
+void check_named_tuples(const py::object& interface) {
+  for (const auto& [name, members] : kNamedTuples)
+    if (interface.attr(name).attr("_fields").cast<std::vector<std::string>>() != members)
+      throw py::import_error(std::string(name) + " has other members here than in backends/interface.py");
+  const std::pair<const char*, Kind> kinds[] = {{"LARS", Kind::kLARS}, {"CLARS", Kind::kCLARS}, {"LAMB", Kind::kLAMB}};
+  for (const auto& [name, kind] : kinds)
+    if (interface.attr("Kind").attr(name).cast<int>() != static_cast<int>(kind))
+      throw py::import_error(std::string(name) + " is another kind here than in backends/interface.py");
+}
+
+// The place in kRules of Python's rule, whose promises are found to be the kernels'.
+int check_rule(const py::object& rule) {
+  const auto name = rule.attr("name").cast<std::string>();
+  const int index = rule_index(name.c_str());
+  if (index < 0) throw py::value_error("there is no rule '" + name + "' in csrc/rules.h");
+  const RuleShape& shape = kRules[index];
+  const auto states = static_cast<int>(py::len(rule.attr("states")));
+  const auto coefficients = rule.attr("coefficient_count").cast<int>();
+  const auto counts_steps = rule.attr("counts_steps").cast<bool>();
+  const auto words = [](int states, int coefficients, bool counts_steps) {
+    return std::to_string(states) + " states and " + std::to_string(coefficients) + " coefficients, and " +
+           (counts_steps ? "counts steps" : "counts no steps");
+  };
+  if (states != shape.states || coefficients != shape.coefficients || counts_steps != shape.counts_steps)
+    throw std::runtime_error("rule '" + name + "' has " + words(states, coefficients, counts_steps) +
+                             " in Python; in " + "csrc/rules.h it has " +
+                             words(shape.states, shape.coefficients, shape.counts_steps));
+  return index;
+}
+
+// `lr`: where to say that the rate is a tensor, if it may be one.
+StepArgs read_step_args(const py::handle& given, const RuleShape& rule, Operand* lr = nullptr) {
+  const auto row = py::reinterpret_borrow<py::tuple>(given);
+  StepArgs args;
+  if (lr && !PyFloat_Check(row[0].ptr()))
+    *lr = View(row[0]).operand();
+  else
+    args.lr = row[0].cast<double>();
+  args.grad_scale = row[1].cast<double>();
+  args.coupled_decay = row[2].cast<double>();
+  args.decoupled_decay = row[3].cast<double>();
+  const auto coefficients = row[4].cast<std::vector<double>>();
+  if (static_cast<int>(coefficients.size()) != rule.coefficients)
+    throw py::value_error("rule '" + std::string(rule.name) + "' takes " + std::to_string(rule.coefficients) +
+                          " coefficients, and was given " + std::to_string(coefficients.size()));
+  std::copy(coefficients.begin(), coefficients.end(), args.coefficients);
+  if (!row[5].is_none()) {
+    int kind;
+    std::tie(kind, args.coefficient, args.cap, args.eps, args.exempt) =
+        row[5].cast<std::tuple<int, double, double, double, int>>();
+    args.kind = static_cast<Kind>(kind);
+  }
+  if (!row[6].is_none())
+    std::tie(args.sigma, args.relative, args.seed, args.noise_step) =
+        row[6].cast<std::tuple<double, bool, uint64_t, uint32_t>>();
+  if (!row[7].is_none())
+    std::tie(args.add, args.share, args.restart, args.write_back) =
+        row[7].cast<std::tuple<double, double, bool, bool>>();
+  return args;
+}
+
+}  // namespace
+}  // namespace fused_opt

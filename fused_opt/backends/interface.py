@@ -1,0 +1,260 @@
+"""What the optimizer and its backends say to each other: the numbers of a step, and the functions of a backend.
+
+In a step the functions of a bucket are called in this order; where one raises, the step is over and nothing was stepped:
+
+1. ``collect_gradients``: finds this step's gradients, or says that the bucket has to be made anew;
+2. ``set_part_norms``: where the parts of the gradients are tracked;
+3. ``norms`` and ``set_norms``, of a bucket with shards: what the shards have, and what the whole tensors have;
+4. ``grad_norm2``, or of a device bucket ``sum_gradients``: where the norm of all gradients is wanted;
+5. for shards of tensors with LAMB's ratio ``norms`` and ``set_norms`` once more, now that the gradients' scale is known;
+6. ``run``: steps, and counts the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..rule import UNKNOWN, Rule
+from ..shards import Shard, ShardLayout
+from ..warn import warn_once
+
+
+def is_known(number: float) -> bool:
+    """Whether a count or a (squared) norm, never negative, is one; a NaN is."""
+    return number != UNKNOWN
+
+
+class Kind(IntEnum):
+    """What a trust ratio divides by; as ``Kind`` in csrc/table.h."""
+
+    LARS = 1
+    CLARS = 2
+    LAMB = 3
+
+
+class Norm(IntFlag):
+    """Norms that a step may need before it writes; as ``Wanted`` in csrc/table.h."""
+
+    WEIGHT = 1
+    GRADIENT = 2
+    DIRECTION = 4
+
+
+class RatioArgs(NamedTuple):
+    """A trust ratio, see :class:`fused_opt.TrustRatio`."""
+
+    kind: Kind
+    coefficient: float
+    cap: float
+    eps: float
+    exempt: int  # tensors of at most this many dimensions keep ratio 1
+
+
+class NoiseArgs(NamedTuple):
+    """The noise of one step, see :class:`fused_opt.WeightNoise`."""
+
+    sigma: float
+    relative: bool
+    seed: int
+    step: int  # counted from 0; with the seed, the parameter's index and the element's place the key of a draw
+
+
+class Fold(NamedTuple):
+    """What a step does with the average v of the weights w: ``v <- (restart ? 0 : v) + add * (w - share * v)``."""
+
+    add: float
+    share: float
+    restart: bool
+    write_back: bool  # and then w <- v
+
+
+class StepArgs(NamedTuple):
+    """What a step does to the parameters of one group that have taken equally many steps."""
+
+    lr: float | Tensor  # a tensor only for a device bucket, and then on its device
+    grad_scale: float  # multiplies every gradient: sign, unscaling and clipping in one factor
+    coupled_decay: float  # times the weights: added to the gradient before the rule
+    decoupled_decay: float  # times the weights: added to the rule's update
+    coefficients: Sequence[float]  # the rule's, for this step; before ``at_step`` where only the device has the count
+    ratio: RatioArgs | None = None
+    noise: NoiseArgs | None = None
+    fold: Fold | None = None
+
+
+class Norms(NamedTuple):
+    """Squared norms of one parameter's weights, gradient and direction; UNKNOWN where not known."""
+
+    weight2: float = UNKNOWN
+    grad2: float = UNKNOWN
+    direction2: float = UNKNOWN
+
+
+class PartNorms(NamedTuple):
+    """The sum of the norms of the parts that a gradient is a sum of, and the squared norm of the gradient."""
+
+    sum_of_norms: float
+    grad2: float = UNKNOWN
+
+
+class DeviceScalars(NamedTuple):
+    """What of a step's scale is left on the device, for whoever steps there to read."""
+
+    found_inf: Tensor | None = None  # not 0: nothing is stepped, nothing counted
+    grad_scale: Tensor | None = None  # what the gradients were multiplied with
+    norm2: Tensor | None = None  # the sum of squares of all gradients, float64, to be clipped
+    max_norm: float = 0.0  # to this norm
+
+
+@dataclass
+class ParamEntry:
+    """One parameter of a bucket."""
+
+    tensor: Tensor  # what is stepped: of a DTensor the part that lies here
+    group: int
+    index: int  # in the optimizer: a key of its noise
+    name: str
+    states: list[Tensor] | None = None  # None until its first gradient
+    step: Tensor | None = None
+    average: Tensor | None = None
+    states_are_new: bool = False  # made for the coming step
+    lr_scale: float = 1.0
+    decay_scale: float = 1.0
+    shard: Shard | None = None  # of a DTensor
+    exclusive: bool = True  # no other parameter lies in its memory, so that what is known of the weights stays true
+
+    @property
+    def parameter(self) -> Tensor:
+        """What the optimizer was given."""
+        return self.tensor if self.shard is None else self.shard.parameter
+
+    @property
+    def layout(self) -> ShardLayout | None:
+        """Where in the whole tensor a shard lies."""
+        return None if self.shard is None else self.shard.layout
+
+    def count(self) -> float:
+        """How many steps it has taken; 0 or 1 where torch.optim keeps no count."""
+        return self.step.item() if self.step is not None else float(not self.states_are_new)
+
+    def advance(self) -> None:
+        """Count one more step."""
+        self.states_are_new = False
+        if self.step is not None:
+            self.step.add_(1)
+
+    def warn_not_finite(self) -> None:
+        """Say, once per parameter, that its trust ratio could not be formed."""
+        warn_once(f"the norms of parameter {self.name} are not finite: its trust ratio is 1 in such steps")
+
+
+class Bucket(Protocol):
+    """Parameters that one backend steps together with one rule, prepared for many steps."""
+
+    @property
+    def members(self) -> Sequence[ParamEntry]:
+        """The parameters."""
+
+    @property
+    def device(self) -> torch.device | None:
+        """Of a DeviceBucket."""
+
+    def collect_gradients(
+        self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]
+    ) -> list[tuple[int, float]] | None:
+        """Find this step's gradients.
+
+        Returns:
+            the (group, step) pairs for which ``run`` wants arguments, in its order: steps counted from 1, UNKNOWN where the
+            device counts them. None: something was moved, resized, cast or replaced, and the plan must be made anew.
+        """
+
+    def set_part_norms(self, norms: Sequence[PartNorms | None]) -> None:
+        """Say of every member what is known of its gradient's parts."""
+
+    def grad_norm2(self) -> float:
+        """Sum of squares of all gradients, as they lie in memory."""
+
+    def run(self, args: Sequence[StepArgs]) -> None:
+        """Step every parameter that has a gradient, with arguments for every pair that ``collect_gradients`` returned."""
+
+    def ratios(self) -> list[float]:
+        """The trust ratio of every member in the last step; 1 where it has none."""
+
+
+class ShardBucket(Bucket, Protocol):
+    """A bucket that steps shards of DTensors, too."""
+
+    def norms(self, args: Sequence[StepArgs], gradients: bool, directions: bool) -> list[Norms]:
+        """The norms of every member that a step with these arguments needs.
+
+        ``gradients``: of all gradients; ``directions``: LAMB's, too. Others are UNKNOWN, or what is known.
+        """
+
+    def set_norms(self, norms: Sequence[Norms]) -> None:
+        """Say of every member the norms of the whole tensor of which it may be a shard."""
+
+
+class DeviceBucket(Bucket, Protocol):
+    """A bucket on one device that reads a step's numbers there: nobody waits for them."""
+
+    def sum_gradients(self, norm2: Tensor, add: bool) -> None:
+        """Put the sum of squares of all gradients into ``norm2``, or add it to what is there."""
+
+    def run(self, args: Sequence[StepArgs], scalars: DeviceScalars = ...) -> None:
+        """Queue the step of every parameter that has a gradient."""
+
+
+class Backend(Protocol):
+    """What a module in this folder offers."""
+
+    @property
+    def DEVICES(self) -> tuple[str, ...]:
+        """The types of device that it is for."""
+
+    @property
+    def UNTESTED(self) -> tuple[str, ...]:
+        """Of these, where its kernels have not been seen to run yet: ``"auto"`` leaves them alone."""
+
+    @property
+    def REUSABLE(self) -> bool:
+        """Whether its buckets notice that any parameter or state was replaced, so that a plan can be kept."""
+
+    def unavailable(self) -> str | None:
+        """Why it cannot run on this machine, in words, or None."""
+
+    def unsupported(
+        self, rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = False, sharded: bool = False
+    ) -> str | None:
+        """Why it cannot step a parameter, or None.
+
+        Args:
+            rule: None: it is only asked to accumulate.
+            tensors: the parameter, then its gradient and states where it has them.
+            noisy: noise is added to it.
+            sharded: it is a shard of a DTensor.
+
+        Raises:
+            RuntimeError: where the rule promises other states or coefficients than the backend's kernel takes.
+        """
+
+    def steps_on_device(self, p: Tensor) -> bool:
+        """Whether it makes device buckets of parameters like this, and so keeps their count of steps there, in float32."""
+
+    def accumulate(self, total: Tensor | None, part: Tensor) -> tuple[float, float]:
+        """``total += part`` in one pass with the sums of squares of both; None: there is only a part."""
+
+    def bucket(
+        self,
+        rule: Rule,
+        members: Sequence[ParamEntry],
+        param_groups: list[dict[str, Any]],
+        state: Mapping[Tensor, Any],
+        noisy: bool,
+    ) -> Bucket:
+        """The parameters, prepared; ``noisy``: noise is added to some of them."""

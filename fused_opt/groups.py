@@ -1,0 +1,80 @@
+"""What the parameter groups say: checked when they are made, and again when a step finds them changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+from .extras import COUNTS, EXTRAS, IN_ARGS, check_extras
+from .extras.averaging import AVERAGE
+from .extras.clipping import wants_norm
+from .rule import Rule
+
+
+def name_of(group: Mapping[str, Any], group_index: int, index: int) -> str:
+    """What to call a parameter."""
+    names = group.get("param_names")
+    return names[index] if names else f"{index} of group {group_index}"
+
+
+class GroupSpec(NamedTuple):
+    """What of a group's hyper-parameters decides how its parameters are stepped."""
+
+    rule: Rule
+    decouples: bool  # the weight decay
+    noisy: bool
+    averaged: bool
+    has_args: bool  # of extras
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The per-element states, beside the step count."""
+        return (*self.rule.states, *([AVERAGE] if self.averaged else []))
+
+
+class Groups:
+    """The groups of an optimizer as they were when they were checked last.
+
+    Attributes:
+        specs: of every group.
+        wants_norm: whether a step needs the norm of all gradients.
+    """
+
+    def __init__(self, defaults: Mapping[str, Any]) -> None:
+        # Of the rate, which schedulers change in every step, the step looks at every value.
+        keys = [key for key in defaults if key not in ("lr", *COUNTS)]
+        self._settings: Callable[[Mapping[str, Any]], tuple[Any, ...]] = itemgetter(*keys)
+        self._seen: list[tuple[Any, ...]] | None = None
+        self.specs: list[GroupSpec] = []
+        self.wants_norm = False
+
+    def look(self, groups: Sequence[Mapping[str, Any]], optimizer: Any) -> None:
+        """Check what has changed.
+
+        Raises:
+            TypeError, ValueError: as the constructor of the optimizer.
+        """
+        found = [self._settings(group) for group in groups]
+        if found == self._seen:
+            return
+        for group in groups:
+            optimizer._check(group)
+            check_extras(group)
+        self.wants_norm = wants_norm(groups)
+        self.specs = [
+            GroupSpec(
+                optimizer._rule(group),
+                optimizer._decouples(group),
+                group["noise"] is not None,
+                group["averaging"] is not None,
+                any(group[extra.key] is not None for extra, _ in IN_ARGS),
+            )
+            for group in groups
+        ]
+        self._seen = found
+
+
+def extras_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The extras of some options, defaults where they say nothing."""
+    return {extra.key: options.get(extra.key, extra.default) for extra in EXTRAS}

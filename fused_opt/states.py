@@ -1,0 +1,129 @@
+"""The states of parameters: checked, made for a step, and taken back where that step is not made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends.interface import ParamEntry
+from .extras.averaging import AVERAGE, initial
+from .groups import GroupSpec
+from .shards import check_alike, local
+
+
+def check_tensor(name: str, what: str, found: Tensor, p: Tensor) -> None:
+    """Raise where a gradient or a state does not fit its parameter."""
+    check_alike(name, p, what, found)
+    if found.shape != p.shape:
+        raise RuntimeError(
+            f"parameter {name} has shape {tuple(p.shape)} and its {what} {tuple(found.shape)}; they must be equal. If "
+            f"the parameter was resized, clear its gradient and its entry in optimizer.state"
+        )
+    if found.device != p.device:
+        raise RuntimeError(
+            f"parameter {name} is on {p.device} and its {what} on {found.device}; they must be on the same device. "
+            f"Move the model before making the optimizer, or load_state_dict after moving it"
+        )
+    if found.is_complex() != p.is_complex() or not (found.is_floating_point() or found.is_complex()):
+        raise RuntimeError(f"parameter {name} is {p.dtype} and its {what} {found.dtype}, which do not go together")
+
+
+def check_parameter(name: str, spec: GroupSpec, p: Tensor, of_p: Mapping[str, Any]) -> list[Tensor]:
+    """The parameter, its gradient and its states, as far as they are there, found to fit each other.
+
+    Raises:
+        RuntimeError: where they do not.
+    """
+    if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape)):
+        raise RuntimeError(
+            f"parameter {name} has elements that share memory (strides {p.stride()}), which cannot be written one by "
+            f"one; clone() it before making it a parameter"
+        )
+    step = of_p.get("step") if spec.rule.counts_steps else None
+    if step is not None and not (
+        isinstance(step, Tensor)
+        and step.numel() == 1
+        and step.dtype in (torch.float32, torch.float64)
+        and step.device in (torch.device("cpu"), p.device)
+    ):
+        raise RuntimeError(
+            f"parameter {name} has {step!r} as its state 'step'; it must be a float32 or float64 tensor of one element "
+            f"on the CPU or on {p.device}"
+        )
+    tensors = [p]
+    if p.grad is not None:
+        if p.grad.is_sparse and spec.rule.counts_steps:
+            raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
+        check_tensor(name, "gradient", p.grad, p)
+        tensors.append(p.grad)
+    for slot in spec.slots:
+        if of_p.get(slot) is not None:
+            check_tensor(name, f"state {slot!r}", of_p[slot], p)
+            tensors.append(of_p[slot])
+    return tensors
+
+
+class NewStates:
+    """What was added to ``optimizer.state`` for a step that may not be made.
+
+    Args:
+        state: the optimizer's.
+        dtype: of new states; None: the parameter's.
+    """
+
+    def __init__(self, state: dict[Tensor, Any], dtype: torch.dtype | None) -> None:
+        self._state = state
+        self._dtype = dtype
+        self._made: list[tuple[Tensor, str]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._made)
+
+    def keep(self) -> None:
+        """They stay."""
+        self._made.clear()
+
+    def take_back(self) -> None:
+        """Delete them."""
+        for p, slot in self._made:
+            del self._state[p][slot]
+            if not self._state[p]:
+                del self._state[p]
+        self._made.clear()
+
+    def _make(self, p: Tensor, slot: str, value: Tensor) -> None:
+        self._state[p][slot] = value
+        self._made.append((p, slot))
+
+    def fill(self, entry: ParamEntry, spec: GroupSpec, group: Mapping[str, Any], count_on_device: bool) -> None:
+        """Point an entry at its parameter's states; one that has a gradient gets those it lacks."""
+        p, rule = entry.parameter, spec.rule
+        hold = local if entry.shard is None else entry.shard.hold
+        of_p = self._state.get(p, {})
+        if p.grad is not None:
+            if rule.counts_steps and of_p.get("step") is None:
+                dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+                self._make(p, "step", torch.zeros((), dtype=dtype, device="cpu"))
+            for slot in rule.states:
+                if of_p.get(slot) is None:
+                    dtype_or_none = None if p.is_complex() else self._dtype
+                    zeros = torch.zeros_like(
+                        p, memory_format=torch.preserve_format, dtype=dtype_or_none, requires_grad=False
+                    )
+                    self._make(p, slot, zeros)
+                    entry.states_are_new = True
+            if spec.averaged and of_p.get(AVERAGE) is None:
+                self._make(p, AVERAGE, initial(group, p))
+            of_p = self._state.get(p, {})
+        for slot in rule.states:
+            if of_p.get(slot) is not None and of_p[slot].is_sparse:  # torch.optim.SGD's, after sparse gradients
+                of_p[slot] = of_p[slot].to_dense()
+        if count_on_device and of_p.get("step") is not None:
+            of_p["step"] = of_p["step"].to(device=p.device, dtype=torch.float32)
+        if all(of_p.get(slot) is not None for slot in (*spec.slots, *(["step"] if rule.counts_steps else []))):
+            entry.states = [hold(of_p[slot]) for slot in rule.states]
+            entry.step = of_p["step"] if rule.counts_steps else None
+            entry.average = hold(of_p[AVERAGE]) if spec.averaged else None
