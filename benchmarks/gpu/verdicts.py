@@ -55,7 +55,7 @@ class Verdicts:
 def main() -> int:
     """Run them."""
     shard, of, done = (json.loads(argument) for argument in sys.argv[1:])
-    files = sorted(str(path) for path in (ROOT / "tests").glob("test_gpu_*.py"))
+    files = sorted(str(path) for path in (ROOT / "tests").rglob("test_gpu_*.py"))
     options = ["-m", "gpu", "-p", "no:cacheprovider", "--tb=short", "-o", "addopts=--strict-markers -q"]
     options.append("--continue-on-collection-errors")
     status = int(pytest.main([*files, *options], plugins=[Verdicts(shard, of, done)]))

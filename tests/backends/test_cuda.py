@@ -9,25 +9,23 @@ import shutil
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_close, clones, pair, parameters_of, set_gradients, train_both, unchanged
+from support import ROOT
+from support.compare import assert_close, unchanged
+from support.kernels import GPU, run_with
+from support.parameters import clones, pair, parameters_of, set_gradients, train_both
 
 import fused_opt
-from fused_opt import backends
 from fused_opt.backends import native
-
-ROOT = Path(__file__).parents[1]
-GPU = native.IN_ITS_PLACE
 
 
 @pytest.fixture
 def on_gpu(monkeypatch):
     if native.unavailable() is not None:
         pytest.skip(native.unavailable())
-    monkeypatch.setenv("FUSED_OPT_CPU", GPU)
+    run_with(GPU, monkeypatch)
 
 
 @contextmanager
@@ -77,10 +75,10 @@ def test_the_report_says_why_there_is_no_gpu():
 
 
 def test_auto_leaves_alone_what_was_not_seen_to_run(monkeypatch):
-    assert ("native", "cuda") in backends.UNSEEN
+    assert "cuda" in native.UNTESTED
     optimizers = {}
     for name in ("auto", "native"):
-        monkeypatch.setattr(backends, "UNSEEN", {("native", "cpu")})
+        monkeypatch.setattr(native, "UNTESTED", ("cpu",))
         p = torch.nn.Parameter(torch.ones(3))
         optimizers[name] = fused_opt.SGD([p], lr=0.1, backend=name)
         optimizers[name].track_parts()
@@ -225,7 +223,7 @@ def test_counts_of_a_checkpoint_move_to_the_device(count, on_gpu):
 def test_a_checkpoint_from_a_device_loads_on_the_cpu(on_gpu, monkeypatch):
     there, oracle = pair("AdamW", {}, "native")
     train_both(there, oracle, 2)
-    monkeypatch.delenv("FUSED_OPT_CPU")
+    run_with(None, monkeypatch)
     here, _ = pair("AdamW", {}, "native")
     here.load_state_dict(there.state_dict())
     for p, q in zip(parameters_of(here), parameters_of(there)):

@@ -4,8 +4,20 @@ import copy
 
 import pytest
 import torch
-from gpus import DEVICE, DTYPES, REHEARSAL, each_backend, feed, gradients, laid_out, make, steppable, tensors_that_hurt
-from test_parity import CONFIGURATIONS, distance
+from rules import CONFIGURATIONS
+from support.compare import distance
+from support.gpus import (
+    DEVICE,
+    DTYPES,
+    REHEARSAL,
+    each_backend,
+    feed,
+    gradients,
+    laid_out,
+    make,
+    steppable,
+    tensors_that_hurt,
+)
 
 import fused_opt
 from fused_opt import TrustRatio, WeightNoise, backends

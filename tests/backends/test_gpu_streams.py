@@ -1,11 +1,11 @@
 """On a GPU: streams, graphs, several devices; what the host waits for, and what it launches."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from gpus import (
+from support import ROOT
+from support.gpus import (
     DEVICE,
     NO_GPU,
     REHEARSAL,
@@ -106,7 +106,7 @@ def test_the_host_does_not_wait_for_a_learning_rate(backend):
 @each_backend
 @pytest.mark.parametrize("name", KERNELS)
 def test_launches(name, backend, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks.gpu.clock import launches, profiler_sees
 
     if not profiler_sees():

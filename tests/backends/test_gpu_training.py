@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpus import (
+from support.compare import distance
+from support.gpus import (
     DEVICE,
     EDGES,
     REHEARSAL,
@@ -24,7 +25,6 @@ from gpus import (
     tensors_that_hurt,
     train,
 )  # fmt: skip
-from test_parity import distance
 
 import fused_opt
 from fused_opt import EMA, PSWA, TrustRatio, WeightNoise

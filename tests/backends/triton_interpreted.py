@@ -7,12 +7,13 @@ import math
 
 import pytest
 import torch
-from conftest import clones, set_gradients
-from test_parity import CONFIGURATIONS, distance
+from rules import CONFIGURATIONS
+from support.compare import distance
+from support.parameters import clones, set_gradients
 from triton import language as tl
 
 import fused_opt
-from fused_opt import backends
+from fused_opt import backends, warn
 from fused_opt.backends import triton as backend
 from fused_opt.extras.noise import normal, philox
 

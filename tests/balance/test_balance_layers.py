@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from balance_models import Fused, ResidualNetwork, multiplied, plain
+from support.models import Fused, ResidualNetwork, multiplied, plain
 from torch import nn
 from torch.nn.utils import parametrizations
 

@@ -3,11 +3,9 @@
 import csv
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
+from support import ROOT
 
 
 def run(monkeypatch, program, *arguments):

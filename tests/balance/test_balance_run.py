@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from balance_models import Fused, ResidualNetwork, multiplied, plain, train_step
+from support.models import Fused, ResidualNetwork, multiplied, plain, train_step
 from torch import nn
 
 from fused_opt.balance import TempBalance, sweep

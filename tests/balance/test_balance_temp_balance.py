@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from balance_models import Fused, ResidualNetwork, multiplied, plain, train_step
+from support.models import Fused, ResidualNetwork, multiplied, plain, train_step
 from torch import nn
 
 from fused_opt.balance import PRESETS, TempBalance

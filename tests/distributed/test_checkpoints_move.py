@@ -3,13 +3,13 @@
 import copy
 from functools import cache
 
-import checkpoint_ranks
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from checkpoint_ranks import CASES, FORMS, NORMED
-from conftest import assert_close, unchanged
-from ranks import run_ranks
+from support import checkpoint_ranks
+from support.checkpoint_ranks import CASES, FORMS, NORMED
+from support.compare import assert_close, unchanged
+from support.processes import run_ranks
 from torch.distributed.checkpoint import state_dict as dsd
 
 import fused_opt
@@ -24,8 +24,8 @@ pytestmark = [
 def saved(tmp_path_factory):
     """A folder of checkpoints from four ranks, and of what became of them on four and on two."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_ranks(checkpoint_ranks.__file__, 4, folder, "save")
-    run_ranks(checkpoint_ranks.__file__, 2, folder, "resume")
+    run_ranks(checkpoint_ranks.__name__, 4, folder, "save")
+    run_ranks(checkpoint_ranks.__name__, 2, folder, "resume")
     return folder
 
 

@@ -1,10 +1,9 @@
 """What features send, counted in real processes: the promise of docs/distributed.md."""
 
 import sys
-from pathlib import Path
 
-import pytest
-from processes import report_of
+from support import ROOT
+from support.processes import in_processes
 
 # Numbers of 8 bytes: 24 tensors, of which 6 have a trust ratio, in 6 blocks.
 UNDER_DDP = {
@@ -28,7 +27,7 @@ UNDER_FSDP = {
 
 
 def check_what_features_send(rank, world):
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(ROOT))
     from benchmarks.communication import measure
 
     rows = {(row["model"], row["feature"]): (row["calls"], row["bytes"]) for row in measure()}
@@ -44,10 +43,4 @@ def check_what_features_send(rank, world):
         }
 
 
-CHECKS = [check_what_features_send]
-
-
-@pytest.mark.parametrize("world", [2])
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_in_processes(check, world, request):
-    assert not (report := report_of(check, world, request)), report
+test_in_processes = in_processes(globals(), 2)

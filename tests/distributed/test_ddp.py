@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from processes import report_of, same_everywhere
+from support.processes import in_processes, same_everywhere
 from torch.nn.parallel import DistributedDataParallel
 
 import fused_opt
@@ -298,10 +298,4 @@ def check_refusals(rank, world):
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
-CHECKS = [check for name, check in sorted(globals().items()) if name.startswith("check_")]
-
-
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_in_processes(check, world, request):
-    assert not (report := report_of(check, world, request)), report
+test_in_processes = in_processes(globals(), 2, 4)

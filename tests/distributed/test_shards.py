@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from processes import report_of, same_everywhere
+from support.processes import in_processes, same_everywhere
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -434,10 +434,4 @@ def check_zero_redundancy_optimizer(rank, world):
     raises(ValueError, "ZeroRedundancyOptimizer made", lambda: zero.optim.track_parts("microbatch", model=model))
 
 
-CHECKS = [check for name, check in sorted(globals().items()) if name.startswith("check_")]
-
-
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_in_processes(check, world, request):
-    assert not (report := report_of(check, world, request)), report
+test_in_processes = in_processes(globals(), 2, 4)

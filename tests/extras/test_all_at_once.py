@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from conftest import clones, layouts, unchanged
+from support.compare import unchanged
+from support.parameters import clones, layouts
 
 import fused_opt
 from fused_opt import PSWM, SWM, TrustRatio, WeightNoise

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import layouts, set_gradients
+from support.parameters import layouts, set_gradients
 
 import fused_opt
 from fused_opt import EMA, PSWA, PSWM, PWALKS, SGD, SWM, AdamW

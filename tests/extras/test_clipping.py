@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from conftest import clones, layouts, parameters_of, set_gradients, unchanged
+from support.compare import unchanged
+from support.parameters import clones, layouts, parameters_of, set_gradients
 
 import fused_opt
 from fused_opt import CLARS, LARS, SGD

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from conftest import INSTRUCTION_SETS, layouts, set_gradients
+from support.kernels import INSTRUCTION_SETS, run_with
+from support.parameters import layouts, set_gradients
 
 from fused_opt import SGD, AdamW, WeightNoise
 from fused_opt.extras.noise import normal, philox, uniform
@@ -345,7 +346,7 @@ def test_invalid_settings():
 def test_instruction_sets_agree(monkeypatch):
     found = []
     for name in INSTRUCTION_SETS:
-        monkeypatch.setenv("FUSED_OPT_CPU", name)
+        run_with(name, monkeypatch)
         found.append(drawn("native", ((1 << 16,),))[0][0])
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-6, atol=2e-7)

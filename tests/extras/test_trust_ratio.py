@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from conftest import as_on_a_gpu, clones, layouts, set_gradients
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.kernels import as_on_a_gpu
+from support.parameters import clones, layouts, set_gradients
 
 import fused_opt
-from fused_opt import CLARS, LAMB, LARS, SGD, Adam, AdamW, TrustRatio
+from fused_opt import CLARS, LAMB, LARS, SGD, Adam, AdamW, TrustRatio, warn
 
 BOUND = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 

@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 import torch
-from conftest import assert_close, assert_same
+from support.compare import assert_close, assert_same
 
 import fused_opt
 from fused_opt import backends

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import assert_close
 from sklearn.datasets import load_digits
+from support.compare import assert_close
 from torch import nn
 
 import fused_opt

@@ -3,11 +3,11 @@
 import re
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
+from support import ROOT
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 def printed(library, monkeypatch, capsys):

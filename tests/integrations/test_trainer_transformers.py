@@ -3,67 +3,24 @@
 import json
 import math
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import pytest
 import torch
-from conftest import assert_close
-from ranks import run_ranks
+from support.compare import assert_close
+from support.processes import run_ranks
 
 import fused_opt
 
 transformers = pytest.importorskip("transformers", exc_type=ImportError)
+from support import trainer_ranks  # noqa: E402
+from support.trainer_ranks import EXAMPLES, SCHEDULE, Text, arguments, trainer_of  # noqa: E402
+
 from fused_opt.integrations.transformers import (  # noqa: E402
     AveragedEvaluation,
     CyclicalBatches,
     SnapshotsCallback,
     TempBalanceCallback,
 )
-
-LENGTH, EXAMPLES = 16, 40
-
-
-class Text(torch.utils.data.Dataset):
-    """Bytes of Python's manual."""
-
-    def __init__(self, first=0, examples=EXAMPLES):
-        self.tokens = torch.frombuffer(bytearray(topics["assignment"], "ascii", "replace"), dtype=torch.uint8).long()
-        self.first, self.examples, self.seen = first, examples, []
-
-    def __len__(self):
-        return self.examples
-
-    def __getitem__(self, index):
-        self.seen.append(index)
-        at = (self.first + index) * LENGTH
-        tokens = self.tokens[at : at + LENGTH]
-        labels = tokens.clone()
-        labels[0] = -100  # nothing comes before it; the Trainer divides by the labels that there are
-        return {"input_ids": tokens, "labels": labels}
-
-
-def model_of(dropout=0.1, width=16):
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=128, n_positions=LENGTH, n_embd=width, n_layer=2, n_head=2,
-        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    return transformers.GPT2LMHeadModel(config)
-
-
-def arguments(folder, **options):
-    return transformers.TrainingArguments(
-        str(folder),
-        **{
-            "use_cpu": True, "report_to": [], "disable_tqdm": True, "per_device_train_batch_size": 4,
-            "save_strategy": "no", "logging_steps": 1, "weight_decay": 0.1, "seed": 1, **options,
-        },
-    )  # fmt: skip
-
-
-def trainer_of(optimizer, args, cls=transformers.Trainer, model=None, **options):
-    options.setdefault("train_dataset", Text())
-    return cls(model or model_of(), args, optimizer_cls_and_kwargs=optimizer, **options)
 
 
 def weights(trainer):
@@ -232,9 +189,6 @@ class Cyclical(CyclicalBatches, transformers.Trainer):
     pass
 
 
-SCHEDULE = fused_opt.CyclicalBatchSize(4, levels=2, width=1)
-
-
 def test_cyclical_batches(tmp_path):
     """Sizes, updates, the learning rate's end, snapshots and TempBalance at true epochs; and a resume in an epoch."""
     passed = fused_opt.by_update(float, SCHEDULE, EXAMPLES)
@@ -277,7 +231,7 @@ def test_cyclical_batches(tmp_path):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
 def test_cyclical_batches_in_two_processes(tmp_path):
     """Each has half of every epoch's examples, in batches of the schedule, and all else is alike."""
-    run_ranks(str(Path(__file__).with_name("trainer_ranks.py")), 2, tmp_path)
+    run_ranks(trainer_ranks.__name__, 2, tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     half = EXAMPLES // 2
     for epoch in range(4):

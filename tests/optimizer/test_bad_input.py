@@ -4,20 +4,12 @@ import copy
 
 import pytest
 import torch
-from conftest import (
-    as_on_a_gpu,
-    assert_close,
-    assert_same,
-    clones,
-    pair,
-    parameters_of,
-    set_gradients,
-    train_both,
-    unchanged,
-)
+from support.compare import assert_close, assert_same, unchanged
+from support.kernels import as_on_a_gpu, run_with
+from support.parameters import clones, pair, parameters_of, set_gradients, train_both
 
 import fused_opt
-from fused_opt import backends
+from fused_opt import backends, warn
 from fused_opt.backends import native
 
 KINDS = [("SGD", {"lr": 0.1, "momentum": 0.9}), ("AdamW", {"lr": 0.01})]
@@ -237,7 +229,7 @@ def test_auto_steps_what_one_backend_cannot_beside_what_it_can(name, what):
 def test_an_instruction_set_that_the_processor_does_not_have(name, options, monkeypatch):
     optimizer, _ = pair(name, options, "native")
     set_gradients(parameters_of(optimizer), 0)
-    monkeypatch.setenv("FUSED_OPT_CPU", "sse9")
+    run_with("sse9", monkeypatch)
     refuses(optimizer, "sse9", (ValueError, RuntimeError))
 
 

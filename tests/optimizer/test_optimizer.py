@@ -6,18 +6,9 @@ import pickle
 
 import pytest
 import torch
-from conftest import (
-    as_on_a_gpu,
-    assert_close,
-    assert_same,
-    clones,
-    pair,
-    parameters_of,
-    set_gradients,
-    train_both,
-    unchanged,
-    without_extras,
-)
+from support.compare import assert_close, assert_same, unchanged, without_extras
+from support.kernels import as_on_a_gpu
+from support.parameters import clones, pair, parameters_of, set_gradients, train_both
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import INSTRUCTION_SETS
+from support.kernels import INSTRUCTION_SETS
 
 import fused_opt
 from fused_opt import CLARS, LARS

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import clones
+from support.parameters import clones
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

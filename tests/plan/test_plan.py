@@ -8,9 +8,10 @@ import copy
 
 import pytest
 import torch
-from conftest import assert_close, set_gradients
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.compare import assert_close
+from support.parameters import set_gradients
 
 import fused_opt
 from fused_opt.backends import native

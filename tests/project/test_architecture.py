@@ -9,14 +9,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
+from support import ROOT
 
 import fused_opt
 
-ROOT = Path(__file__).parents[1]
 # Left to right is the way of the data; nothing imports anything to its left. Below a name is everything under it.
 ORDER = [
     ["fused_opt.__init__", "fused_opt.__main__"],

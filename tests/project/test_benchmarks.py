@@ -4,12 +4,10 @@ import csv
 import importlib.util
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).parents[1]
+from support import ROOT
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""What runs in the processes of tests/test_checkpoints_move.py: training on shards, saving and resuming."""
+"""What runs in the processes of tests/distributed/test_checkpoints_move.py: training on shards, saving and resuming."""
 
 import copy
 import os

@@ -6,10 +6,11 @@ import os
 
 import pytest
 import torch
-from conftest import layouts
 
 import fused_opt
 from fused_opt import backends
+
+from .parameters import layouts
 
 REHEARSAL = bool(os.environ.get("FUSED_OPT_REHEARSE"))
 DEVICE = "cpu" if REHEARSAL else "cuda"

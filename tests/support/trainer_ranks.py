@@ -1,13 +1,17 @@
-"""What runs in the processes of tests/test_trainer_transformers.py: cyclical batches, and what each process saw of them."""
+"""A small language model for transformers' Trainer, of text that ships with Python.
+
+As a program, one of the processes of tests/integrations/test_trainer_transformers.py: cyclical batches, and what each
+process saw of them.
+"""
 
 import json
 import os
 import sys
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
 import transformers
-from test_trainer_transformers import EXAMPLES, SCHEDULE, Text, arguments, trainer_of
 
 import fused_opt
 from fused_opt.integrations.transformers import (
@@ -16,6 +20,52 @@ from fused_opt.integrations.transformers import (
     SnapshotsCallback,
     TempBalanceCallback,
 )
+
+LENGTH, EXAMPLES = 16, 40
+SCHEDULE = fused_opt.CyclicalBatchSize(4, levels=2, width=1)
+
+
+class Text(torch.utils.data.Dataset):
+    """Bytes of Python's manual."""
+
+    def __init__(self, first=0, examples=EXAMPLES):
+        self.tokens = torch.frombuffer(bytearray(topics["assignment"], "ascii", "replace"), dtype=torch.uint8).long()
+        self.first, self.examples, self.seen = first, examples, []
+
+    def __len__(self):
+        return self.examples
+
+    def __getitem__(self, index):
+        self.seen.append(index)
+        at = (self.first + index) * LENGTH
+        tokens = self.tokens[at : at + LENGTH]
+        labels = tokens.clone()
+        labels[0] = -100  # nothing comes before it; the Trainer divides by the labels that there are
+        return {"input_ids": tokens, "labels": labels}
+
+
+def model_of(dropout=0.1, width=16):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=128, n_positions=LENGTH, n_embd=width, n_layer=2, n_head=2,
+        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config)
+
+
+def arguments(folder, **options):
+    return transformers.TrainingArguments(
+        str(folder),
+        **{
+            "use_cpu": True, "report_to": [], "disable_tqdm": True, "per_device_train_batch_size": 4,
+            "save_strategy": "no", "logging_steps": 1, "weight_decay": 0.1, "seed": 1, **options,
+        },
+    )  # fmt: skip
+
+
+def trainer_of(optimizer, args, cls=transformers.Trainer, model=None, **options):
+    options.setdefault("train_dataset", Text())
+    return cls(model or model_of(), args, optimizer_cls_and_kwargs=optimizer, **options)
 
 
 class Trainer(AveragedEvaluation, CyclicalBatches, transformers.Trainer):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import ROOT
 from torch.utils.data import DataLoader, TensorDataset
 
 from fused_opt.batch_size import CyclicalBatchSampler, CyclicalBatchSize, accumulate, by_update, leading_size
@@ -223,7 +224,7 @@ def test_plot_draws_size_and_noise(tmp_path: Path):
 
 
 def test_example_compares_at_equal_numbers_of_examples(tmp_path, monkeypatch, capsys):
-    script = Path(__file__).parents[1] / "examples" / "cyclical_batches.py"
+    script = ROOT / "examples" / "cyclical_batches.py"
     monkeypatch.setattr("sys.argv", [str(script), "--quick", "--out", str(tmp_path)])
     runpy.run_path(str(script), run_name="__main__")
     rows = re.findall(r"^(\w+ .*?) +(\d+) +(\d+)   (\d\.\d{4})", capsys.readouterr().out, re.MULTILINE)

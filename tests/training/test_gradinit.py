@@ -5,18 +5,18 @@ import importlib.util
 import math
 import warnings
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support import ROOT
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fused_opt.gradinit import gradinit
 
 cross_entropy = nn.functional.cross_entropy
-EXAMPLE = Path(__file__).parents[1] / "examples" / "gradinit.py"
+EXAMPLE = ROOT / "examples" / "gradinit.py"
 
 
 class Adam:

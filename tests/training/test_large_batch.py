@@ -3,13 +3,13 @@
 import importlib.util
 import math
 import sys
-from pathlib import Path
 
 import pytest
+from support import ROOT
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
-EXAMPLE = Path(__file__).parents[1] / "examples" / "large_batch.py"
+EXAMPLE = ROOT / "examples" / "large_batch.py"
 
 
 @pytest.fixture

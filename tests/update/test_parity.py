@@ -2,28 +2,13 @@
 
 import pytest
 import torch
-from conftest import clones, layouts, set_gradients
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from rules import CONFIGURATIONS
+from support.compare import distance
+from support.parameters import clones, layouts, set_gradients
 
 import fused_opt
-
-CONFIGURATIONS = [
-    ("SGD", {"lr": 0.1}),
-    ("SGD", {"lr": 0.1, "weight_decay": 0.1, "maximize": True}),
-    ("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
-    ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
-    ("Adam", {"lr": 0.01, "weight_decay": 0.1}),
-    ("Adam", {"lr": 0.01, "amsgrad": True, "maximize": True}),
-    ("AdamW", {"lr": 0.01, "weight_decay": 0.3}),
-    ("AdamW", {"lr": 0.01, "amsgrad": True}),
-]
-
-
-def distance(a, b):
-    """Largest difference over all tensors, relative to the largest value."""
-    scale = max(x.abs().max().item() for x in b if x.numel()) or 1.0
-    return max((x.double() - y.double()).abs().max().item() for x, y in zip(a, b) if x.numel()) / scale
 
 
 def train(optimizer, parameters, steps=4):
