@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+from rules import every_rule
 from support import ROOT
 from support.compare import assert_close, unchanged
 from support.kernels import GPU, run_with
@@ -88,13 +89,7 @@ def test_auto_leaves_alone_what_was_not_seen_to_run(monkeypatch):
     assert kinds == ["fused_opt.backends.reference", "fused_opt.backends.native"]
 
 
-RULES = [
-    ("SGD", {"lr": 0.1, "momentum": 0.9}),
-    ("AdamW", {"lr": 0.01, "amsgrad": True}),
-]
-
-
-@pytest.mark.parametrize(("name", "options"), RULES, ids=str)
+@every_rule
 def test_a_step_waits_for_nothing(name, options, on_gpu):
     """Rate, scale and overflow are tensors; the norm is read when asked for, and the next step has another rate."""
     optimizer, oracle = pair(name, options, "native", dtype=torch.float32)
@@ -154,7 +149,7 @@ def test_clipping_is_of_all_groups_together(on_gpu):
     assert optimizer.grad_norm == 0
 
 
-@pytest.mark.parametrize(("name", "options"), RULES, ids=str)
+@every_rule
 def test_an_overflow_that_the_host_does_not_see(name, options, on_gpu):
     optimizer, _ = pair(name, options, "native")
     fresh, _ = pair(name, options, "native")

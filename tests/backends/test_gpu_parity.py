@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from rules import CONFIGURATIONS
+from rules import BY_NAME, every_rule
 from support.compare import distance
 from support.gpus import (
     DEVICE,
@@ -24,8 +24,9 @@ from fused_opt import TrustRatio, WeightNoise, backends
 
 pytestmark = pytest.mark.gpu
 
-MOMENTUM, AMSGRAD = CONFIGURATIONS[2], CONFIGURATIONS[5]
-EXTENDED = [MOMENTUM] if REHEARSAL else [CONFIGURATIONS[0], MOMENTUM, AMSGRAD, CONFIGURATIONS[6]]
+PLAIN, MOMENTUM = (("SGD", BY_NAME["SGD"].options[i]) for i in (0, 2))
+AMSGRAD = ("Adam", {"lr": 0.01, "amsgrad": True, "maximize": True})
+EXTENDED = [MOMENTUM] if REHEARSAL else [PLAIN, MOMENTUM, AMSGRAD, ("AdamW", {"lr": 0.01, "weight_decay": 0.3})]
 EXTRAS = {
     "lars": {"trust_ratio": TrustRatio("lars", exempt=-1)},
     "clars": {"trust_ratio": TrustRatio("clars", exempt=-1)},
@@ -84,7 +85,7 @@ def no_worse_than_pytorch(name, options, dtype, backend):
 
 @each_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
+@every_rule
 def test_every_rule(name, options, dtype, backend):
     no_worse_than_pytorch(name, options, dtype, backend)
 

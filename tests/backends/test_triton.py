@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import rules as all_rules
 import torch
 
 import fused_opt
@@ -21,12 +22,9 @@ kernel, rules, Counts = backend.kernel, backend.rules, backend.table.Counts
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 F32, F64, BF16, F16 = tl.float32, tl.float64, tl.bfloat16, tl.float16
 
-# Every rule plain; the extras together; the dtypes.
+# Every rule plain, of p, g and its states; the extras together; the dtypes.
 UPDATES = {
-    "sgd": ("sgd", (F32, F32)),
-    "momentum_sgd": ("momentum_sgd", (F32,) * 3),
-    "adam": ("adam", (F32,) * 4),
-    "amsgrad": ("amsgrad", (F32,) * 5),
+    **{name: (name, (F32,) * (2 + len(rule.states))) for name, rule in all_rules.kernels().items()},
     "adam, bfloat16": ("adam", (BF16,) * 4),
     "adam, bfloat16 with float32 states": ("adam", (BF16, BF16, F32, F32)),
     "adam, float64": ("adam", (F64,) * 4),

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from rules import CONFIGURATIONS
+from rules import every_rule
 from support.compare import distance
 from support.parameters import clones, set_gradients
 from triton import language as tl
@@ -60,7 +60,7 @@ def train(a, b, ours, theirs, steps=3, first=0):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
+@every_rule
 def test_every_rule(name, options, dtype):
     runs = both(name, options, dtype=dtype)
     train(*runs, steps=2)

@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from support.threads import threads as threads_set_to
 
 from fused_opt.balance import assign, layer_alphas
 from fused_opt.balance.hill import hill, median_start
@@ -95,14 +96,10 @@ def test_alphas_do_not_depend_on_the_batch_or_on_threads(threads):
         random(400, 350),
     ]
     alone = [layer_alphas([weight])[0] for weight in weights]
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
+    with threads_set_to(threads):
         assert layer_alphas(weights) == alone
         assert layer_alphas(weights[::-1]) == alone[::-1]
         assert torch.get_num_threads() == threads, "the caller's threads are left alone"
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_a_batch_across_layers_gives_what_parcels_give():
@@ -112,17 +109,14 @@ def test_a_batch_across_layers_gives_what_parcels_give():
 
 
 def test_worker_threads_use_one_thread_each_and_no_others_do():
-    before, found = torch.get_num_threads(), []
-    try:
-        torch.set_num_threads(3)
+    found = []
+    with threads_set_to(3):
         workers.cache_clear()
         assert set(workers(2).map(lambda _: torch.get_num_threads(), range(8))) == {1}
         later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
         later.start()
         later.join()
         assert [torch.get_num_threads(), *found] == [3, 3]
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_ks_and_peak_pass_over_thresholds_without_a_tail():

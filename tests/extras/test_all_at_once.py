@@ -5,14 +5,18 @@ import math
 
 import pytest
 import torch
+from rules import every_elementwise_rule
+from rules import oracle as oracle_of
 from support.compare import unchanged
 from support.parameters import clones, layouts
+from support.threads import threads as threads_set_to
+from support.threads import with_threads
 
 import fused_opt
 from fused_opt import PSWM, SWM, TrustRatio, WeightNoise
 from fused_opt.extras.noise import normal
 
-RULES = {
+SETTINGS = {
     "SGD": {"lr": 0.5, "weight_decay": 0.1},
     "SGD momentum": {"lr": 0.5, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1},
     "SGD nesterov": {"lr": 0.5, "momentum": 0.9, "nesterov": True, "maximize": True},
@@ -64,12 +68,12 @@ def norm(tensor):
 
 
 class Oracle:
-    """Every definition in float64, one after the other; torch.optim's class without its own decay gives the direction."""
+    """Every definition in float64, one after the other; the rule's own oracle gives the direction."""
 
     def __init__(self, name, options, parameters, ratio, beta=0.6):
         self.name, self.options, self.ratio = name, dict(options), ratio
         self.weights = [p.detach().double().clone() for p in parameters]
-        self.cls = getattr(torch.optim, name.split()[0])
+        self.cls = oracle_of(name)
         self.restart()
         self.t, self.v, self.taken = 0, None, []
         self.sampling = PSWM(period=4, beta=beta, fraction=0.75, probability=0.8, seed=5)
@@ -118,12 +122,12 @@ class Oracle:
 
 
 @pytest.mark.parametrize("kind", ["lars", "clars", "lamb"])
-@pytest.mark.parametrize("name", RULES)
-def test_every_rule_with_everything_on(name, kind, backend):
+@every_elementwise_rule
+def test_every_rule_with_everything_on(name, options, kind, every_kernel):
     """Clip, direction, ratio, noise, sample, in this order; a skipped step in between leaves no trace."""
     parameters = some(torch.float64)
-    oracle = Oracle(name, RULES[name], parameters, kind)
-    optimizer = getattr(fused_opt, name.split()[0])(parameters, **RULES[name], **extras(kind), backend=backend)
+    oracle = Oracle(name, options, parameters, kind)
+    optimizer = getattr(fused_opt, name)(parameters, **options, **extras(kind), backend=every_kernel)
     optimizer.track_parts("microbatch")
     for step in range(10):
         optimizer.zero_grad(set_to_none=step % 2 == 0)
@@ -149,7 +153,7 @@ def test_every_rule_with_everything_on(name, kind, backend):
 
 def make(name, parameters, backend, **more):
     preset = name in PRESETS
-    options = PRESETS[name] if preset else RULES[name]
+    options = PRESETS[name] if preset else SETTINGS[name]
     cls = getattr(fused_opt, name.split()[0])
     return cls(parameters, **options, **extras(None if preset else "clars", **more), backend=backend)
 
@@ -181,9 +185,7 @@ def through_a_file(thing):
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(name, threads, backend):
     """To the last bit, from the middle of a period, through torch.save and torch.load(weights_only=True)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads_set_to(threads):
         dtype = torch.bfloat16 if name == "AdamW" else torch.float32
         straight = some(dtype, chunk=70000 if threads > 1 and backend == "native" else 300)
         optimizer = make(name, straight, backend)
@@ -197,8 +199,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name, threads, backend):
         other = getattr(fused_opt, name.split()[0])(resumed, lr=9.0, backend=backend)
         other.load_state_dict(saved)
         train(other, resumed, range(3, 9))
-    finally:
-        torch.set_num_threads(before)
     for a, b in zip(resumed, straight):
         assert torch.equal(a, b)
         assert other.state[a].keys() == optimizer.state[b].keys()
@@ -214,19 +214,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name, threads, backend):
 
 
 @pytest.mark.parametrize("name", ["SGD momentum", "AdamW", "CLARS"])
-def test_one_thread_and_two_give_the_same_bits(name, backend):
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            parameters = [
-                *some(),
-                *clones([torch.nn.Parameter(torch.linspace(-1, 1, 140000).view(400, 350))]),
-            ]
-            train(make(name, parameters, backend), parameters, range(5), parts=False)
-            results.append(parameters)
-    finally:
-        torch.set_num_threads(before)
+def test_one_thread_and_two_give_the_same_bits(name, every_kernel):
+    def run():
+        parameters = [*some(), *clones([torch.nn.Parameter(torch.linspace(-1, 1, 140000).view(400, 350))])]
+        train(make(name, parameters, every_kernel), parameters, range(5), parts=False)
+        return parameters
+
+    results = with_threads(run, 1, 2)
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 

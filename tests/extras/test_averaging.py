@@ -106,7 +106,7 @@ def small(dtype=torch.float64, seed=0):
 @pytest.mark.parametrize(
     ("name", "zero"), [*((name, False) for name in VARIANTS), ("PSWA", True), ("PSWM", True), ("SWM by chance", True)]
 )
-def test_every_variant_by_its_definition(name, zero, backend):
+def test_every_variant_by_its_definition(name, zero, every_kernel):
     """Momentum SGD; the average is looked at after every step, sampled or not, and costs nothing where it is not."""
     cls, options = VARIANTS[name]
     averaging = cls(**options, on_write_back="zero" if zero else "keep")
@@ -114,7 +114,7 @@ def test_every_variant_by_its_definition(name, zero, backend):
     weights = [p.detach().clone() for p in parameters]
     buffers = [torch.zeros_like(w) for w in weights]
     oracles = [Oracle(cls.__name__, **options) for _ in weights]
-    optimizer = SGD(parameters, lr=0.3, momentum=0.9, averaging=averaging, backend=backend)
+    optimizer = SGD(parameters, lr=0.3, momentum=0.9, averaging=averaging, backend=every_kernel)
     ends = False
     for t in range(1, 19):
         set_gradients(parameters, 100 + t)
@@ -162,10 +162,10 @@ def test_draws_come_as_often_as_asked_for():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("cls", [SGD, AdamW])
-def test_average_in_float32_of_what_was_stored(cls, dtype, backend):
+def test_average_in_float32_of_what_was_stored(cls, dtype, every_kernel):
     """Half precision: the mean of the stored weights, far more exact than the storage; restored to the last bit."""
     parameters = layouts(dtype, chunk=300)
-    optimizer = cls(parameters, lr=0.1, averaging=PSWA(period=5), backend=backend)
+    optimizer = cls(parameters, lr=0.1, averaging=PSWA(period=5), backend=every_kernel)
     taken = []
     for t in range(4):
         set_gradients(parameters, 100 + t)

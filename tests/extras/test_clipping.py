@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.compare import unchanged
 from support.parameters import clones, layouts, parameters_of, set_gradients
+from support.threads import with_threads
 
 import fused_opt
 from fused_opt import CLARS, LARS, SGD
@@ -30,11 +31,11 @@ def groups_of(parameters):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize(("name", "options"), RECIPES, ids=str)
-def test_equals_clip_grad_norm_before_the_step(name, options, dtype, backend):
+def test_equals_clip_grad_norm_before_the_step(name, options, dtype, every_kernel):
     """Over three groups; a gradient that is None counts nothing, and every other step is below the limit."""
     ours = layouts(dtype, chunk=300)
     theirs = clones(ours)
-    optimizer = getattr(fused_opt, name)(groups_of(ours), **options, max_grad_norm=1.0, backend=backend)
+    optimizer = getattr(fused_opt, name)(groups_of(ours), **options, max_grad_norm=1.0, backend=every_kernel)
     oracle = getattr(torch.optim, name)(groups_of(theirs), **options, foreach=False)
     for step in range(4):
         for parameters in (ours, theirs):
@@ -58,7 +59,7 @@ def test_equals_clip_grad_norm_before_the_step(name, options, dtype, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_is_no_worse_than_writing_the_gradients(dtype, backend):
+def test_half_precision_is_no_worse_than_writing_the_gradients(dtype, every_kernel):
     """Their clipped gradient is rounded to the storage, ours is not."""
 
     def run(cls, parameters, **options):
@@ -75,7 +76,7 @@ def test_half_precision_is_no_worse_than_writing_the_gradients(dtype, backend):
 
     truth = run(torch.optim.SGD, clones(layouts(dtype, chunk=300), torch.float64), foreach=False)
     theirs = run(torch.optim.SGD, layouts(dtype, chunk=300), foreach=False)
-    ours = run(SGD, layouts(dtype, chunk=300), max_grad_norm=1.0, backend=backend)
+    ours = run(SGD, layouts(dtype, chunk=300), max_grad_norm=1.0, backend=every_kernel)
     assert (ours - truth).abs().max() <= 1.1 * (theirs - truth).abs().max() + torch.finfo(dtype).eps
 
 
@@ -147,19 +148,16 @@ def test_a_scheduler_may_move_the_limit(backend):
         assert p[0].item() == pytest.approx(expected, rel=1e-13)
 
 
-def test_same_norm_with_any_number_of_threads(backend):
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            parameters = layouts(chunk=60000)
-            optimizer = SGD(parameters, lr=1.0, max_grad_norm=1.0, backend=backend)
-            set_gradients(parameters, 5)
-            optimizer.step()
-            results.append((optimizer.grad_norm, parameters))
-    finally:
-        torch.set_num_threads(before)
-    assert results[0][0] == pytest.approx(norm([p.grad for p in parameters]), rel=1e-13)
+def test_same_norm_with_any_number_of_threads(every_kernel):
+    def run():
+        parameters = layouts(chunk=60000)
+        optimizer = SGD(parameters, lr=1.0, max_grad_norm=1.0, backend=every_kernel)
+        set_gradients(parameters, 5)
+        optimizer.step()
+        return optimizer.grad_norm, parameters
+
+    results = with_threads(run, 1, 2, 3)
+    assert results[0][0] == pytest.approx(norm([p.grad for p in results[0][1]]), rel=1e-13)
     for found, parameters in results[1:]:
         assert found == results[0][0]
         assert all(torch.equal(a, b) for a, b in zip(parameters, results[0][1]))
@@ -183,10 +181,10 @@ def make(name, backend, everything, **options):
 @pytest.mark.parametrize("everything", [False, True])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(("name", "options"), RECIPES[1:3], ids=str)
-def test_skip_changes_nothing_and_counts(name, options, bad, everything, backend):
+def test_skip_changes_nothing_and_counts(name, options, bad, everything, every_kernel):
     """Neither on the very first step, nor later, nor with a limit; what follows is as if the step had not been asked for."""
-    optimizer = make(name, backend, everything, **options, nonfinite="skip")
-    oracle = make(name, backend, everything, **options)
+    optimizer = make(name, every_kernel, everything, **options, nonfinite="skip")
+    oracle = make(name, every_kernel, everything, **options)
     parameters = parameters_of(optimizer)
     for step, good in enumerate((False, False, True, False, True, True, False)):
         set_gradients(parameters, 100 + step)
@@ -260,12 +258,12 @@ def test_pass_does_what_torch_does(bad, backend):
 
 
 @pytest.mark.parametrize("nonfinite", ["skip", "raise"])
-def test_huge_finite_gradients_are_finite(nonfinite, backend):
+def test_huge_finite_gradients_are_finite(nonfinite, every_kernel):
     """Their sum of squares overflows float32, and in float64 that of float64 gradients; they are clipped all the same."""
     for dtype, huge in ((torch.float32, 1e30), (torch.bfloat16, 1e30), (torch.float64, 1e150)):
         p = torch.nn.Parameter(torch.zeros(4, dtype=dtype))
         p.grad = torch.full_like(p, huge)
-        optimizer = SGD([p], lr=1.0, max_grad_norm=1.0, nonfinite=nonfinite, backend=backend)
+        optimizer = SGD([p], lr=1.0, max_grad_norm=1.0, nonfinite=nonfinite, backend=every_kernel)
         optimizer.step()
         torch.testing.assert_close(p.detach(), torch.full_like(p, -0.5))
         assert optimizer.skipped_steps == 0

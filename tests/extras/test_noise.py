@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
-from support.kernels import INSTRUCTION_SETS, run_with
+from support.kernels import GPU, INSTRUCTION_SETS, run_with
 from support.parameters import layouts, set_gradients
+from support.threads import with_threads
 
 from fused_opt import SGD, AdamW, WeightNoise
 from fused_opt.extras.noise import normal, philox, uniform
@@ -81,10 +82,10 @@ def drawn(backend, shapes=((40000,),), steps=1, dtype=torch.float32, std=1.0, **
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_every_instruction_set_draws_what_the_reference_draws(dtype, backend):
+def test_every_instruction_set_draws_what_the_reference_draws(dtype, every_kernel):
     """To float32's rounding; float64 parameters get the same float32 numbers."""
     seed = 2**63 + 12345
-    for step, tensors in enumerate(drawn(backend, ((300001,), (7,), (70, 33)), 3, dtype, seed=seed)):
+    for step, tensors in enumerate(drawn(every_kernel, ((300001,), (7,), (70, 33)), 3, dtype, seed=seed)):
         for index, z in enumerate(tensors):
             expected = normal(seed, index, step, z.numel())
             torch.testing.assert_close(z.flatten(), expected, rtol=2e-6, atol=5e-7)
@@ -120,9 +121,9 @@ def test_moments_of_the_normal_distribution(backend):
     assert 4 < z.abs().max() < 5.9
 
 
-def test_each_lane_is_normal(backend):
+def test_each_lane_is_normal(every_kernel):
     """The four numbers of one counter, which come by different branches of Box-Muller."""
-    ((z,),) = drawn(backend, ((1 << 16,),), seed=3)
+    ((z,),) = drawn(every_kernel, ((1 << 16,),), seed=3)
     for lane in z.view(-1, 4).unbind(1):
         mean, variance, _, kurtosis = moments(lane)
         n = lane.numel()
@@ -144,9 +145,9 @@ def test_neighbours_parameters_steps_and_seeds_are_independent(backend):
         assert abs(correlation(x.square(), y.square())) < bound
 
 
-def test_no_two_elements_draw_the_same_counter(backend):
+def test_no_two_elements_draw_the_same_counter(every_kernel):
     """Over chunk and block borders, parameters and steps."""
-    everything = torch.cat([z for tensors in drawn(backend, ((70000,), (513,), (511,)), 2) for z in tensors])
+    everything = torch.cat([z for tensors in drawn(every_kernel, ((70000,), (513,), (511,)), 2) for z in tensors])
     quads = everything[: everything.numel() // 4 * 4].float()
     assert quads.unique().numel() > 0.97 * quads.numel()  # a handful agree by chance among 2**24
     shifted = everything[:70000]
@@ -154,7 +155,7 @@ def test_no_two_elements_draw_the_same_counter(backend):
         assert (shifted[lag:] == shifted[:-lag]).double().mean() < 1e-3
 
 
-def test_memory_layout_does_not_matter(backend):
+def test_memory_layout_does_not_matter(every_kernel):
     """The element's place in row-major order decides."""
     shape = (6, 5, 4, 7)
     expected = normal(9, 0, 0, 6 * 5 * 4 * 7).view(shape)
@@ -167,18 +168,12 @@ def test_memory_layout_does_not_matter(backend):
     ):
         p = torch.nn.Parameter(data)
         p.grad = torch.zeros(shape)
-        SGD([p], lr=1.0, noise=WeightNoise(std=1.0, seed=9), backend=backend).step()
+        SGD([p], lr=1.0, noise=WeightNoise(std=1.0, seed=9), backend=every_kernel).step()
         torch.testing.assert_close(p.detach().double(), expected, rtol=2e-6, atol=5e-7)
 
 
-def test_any_number_of_threads_draws_the_same(backend):
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(drawn(backend, ((70001,), (3,)), 2))
-    finally:
-        torch.set_num_threads(before)
+def test_any_number_of_threads_draws_the_same(every_kernel):
+    results = with_threads(lambda: drawn(every_kernel, ((70001,), (3,)), 2), 1, 2, 3)
     for other in results[1:]:
         assert all(torch.equal(a, b) for x, y in zip(results[0], other) for a, b in zip(x, y))
 
@@ -226,14 +221,14 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_sigma_by_its_definition(name, relative, backend):
+def test_sigma_by_its_definition(name, relative, every_kernel):
     """Added to the update of the rule, not through its momentum; relative: to the weights before the step."""
     options, sigma = SCHEDULES[name]
     parameters = layouts(torch.float64, chunk=300)
     weights = [p.detach().clone() for p in parameters]
     buffers = [torch.zeros_like(w) for w in weights]
     noise = WeightNoise(**options, relative=relative, seed=4)
-    optimizer = SGD(parameters, lr=0.1, momentum=0.9, noise=noise, backend=backend)
+    optimizer = SGD(parameters, lr=0.1, momentum=0.9, noise=noise, backend=every_kernel)
     for t, lr in enumerate((0.1, 0.4, 0.2, 0.1)):
         optimizer.param_groups[0]["lr"] = lr
         set_gradients(parameters, 100 + t)
@@ -264,10 +259,10 @@ def test_sigma_of_zero_is_no_noise(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_rounds_once(dtype, backend):
+def test_half_precision_rounds_once(dtype, every_kernel):
     p = torch.nn.Parameter(torch.full((3000,), 1.0, dtype=dtype))
     p.grad = torch.full_like(p, 0.5)
-    SGD([p], lr=0.25, noise=WeightNoise(std=0.1, seed=2), backend=backend).step()
+    SGD([p], lr=0.25, noise=WeightNoise(std=0.1, seed=2), backend=every_kernel).step()
     exact = 0.875 + 0.1 * normal(2, 0, 0, 3000)
     wrong = p.detach() != exact.to(dtype)
     assert wrong.double().mean() < 1e-3  # float32's rounding before the storage's
@@ -345,7 +340,7 @@ def test_invalid_settings():
 @pytest.mark.skipif("avx2" not in INSTRUCTION_SETS, reason="needs a processor with more than one instruction set")
 def test_instruction_sets_agree(monkeypatch):
     found = []
-    for name in INSTRUCTION_SETS:
+    for name in (*INSTRUCTION_SETS, GPU):
         run_with(name, monkeypatch)
         found.append(drawn("native", ((1 << 16,),))[0][0])
     for other in found[1:]:

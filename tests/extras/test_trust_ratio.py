@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.kernels import as_on_a_gpu
 from support.parameters import clones, layouts, set_gradients
+from support.threads import threads as threads_set_to
 
 import fused_opt
 from fused_opt import CLARS, LAMB, LARS, SGD, Adam, AdamW, TrustRatio, warn
@@ -49,7 +50,7 @@ def ratios_of(optimizer):
 
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("kind", ["lars", "clars"])
-def test_momentum_sgd_by_the_formula(kind, dtype, backend):
+def test_momentum_sgd_by_the_formula(kind, dtype, every_kernel):
     """Neither the ratio nor the learning rate is inside the buffer; both change here from step to step."""
     wd, mu = 0.01, 0.9
     options = {"coefficient": 0.02, "cap": 0.07, "eps": 1e-3}
@@ -57,7 +58,7 @@ def test_momentum_sgd_by_the_formula(kind, dtype, backend):
     weights = [p.detach().double() for p in parameters]
     buffers = [torch.zeros_like(w) for w in weights]
     ratio = TrustRatio(kind, **options)
-    optimizer = SGD(parameters, lr=1.0, momentum=mu, weight_decay=wd, trust_ratio=ratio, backend=backend)
+    optimizer = SGD(parameters, lr=1.0, momentum=mu, weight_decay=wd, trust_ratio=ratio, backend=every_kernel)
     for step, lr in enumerate((1.0, 3.0, 0.5)):
         optimizer.param_groups[0]["lr"] = lr
         expected = []
@@ -81,13 +82,13 @@ def test_momentum_sgd_by_the_formula(kind, dtype, backend):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("cls", [Adam, AdamW])
-def test_lamb_by_the_formula(cls, dtype, backend):
+def test_lamb_by_the_formula(cls, dtype, every_kernel):
     wd, beta1, beta2, eps, lr = 0.1, 0.8, 0.95, 1e-6, 0.02
     parameters = layouts(dtype, chunk=300)
     weights = [p.detach().double() for p in parameters]
     m, v = ([torch.zeros_like(w) for w in weights] for _ in range(2))
     options = {"betas": (beta1, beta2), "eps": eps, "weight_decay": wd, "trust_ratio": TrustRatio("lamb")}
-    optimizer = cls(parameters, lr, backend=backend, **options)
+    optimizer = cls(parameters, lr, backend=every_kernel, **options)
     for t in (1, 2, 3):
         for i, g in enumerate(gradients(parameters, t)):
             w = weights[i]
@@ -107,11 +108,13 @@ def test_lamb_by_the_formula(cls, dtype, backend):
     close(parameters, weights, 10 * BOUND[dtype])
 
 
-def test_lamb_is_adamw_with_the_ratio(backend):
+def test_lamb_is_adamw_with_the_ratio(every_kernel):
     ours, theirs = (layouts(chunk=300) for _ in range(2))
-    optimizer = LAMB(ours, 0.01, coefficient=0.5, cap=2.0, ratio_eps=1e-3, exempt=0, weight_decay=0.1, backend=backend)
+    optimizer = LAMB(
+        ours, 0.01, coefficient=0.5, cap=2.0, ratio_eps=1e-3, exempt=0, weight_decay=0.1, backend=every_kernel
+    )
     ratio = TrustRatio("lamb", coefficient=0.5, cap=2.0, eps=1e-3, exempt=0)
-    oracle = AdamW(theirs, 0.01, eps=1e-6, weight_decay=0.1, trust_ratio=ratio, backend=backend)
+    oracle = AdamW(theirs, 0.01, eps=1e-6, weight_decay=0.1, trust_ratio=ratio, backend=every_kernel)
     for step in range(3):
         set_gradients(ours, step)
         set_gradients(theirs, step)
@@ -219,7 +222,7 @@ def test_never_a_larger_step_than_lars(parts):
 @pytest.mark.filterwarnings("ignore:the norms of parameter p are not finite")
 @pytest.mark.parametrize(("cap", "expected"), [(math.inf, 1.0), (0.1, 0.1)])
 @pytest.mark.parametrize("kind", ["lars", "clars", "lamb"])
-def test_degenerate_norms_give_ratio_one_before_the_cap(kind, cap, expected, backend):
+def test_degenerate_norms_give_ratio_one_before_the_cap(kind, cap, expected, every_kernel):
     zero, one = torch.zeros(2, 2), torch.ones(2, 2)
     for weight, gradient in (
         (zero, one),
@@ -231,7 +234,7 @@ def test_degenerate_norms_give_ratio_one_before_the_cap(kind, cap, expected, bac
     ):
         p = torch.nn.Parameter(weight.clone())
         p.grad = gradient.clone()
-        optimizer = SGD([("p", p)], lr=0.25, trust_ratio=TrustRatio(kind, cap=cap), backend=backend)
+        optimizer = SGD([("p", p)], lr=0.25, trust_ratio=TrustRatio(kind, cap=cap), backend=every_kernel)
         optimizer.step()
         assert optimizer.trust_ratios() == {"p": expected}
         if weight.isfinite().all():
@@ -349,17 +352,13 @@ def train_with(optimizer, parameters, steps, forget=False, first=0):
 
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_carried_norms_are_the_recomputed_ones_bit_for_bit(threads, dtype, backend):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+def test_carried_norms_are_the_recomputed_ones_bit_for_bit(threads, dtype, every_kernel):
+    with threads_set_to(threads):
         results = []
         for forget in (False, True):
-            parameters = layouts(dtype, chunk=30000 if threads > 1 and backend == "native" else 300)
-            optimizer = LARS(parameters, lr=0.3, coefficient=0.1, exempt=-1, momentum=0.9, backend=backend)
+            parameters = layouts(dtype, chunk=30000 if threads > 1 and every_kernel == "native" else 300)
+            optimizer = LARS(parameters, lr=0.3, coefficient=0.1, exempt=-1, momentum=0.9, backend=every_kernel)
             results.append((train_with(optimizer, parameters, 4, forget), parameters))
-    finally:
-        torch.set_num_threads(before)
     assert results[0][0] == results[1][0]
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1]))
 
@@ -444,24 +443,24 @@ def test_an_invisible_write_is_missed_for_one_step_at_most(every, backend):
     assert missed in ([], [next(step for step in range(7, 24) if step % every == 0)])
 
 
-def test_noise_and_averages_leave_the_norm_of_what_was_stored(backend):
+def test_noise_and_averages_leave_the_norm_of_what_was_stored(every_kernel):
     """bfloat16: what is summed is what was rounded."""
     results = []
     for forget in (False, True):
         parameters = layouts(torch.bfloat16, chunk=300)
         optimizer = LARS(
             parameters, lr=0.3, coefficient=0.1, noise=fused_opt.WeightNoise(std=0.1, relative=True),
-            averaging=fused_opt.PSWA(period=2), backend=backend,
+            averaging=fused_opt.PSWA(period=2), backend=every_kernel,
         )  # fmt: skip
         results.append((train_with(optimizer, parameters, 5, forget), parameters))
     assert results[0][0] == results[1][0]
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1]))
 
 
-def test_the_carried_norm_is_that_of_the_weights(backend):
+def test_the_carried_norm_is_that_of_the_weights(every_kernel):
     """The ratio after ten steps that carried, against the weights themselves."""
     parameters = [torch.nn.Parameter(randn(70, 900).float())]
-    optimizer = LARS(parameters, lr=0.3, coefficient=0.1, weight_decay=0.0, backend=backend)
+    optimizer = LARS(parameters, lr=0.3, coefficient=0.1, weight_decay=0.0, backend=every_kernel)
     train_with(optimizer, parameters, 10)
     w = clones(parameters)[0]
     set_gradients(parameters, 11)

@@ -7,14 +7,12 @@ import textwrap
 
 import pytest
 import torch
+from rules import KINDS, both_kinds
 from support.compare import assert_close, assert_same
 
 import fused_opt
 from fused_opt import backends
 from fused_opt.backends import native
-
-KINDS = [("SGD", {"lr": 0.1, "momentum": 0.9}), ("AdamW", {"lr": 0.01})]
-both_kinds = pytest.mark.parametrize(("name", "options"), KINDS, ids=["SGD", "AdamW"])
 
 
 @pytest.fixture(params=[name for name, reason in backends.available().items() if reason is None])

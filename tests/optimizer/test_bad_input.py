@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from rules import KINDS, both_kinds
 from support.compare import assert_close, assert_same, unchanged
 from support.kernels import as_on_a_gpu, run_with
 from support.parameters import clones, pair, parameters_of, set_gradients, train_both
@@ -12,8 +13,6 @@ import fused_opt
 from fused_opt import backends, warn
 from fused_opt.backends import native
 
-KINDS = [("SGD", {"lr": 0.1, "momentum": 0.9}), ("AdamW", {"lr": 0.01})]
-both_kinds = pytest.mark.parametrize(("name", "options"), KINDS, ids=["SGD", "AdamW"])
 # At the first step, when states would be made, and later, when they would be written.
 whenever = pytest.mark.parametrize("steps_before", [0, 2], ids=["first step", "later"])
 SLOT = {"SGD": "momentum_buffer", "AdamW": "exp_avg_sq"}

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from support.kernels import INSTRUCTION_SETS
+from support.threads import with_threads
 
 import fused_opt
 from fused_opt import CLARS, LARS
@@ -79,14 +80,14 @@ def test_gradient_is_that_of_plain_accumulation_to_the_last_bit(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("divide", [False, True])
-def test_sum_of_the_norms(divide, dtype, backend):
+def test_sum_of_the_norms(divide, dtype, every_kernel):
     """Each contribution as it is added to p.grad, whether the loss is divided or not."""
     parameters = parameters_of(dtype)
     parts = coefficients(parameters, 4)
     if divide:
         parts = [[c / 4 for c in part] for part in parts]
     weights = [p.detach().double().clone() for p in parameters]
-    optimizer = clars(parameters, backend=backend, momentum=0.0)
+    optimizer = clars(parameters, backend=every_kernel, momentum=0.0)
     optimizer.track_parts("microbatch")
     for part in parts:
         backward(parameters, part)
@@ -433,11 +434,11 @@ def test_a_replaced_gradient_scales_the_parts(backend):
     assert norms_of(optimizer, parameters) == pytest.approx(sums(parts, 1 / 7), rel=1e-12)
 
 
-def test_lars_takes_the_gradients_norm_from_the_accumulation(backend):
+def test_lars_takes_the_gradients_norm_from_the_accumulation(every_kernel):
     parameters, plain = parameters_of(torch.float32), parameters_of(torch.float32)
-    tracked = LARS(parameters, lr=0.1, coefficient=0.1, backend=backend)
+    tracked = LARS(parameters, lr=0.1, coefficient=0.1, backend=every_kernel)
     tracked.track_parts("microbatch")
-    untracked = LARS(plain, lr=0.1, coefficient=0.1, backend=backend)
+    untracked = LARS(plain, lr=0.1, coefficient=0.1, backend=every_kernel)
     for step in range(3):
         for part in coefficients(parameters, 3, seed=step):
             backward(parameters, part)
@@ -450,9 +451,9 @@ def test_lars_takes_the_gradients_norm_from_the_accumulation(backend):
         untracked.zero_grad()
 
 
-def test_clipping_knows_the_norm_from_the_accumulation(backend):
+def test_clipping_knows_the_norm_from_the_accumulation(every_kernel):
     parameters = parameters_of(torch.float32)
-    optimizer = clars(parameters, backend=backend, max_grad_norm=0.1)
+    optimizer = clars(parameters, backend=every_kernel, max_grad_norm=0.1)
     optimizer.track_parts("microbatch")
     for part in coefficients(parameters, 3):
         backward(parameters, part)
@@ -494,15 +495,14 @@ def test_accumulation_has_the_same_bits_with_any_number_of_threads(dtype):
     generator = torch.Generator().manual_seed(0)
     total, part = (torch.randn(200, 1001, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
     expected = total + part
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            copy = total.clone()
-            results.append(fused_opt.backends.accumulate(copy, part))
-            assert torch.equal(copy, expected)
-    finally:
-        torch.set_num_threads(before)
+
+    def run():
+        copy = total.clone()
+        sums = fused_opt.backends.accumulate(copy, part)
+        assert torch.equal(copy, expected)
+        return sums
+
+    results = with_threads(run, 1, 2)
     assert results[0] == results[1]
     assert results[0] == pytest.approx((norm(part) ** 2, norm(expected) ** 2), rel=1e-12)
     assert fused_opt.backends.accumulate(None, part) == (results[0][0], results[0][0])

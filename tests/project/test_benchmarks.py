@@ -6,17 +6,15 @@ import math
 import sys
 
 import pytest
-import torch
 from support import ROOT
+from support.threads import threads
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
     """For speed; the example sets the number, too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from rules import oracle as oracle_of
 
 import fused_opt
 
@@ -47,13 +48,13 @@ def parameters_of(optimizer):
 
 
 def pair(name, options, backend, shapes=((3, 4), (5,), ()), arrange=list, dtype=torch.float64):
-    """An optimizer of ours and torch's own on parameters of the same values; `arrange` makes groups or names of them."""
+    """An optimizer of ours and its oracle on parameters of equal values; `arrange` makes groups or names of them."""
     generator = torch.Generator().manual_seed(7)
     options = {"foreach": False, **options}
     ours = [torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in shapes]
     theirs = clones(ours)
     optimizer = getattr(fused_opt, name)(arrange(ours), backend=backend, **copy.deepcopy(options))
-    oracle = getattr(torch.optim, name)(arrange(theirs), **copy.deepcopy(options))
+    oracle = oracle_of(name)(arrange(theirs), **copy.deepcopy(options))
     return optimizer, oracle
 
 

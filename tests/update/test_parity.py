@@ -3,10 +3,11 @@
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
-from rules import CONFIGURATIONS
+from rules import BY_NAME, every_rule
+from rules import oracle as oracle_of
 from support.compare import distance
 from support.parameters import clones, layouts, set_gradients
+from support.threads import with_threads
 
 import fused_opt
 
@@ -17,36 +18,16 @@ def train(optimizer, parameters, steps=4):
         optimizer.step()
 
 
-hyper_parameters = {
-    "SGD": st.fixed_dictionaries(
-        {"lr": st.floats(0, 1), "weight_decay": st.floats(0, 0.5), "maximize": st.booleans()},
-        optional={"momentum": st.floats(0, 0.99), "dampening": st.floats(0, 1)},
-    )
-    | st.fixed_dictionaries({"lr": st.floats(0, 1), "momentum": st.floats(0.01, 0.99), "nesterov": st.just(True)}),
-    "Adam": st.fixed_dictionaries(
-        {
-            "lr": st.floats(0, 0.1),
-            "betas": st.tuples(st.floats(0, 0.99), st.floats(0.5, 0.9999)),
-            "eps": st.floats(1e-8, 1e-2),
-            "weight_decay": st.floats(0, 0.5),
-            "amsgrad": st.booleans(),
-            "maximize": st.booleans(),
-        }
-    ),
-}
-hyper_parameters["AdamW"] = hyper_parameters["Adam"]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("name", hyper_parameters)
-def test_equals_torch_over_random_hyper_parameters(name, dtype, backend):
+@pytest.mark.parametrize("name", BY_NAME)
+def test_equals_the_oracle_over_random_hyper_parameters(name, dtype, every_kernel):
     @settings(max_examples=15, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
-    @given(hyper_parameters[name])
+    @given(BY_NAME[name].drawn)
     def check(options):
         ours = layouts(dtype, chunk=300)
         theirs = clones(ours)
-        optimizer = getattr(fused_opt, name)(ours, backend=backend, **options)
-        oracle = getattr(torch.optim, name)(theirs, foreach=False, **options)
+        optimizer = getattr(fused_opt, name)(ours, backend=every_kernel, **options)
+        oracle = oracle_of(name)(theirs, foreach=False, **options)
         train(optimizer, ours, 3)
         train(oracle, theirs, 3)
         bound = 2e-6 if dtype == torch.float32 else 1e-13
@@ -61,8 +42,8 @@ def test_equals_torch_over_random_hyper_parameters(name, dtype, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
-def test_no_worse_than_pytorch(name, options, dtype, backend):
+@every_rule
+def test_no_worse_than_pytorch(name, options, dtype, every_kernel):
     """Truth: float64. Baseline: plain PyTorch in the tested dtype. at most 1.1 of its error plus one ulp."""
 
     def run(dtype_of_run, backend_of_run):
@@ -78,12 +59,12 @@ def test_no_worse_than_pytorch(name, options, dtype, backend):
 
     truth = run(torch.float64, "reference")
     baseline = distance(run(dtype, "reference"), truth)
-    assert distance(run(dtype, backend), truth) <= 1.1 * baseline + torch.finfo(dtype).eps
+    assert distance(run(dtype, every_kernel), truth) <= 1.1 * baseline + torch.finfo(dtype).eps
     assert baseline < (1e-6 if dtype == torch.float32 else 3e-2)
 
 
-@pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
-def test_gradient_of_another_layout(name, options, backend):
+@every_rule
+def test_gradient_of_another_layout(name, options, every_kernel):
     """What torch's fused CPU step gets wrong."""
     ours = [
         torch.nn.Parameter(torch.randn(6, 4)),
@@ -91,8 +72,8 @@ def test_gradient_of_another_layout(name, options, backend):
         torch.nn.Parameter(torch.ones(3, 7)),
     ]
     theirs = clones(ours)
-    optimizer = getattr(fused_opt, name)(ours, backend=backend, **options)
-    oracle = getattr(torch.optim, name)(theirs, foreach=False, **options)
+    optimizer = getattr(fused_opt, name)(ours, backend=every_kernel, **options)
+    oracle = oracle_of(name)(theirs, foreach=False, **options)
     for _ in range(3):
         gradients = [torch.randn(4, 6).t(), torch.randn(()).expand(5), torch.randn(9, 9)[::3, 1:8]]
         for parameters in (ours, theirs):
@@ -103,16 +84,16 @@ def test_gradient_of_another_layout(name, options, backend):
         assert distance(ours, theirs) <= 2e-6
 
 
-def test_expanded_gradient_of_a_sum(backend):
+def test_expanded_gradient_of_a_sum(every_kernel):
     p = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
     p.sum().backward()
     p.grad = torch.ones(()).expand(2, 3)
-    fused_opt.SGD([p], lr=0.5, backend=backend).step()
+    fused_opt.SGD([p], lr=0.5, backend=every_kernel).step()
     assert torch.equal(p, torch.arange(6.0).reshape(2, 3) - 0.5)
 
 
-@pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
-def test_metamorphic(name, options, backend):
+@every_rule
+def test_metamorphic(name, options, every_kernel):
     """Splitting a tensor, permuting parameters, and stepping them one by one change no bit."""
     whole = torch.randn(40000, generator=torch.Generator().manual_seed(0))
     gradients = torch.randn(3, 40000, generator=torch.Generator().manual_seed(1))
@@ -121,7 +102,7 @@ def test_metamorphic(name, options, backend):
         parameters = [torch.nn.Parameter(part.clone()) for part in whole.tensor_split(cuts)]
         order = order or range(len(parameters))
         lists = [[parameters[i] for i in order]] if together else [[parameters[i]] for i in order]
-        optimizers = [getattr(fused_opt, name)(some, backend=backend, **options) for some in lists]
+        optimizers = [getattr(fused_opt, name)(some, backend=every_kernel, **options) for some in lists]
         for gradient in gradients:
             for p, part in zip(parameters, gradient.tensor_split(cuts)):
                 p.grad = part.clone()
@@ -136,26 +117,22 @@ def test_metamorphic(name, options, backend):
     assert torch.equal(run([100, 20000], together=False), expected)
 
 
-@pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
-def test_same_bits_with_any_number_of_threads(name, options, backend):
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            parameters = [torch.nn.Parameter(p.detach()) for p in layouts(seed=3, chunk=60000)]
-            train(getattr(fused_opt, name)(parameters, backend=backend, **options), parameters)
-            results.append(parameters)
-    finally:
-        torch.set_num_threads(threads)
+@every_rule
+def test_same_bits_with_any_number_of_threads(name, options, every_kernel):
+    def run():
+        parameters = [torch.nn.Parameter(p.detach()) for p in layouts(seed=3, chunk=60000)]
+        train(getattr(fused_opt, name)(parameters, backend=every_kernel, **options), parameters)
+        return parameters
+
+    results = with_threads(run, 1, 2, 3)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
-def test_non_finite_gradients_stay_in_their_element(backend):
+def test_non_finite_gradients_stay_in_their_element(every_kernel):
     for bad in (float("nan"), float("inf")):
         p = torch.nn.Parameter(torch.ones(100))
-        optimizer = fused_opt.AdamW([p], lr=0.1, backend=backend)
+        optimizer = fused_opt.AdamW([p], lr=0.1, backend=every_kernel)
         p.grad = torch.ones(100)
         p.grad[42] = bad
         optimizer.step()
