@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 from rules import every_rule
-from support.compare import distance
-from support.parameters import clones, set_gradients
+from support.interpreted import DTYPES, STATES, assert_alike, both, contiguous, few, train
+from support.parameters import set_gradients
 from triton import language as tl
 
 import fused_opt
@@ -18,45 +18,6 @@ from fused_opt.backends import triton as backend
 from fused_opt.extras.noise import normal, philox
 
 kernel, rules, table = backend.kernel, backend.rules, backend.table
-DTYPES = [torch.float32, torch.float64, torch.float16]
-STATES = {"state_dtype": torch.float32}
-
-
-def tensors(dtype=torch.float32):
-    """Around the edges of blocks (256, 1024) and pieces (4096), and wherever storage ends or begins at odd places."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(1,), (255,), (257,), (1024,), (1281,), (4095,), (4096,), (4097,), (), (0,), (3, 0, 2), (5, 1, 60)]
-    made = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    made.append(torch.randn(6, 40, generator=generator).to(dtype).t())
-    made.append(torch.randn(2, 3, 4, 5, generator=generator).to(dtype).to(memory_format=torch.channels_last))
-    made.append(torch.randn(1041, generator=generator).to(dtype)[1:])  # breaks the alignment
-    return [torch.nn.Parameter(tensor) for tensor in made]
-
-
-def both(name, options, make=tensors, dtype=torch.float32):
-    """An optimizer on Triton alone, and one on the reference, on equal parameters."""
-    ours = make(dtype)
-    theirs = clones(ours)
-    pair = [getattr(fused_opt, name)(p, backend=b, **options) for p, b in ((ours, "triton"), (theirs, "reference"))]
-    return (*pair, ours, theirs)
-
-
-def assert_alike(a, b, ours, theirs, dtype=torch.float32, bound=None):
-    bound = bound or 2 * torch.finfo(dtype).eps
-    assert distance(ours, theirs) <= bound
-    assert a.state_dict()["state"].keys() == b.state_dict()["state"].keys()
-    for slot in {slot for p in theirs for slot in b.state.get(p, {})}:
-        mine, other = ([o.state[p][slot] for p in ps if slot in o.state[p]] for o, ps in ((a, ours), (b, theirs)))
-        assert [(x.dtype, x.shape) for x in mine] == [(x.dtype, x.shape) for x in other]
-        assert distance(mine, other) <= bound
-
-
-def train(a, b, ours, theirs, steps=3, first=0):
-    for step in range(first, first + steps):
-        set_gradients(ours, step)
-        set_gradients(theirs, step)
-        a.step()
-        b.step()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -96,11 +57,6 @@ def test_trust_ratios_where_norms_come_first_and_where_they_are_carried(name, no
     sums = [wanted for function, wanted in launches if function is kernel.norms]
     assert sums == [kernel.WANT_WEIGHT.value | first] + [first] * 2
     assert len(launches) == 6  # and each step's update
-
-
-def contiguous(dtype=torch.float32):
-    """Fewer of them: what counts is a piece, a piece and a bit, less than one, none, and one that is not aligned."""
-    return [p for p in tensors(dtype) if p.is_contiguous() and p.numel() in (0, 1, 257, 1040, 4097)]
 
 
 def test_one_launch_where_norms_are_carried_and_the_parts_are_known(monkeypatch):
@@ -295,10 +251,6 @@ def test_the_same_bits_every_time_and_whatever_lies_beside():
     first = run(range(count))
     for order in (range(count), reversed(range(count))):
         assert all(torch.equal(a, b) for a, b in zip(first, run(order)))
-
-
-def few(dtype=torch.float32):
-    return [p for p in tensors(dtype) if p.numel() < 300]
 
 
 def test_gradients_that_come_and_go():

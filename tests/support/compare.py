@@ -84,3 +84,7 @@ def distance(a, b):
     """Largest difference over all tensors, relative to the largest value."""
     scale = max(x.abs().max().item() for x in b if x.numel()) or 1.0
     return max((x.double() - y.double()).abs().max().item() for x, y in zip(a, b) if x.numel()) / scale
+
+
+def same_bits(ours, other):
+    assert_same(ours, other, bound=0)

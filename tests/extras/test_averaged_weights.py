@@ -1,0 +1,57 @@
+"""averaged_weights() shows the average within its block, and nothing of it afterwards."""
+
+import pytest
+import torch
+from support.averages import small
+from support.parameters import set_gradients
+
+from fused_opt import EMA, PSWA, SGD
+
+
+def test_swap_is_undone_by_an_exception(backend):
+    parameters = small()
+    optimizer = SGD(parameters, lr=0.3, averaging=EMA(beta=0.5), backend=backend)
+    for t in range(3):
+        set_gradients(parameters, 100 + t)
+        optimizer.step()
+    kept = [p.detach().clone() for p in parameters]
+    gradients = [p.grad for p in parameters]
+    with pytest.raises(KeyError, match="from within"), optimizer.averaged_weights():  # noqa: PT012
+        assert not torch.equal(parameters[0], kept[0])
+        raise KeyError("from within")
+    assert all(torch.equal(p, k) for p, k in zip(parameters, kept))
+    assert all(p.grad is g for p, g in zip(parameters, gradients))
+
+
+def test_swap_is_seen_by_autograd_and_keeps_the_memory(backend):
+    """A graph made outside the block cannot be walked within it, and the parameters stay where they are."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = SGD([p], lr=0.3, averaging=EMA(beta=0.5), backend=backend)
+    for _ in range(2):
+        p.grad = torch.ones(3)
+        optimizer.step()
+    where, loss = p.data_ptr(), p.square().sum()
+    with optimizer.averaged_weights():
+        assert p.data_ptr() == where
+        assert p.requires_grad
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_before_the_first_sample_the_weights_are_their_own_average(backend):
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = SGD([p], lr=0.5, averaging=PSWA(period=4, start=2), backend=backend)
+    for _ in range(2):
+        with optimizer.averaged_weights():
+            kept = p.detach().clone()
+        assert torch.equal(p, kept)
+        p.grad = torch.ones(3)
+        optimizer.step()
+    with optimizer.averaged_weights():
+        assert torch.equal(p.detach(), torch.zeros(3))
+
+
+def test_without_averaging_there_is_nothing_to_swap():
+    optimizer = SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    with pytest.raises(RuntimeError, match=r"no group of this optimizer has averaging="), optimizer.averaged_weights():
+        pass
