@@ -9,7 +9,7 @@ CXX_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.h'
 demo: $(VENV)/installed
 	$(BIN)/python examples/digits.py
 
-# Everything that CI runs: the linters, the C++ tests under sanitizers (tests/test_cpp.py), the doctests, the tests.
+# Everything that CI runs: the linters, the C++ tests under sanitizers (tests/backends/test_cpp.py), the doctests, the tests.
 test: lint
 	$(BIN)/python -m pytest
 

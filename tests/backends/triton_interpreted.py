@@ -1,4 +1,4 @@
-"""What tests/test_triton.py runs under TRITON_INTERPRET=1: the kernels' values against the reference, on the CPU.
+"""What tests/backends/test_triton.py runs under TRITON_INTERPRET=1: the kernels' values against the reference, on the CPU.
 
 bfloat16 is left out: Triton's interpreter truncates float32 to bfloat16 where a GPU rounds to the nearest.
 """
