@@ -13,7 +13,7 @@ import torch
 
 import fused_opt
 from fused_opt.backends import triton as backend
-from fused_opt.plan import Member
+from fused_opt.backends.interface import ParamEntry
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -132,7 +132,7 @@ def test_values_in_the_interpreter():
 
 def test_counts_that_are_not_on_the_cpu_are_asked_for_once():
     """As if the step counts were on a GPU: read again only after a write of somebody else's."""
-    members = [Member(torch.ones(1), 0, i, "", [], torch.tensor(float(i)), None, False) for i in range(3)]
+    members = [ParamEntry(torch.ones(1), 0, i, "", [], torch.tensor(float(i)), None, False) for i in range(3)]
     counts = Counts(members)
     assert len(counts.cells) == 3
     counts.cells = []

@@ -17,10 +17,8 @@ EVERY_KERNEL = ["triton"] if INTERPRETED else ["reference", *(f"native-{s}" for 
 
 def run_with(kernels, monkeypatch):
     """Have the native backend use an instruction set, GPU, or what it would take by itself: here alone is said how."""
-    if kernels is None:
-        monkeypatch.delenv("FUSED_OPT_CPU", raising=False)
-    else:
-        monkeypatch.setenv("FUSED_OPT_CPU", kernels)
+    monkeypatch.setattr(native, "EMULATE_GPU", kernels == GPU)
+    monkeypatch.setattr(native, "INSTRUCTION_SET", None if kernels == GPU else kernels)
 
 
 def choose(name, monkeypatch):
