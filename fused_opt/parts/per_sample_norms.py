@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 
@@ -109,6 +110,16 @@ FORMS: dict[Any, tuple[int, dict[str, Form]]] = {
 }
 
 
+_CONVOLVE = {kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+
+
+def forms_of(module: nn.Module) -> tuple[int, dict[str, Form]]:
+    """The entry of a module, by the identity of what runs when it is called; without forms where that is not known."""
+    ndim, forms = FORMS.get(getattr(module.forward, "__func__", None), (1, {}))
+    own = isinstance(module, _ConvNd) and getattr(module._conv_forward, "__func__", None) not in _CONVOLVE
+    return ndim, {} if own else forms
+
+
 def _dense(p: Tensor, part: Part) -> Tensor:
     """The gradients by sample: samples x the parameter's shape."""
     if isinstance(part, Factors):
@@ -142,6 +153,18 @@ def norm2(p: Tensor, part: Part) -> Tensor:
         sums = part.values.new_zeros(len(keys), p.shape[1]).index_add_(0, inverse, part.values.flatten(0, 1))
         return sums.new_zeros(samples).index_add_(0, keys // rows, sums.square().sum(1))
     return _dense(p, part).flatten(1).square().sum(1)
+
+
+def total(p: Tensor, part: Part) -> Tensor:
+    """The sum of the gradients of all samples, without those of each; of rows, a sparse tensor."""
+    if isinstance(part, Factors):
+        a, e = (t.transpose(0, 1).flatten(1, 2) for t in part)
+        return (e.mT @ a).reshape(p.shape)
+    if isinstance(part, Rows):
+        return torch.sparse_coo_tensor(
+            part.rows.flatten()[None], part.values.flatten(0, 1), p.shape, check_invariants=False
+        )
+    return part.sum(0)
 
 
 def together(p: Tensor, parts: Sequence[Part]) -> Part:

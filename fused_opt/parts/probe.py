@@ -10,22 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends.interface import PartNorms
-from .microbatches import Microbatches, squared_norm
+from ..plan import warn_once
+from ..tensors import norm2
+from .tracker import PartTracker
 
 
-class Probe(Microbatches):
+class Probe(PartTracker):
     """The sum of the parts' norms is what :meth:`set` was given last: CLARS as its authors' code computes it.
 
-    A probe is made of batches of its own and does not cut ``p.grad`` into parts. Parameters that were not given count as
-    one part. What was set stays until the next ``set``. In a model under DistributedDataParallel every process probes with
-    batches of its own, and ``set``, which all call, takes the mean over them.
+    A probe is made of batches of its own, does not cut ``p.grad`` into parts and has no hooks. Parameters that were not given
+    count as one part. What was set stays until the next ``set``. In a model under DistributedDataParallel every process
+    probes with batches of its own, and ``set``, which all call, takes the mean over them.
     """
 
-    def __init__(self, model: nn.Module | None = None) -> None:
-        super().__init__((), model)
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module | None = None, backend: str = "auto") -> None:
+        super().__init__(optimizer, model, backend)
         self._norms: dict[Tensor, float] = {}
-        self._on = True
+
+    def _doing(self) -> str:
+        return f"norms were set for {len(self._norms)} parameters"
 
     def set(self, norms: Mapping[Tensor, float]) -> None:
         """Take these norms for the coming steps.
@@ -41,31 +44,27 @@ class Probe(Microbatches):
             raise ValueError(f"Invalid norms of a gradient: {wrong}; they are at least 0")
         found = [float(norm) for norm in norms.values()]
         if self._replicas is not None and found:
-            mean = torch.tensor(found, dtype=torch.float64, device=next(iter(norms)).device)
-            torch.distributed.all_reduce(mean, group=self._replicas.process_group)
-            found = (mean / torch.distributed.get_world_size(self._replicas.process_group)).tolist()
+            found = self._mean(found, next(iter(norms)).device)()
         self._norms = dict(zip(norms, found))
 
-    def norms(self, p: Tensor) -> PartNorms | None:
-        """What was set; the squared norm of ``p.grad`` is not known."""
-        return PartNorms(self._norms[p]) if p in self._norms and p.grad is not None else None
+    def share(self) -> None:
+        """Say once where a step has nothing to go by."""
+        if not self._norms:
+            warn_once(
+                "track_parts('probe') without .set(): the whole gradient counts as one part until the tracker that it "
+                "returned is given norms; fused_opt.probe_parts computes them"
+            )
 
-    def counts(self) -> dict[Tensor, int]:
-        """One part for every parameter that was set."""
+    def norms(self, p: Tensor) -> tuple[float, float] | None:
+        """What was set, and -1: the squared norm of ``p.grad`` is not known."""
+        return (self._norms[p], -1.0) if p in self._norms and p.grad is not None else None
+
+    def _counts(self) -> dict[Tensor, int]:
         return dict.fromkeys(self._norms, 1)
-
-    def reset(self) -> None:
-        """Nothing: a probe outlives the step."""
-
-    @property
-    def active(self) -> bool:
-        """Whether it was not removed."""
-        return self._on
 
     def remove(self) -> None:
         """Forget the norms."""
         super().remove()
-        self._on = False
         self._norms = {}
 
 
@@ -132,6 +131,8 @@ def probe_parts(
         raise ValueError(f"Invalid count of batches: {count}; it must be at least 1")
     chosen = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
     devices = sorted({p.device.index for p in chosen if p.device.type == "cuda"})
+    # By name, for a forward may put another tensor in a buffer's place, or write into it, or both.
+    registered = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     sums, drawn = dict.fromkeys(chosen, 0.0), 0
     try:
@@ -139,12 +140,15 @@ def probe_parts(
             with torch.random.fork_rng(devices):
                 for p, gradient in zip(chosen, _differentiate(model, loss_fn, batch, chosen)):
                     if gradient is not None:
-                        sums[p] += math.sqrt(squared_norm(gradient))
+                        sums[p] += math.sqrt(norm2(gradient))
             drawn += 1
     finally:
+        for of_module, before in registered:
+            of_module.clear()
+            of_module.update(before)
         with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for buffer, value in buffers:
+                buffer.copy_(value)
     if drawn < count:
         raise ValueError(f"the probe takes {count} batches and was given {drawn}; give more, or a smaller count")
     return {p: total / count for p, total in sums.items()}

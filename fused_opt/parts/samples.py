@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.nn.utils.spectral_norm import SpectralNorm
 
+from .. import tensors as of_any_kind
 from ..shards import is_spread
+from .call_again import Inputs, call_again, inputs_of, output_dim, parametrizations_of, tensors, widen
 from .microbatches import Microbatches
-from .per_sample_norms import FORMS, Form, Part, norm2, size, together
+from .per_sample_norms import Form, Part, forms_of, norm2, size, together, total
+from .tracker import WeakHook
 
 LARGEST = 2**24  # elements of a temporary; samples are taken in as many turns as that needs
-
-
-class _Forward(nn.Module):
-    """Only a module's ``forward``: its hooks have had their turn."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.inner.forward(*args, **kwargs)
+MISSING = 0.05  # of the norms' sum may be missing between the samples' sum and the gradient: 16-bit arithmetic
 
 
 @dataclass(eq=False)
@@ -40,10 +32,13 @@ class _Call:
     name: str
     module: nn.Module
     owned: dict[Tensor, str]
-    forms: dict[str, Form]
+    forms: dict[str, Form]  # empty: it is called again
     batch: int  # which call of the model it was part of
     samples: int
     arrival: Callable[[], _Arrival | None] = lambda: None
+
+    def __str__(self) -> str:
+        return f"{self.name} ({type(self.module).__name__})"
 
 
 @dataclass(eq=False)
@@ -51,20 +46,11 @@ class _Arrival:
     """The gradients of a call's outputs in one backward; held only until its parameters have theirs."""
 
     call: _Call
-    inputs: tuple[list[Any], list[bool], Any]  # leaves, whether they have samples, how to put them together
+    inputs: Inputs
     task: int
-    gradients: dict[int, Tensor] = field(default_factory=dict)
+    gradients: dict[int, Tensor] = field(default_factory=dict)  # samples first
     norm2: dict[Tensor, Tensor] = field(default_factory=dict)
     total: dict[Tensor, Tensor] = field(default_factory=dict)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _widen(value: Any, p: Tensor) -> Any:
-    floating = isinstance(value, Tensor) and value.is_floating_point()
-    return value.to(torch.promote_types(p.dtype, torch.float32)) if floating else value
 
 
 class Samples(Microbatches):
@@ -78,57 +64,82 @@ class Samples(Microbatches):
     samples is taken to have one for each, which positions of as many tokens have not.
 
     Linear, Conv1d to 3d, Embedding, LayerNorm, GroupNorm, InstanceNorm and BatchNorm in evaluation mode have forms of
-    their own. Other modules are called again for their gradients by sample, with torch.func, and the first time their sum
-    is compared with the gradient. Inputs are kept until the backward, also through torch.utils.checkpoint.
+    their own, where what runs is torch's own code. Other modules are called again for their gradients by sample, with
+    torch.func; so are those with weight_norm, parametrizations or prune. The first time, the sum over the samples is
+    compared with the gradient, which it must be: a form of which it is not is given up for a call, and a call refused.
+    Inputs are kept until the backward, also through torch.utils.checkpoint. Code that was compiled before is compiled anew.
 
     Args:
-        parameters: the optimizer's.
-        model: contains the modules that own them.
+        optimizer: whose gradients.
+        model: contains the modules that own its parameters.
+        backend: the optimizer's.
 
     Raises:
         ValueError: where a parameter is not in the model, or a module mixes its samples or does not have them in
             dimension 0.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], model: nn.Module | None) -> None:
+    _model: nn.Module
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module | None = None, backend: str = "auto") -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"samples are told apart by the model's modules: model= takes an nn.Module, not {model!r}")
-        tracked = [p for p in parameters if p.requires_grad]
-        self._names: dict[Tensor, str] = {p: name for name, p in model.named_parameters(remove_duplicate=False)}
-        if strangers := [tuple(p.shape) for p in tracked if p not in self._names]:
+        self._names: dict[Tensor, str] = {}
+        self._pending: dict[int, dict[Tensor, list[_Arrival]]] = {}
+        self._inputs: WeakKeyDictionary[_Call, Inputs] = WeakKeyDictionary()
+        self._hooked: WeakSet[nn.Module] = WeakSet()
+        self._without_forms: WeakSet[nn.Module] = WeakSet()  # of which a form was wrong
+        self._checked: set[Tensor] = set()
+        self._busy = False
+        self._batch, self._samples = 0, -1  # calls of the model so far; samples in this one, -1 outside of it
+        super().__init__(optimizer, model, backend)
+        self._hold(model, model.register_forward_pre_hook(WeakHook(self._begin), prepend=True, with_kwargs=True))
+        self._hold(model, model.register_forward_hook(WeakHook(self._end), always_call=True))
+
+    def _modules(self) -> dict[nn.Module, str]:
+        """All but the model itself come before it."""
+        modules = {module: name for name, module in self._model.named_modules() if module is not self._model}
+        return {**modules, self._model: "the model"}
+
+    def _admit(self, tracked: Iterable[Tensor]) -> None:
+        super()._admit(tracked)
+        names: dict[Tensor, str] = {p: name for name, p in self._model.named_parameters(remove_duplicate=False)}
+        if strangers := [tuple(p.shape) for p in tracked if p not in names]:
             raise ValueError(
                 f"parameters of shapes {', '.join(map(str, strangers))} are optimized and not in the model; give the "
                 f"model that contains all of them"
             )
-        if cut := [self._names[p] for p in tracked if is_spread(p)]:
+        if cut := [names[p] for p in tracked if is_spread(p)]:
             raise ValueError(
                 f"{', '.join(cut)}: of a sample's gradient every process has a part (DTensor), and its norm is not added up; "
                 f"'microbatch' takes them"
             )
-        if bent := [self._names[p] for p in tracked if p.is_complex()]:
+        if bent := [names[p] for p in tracked if p.is_complex()]:
             raise ValueError(f"{', '.join(bent)}: complex parameters have no norms by sample; 'microbatch' takes them")
-        modules = {module: name for name, module in model.named_modules() if module is not model}
-        modules[model] = "the model"
-        for module, name in modules.items():
+        for module, name in self._modules().items():
             if reason := self._mixes(module):
                 raise ValueError(f"{name} ({type(module).__name__}) {reason}")
-        self._pending: dict[int, dict[Tensor, list[_Arrival]]] = {}
-        self._inputs: WeakKeyDictionary[_Call, tuple[list[Any], list[bool], Any]] = WeakKeyDictionary()
-        self._checked: set[Tensor] = set()
-        self._busy = False
-        self._batch, self._samples = 0, -1  # calls of the model so far; samples in this one, -1 outside of it
-        super().__init__(tracked, model)
-        self._handles += [
-            model.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True),
-            model.register_forward_hook(self._end, always_call=True),
-        ]
-        inside = {m for module in modules if isinstance(module, nn.MultiheadAttention) for m in module.children()}
+        self._names = names
+
+    def _find(self) -> bool:
+        if not (found := super()._find()):
+            return False
+        modules = self._modules()
+        inside = {m for module in modules for m in self._parts_of(module)}
         for module, name in modules.items():
+            if module in self._hooked:
+                continue
             if isinstance(module, _BatchNorm):
-                self._handles.append(module.register_forward_pre_hook(partial(self._before_batch_norm, name)))
+                hook = WeakHook(self._before_batch_norm, name)
+                self._hold(module, module.register_forward_pre_hook(hook))
+                self._hooked.add(module)
             if module not in inside and not self._tracked.keys().isdisjoint(self._owned(module)):
-                hook = partial(self._called, name)
-                self._handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+                hook = WeakHook(self._called, name)
+                self._hold(module, module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+                self._hooked.add(module)
+        if "torch._dynamo" in sys.modules:  # what was compiled without these hooks does not look for them
+            torch.compiler.reset()
+        return found
 
     @staticmethod
     def _mixes(module: nn.Module) -> str | None:
@@ -142,16 +153,30 @@ class Samples(Microbatches):
             return (
                 "takes the samples in dimension 1; batch_first=True has them in dimension 0, where they are looked for"
             )
+        if any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values()):
+            return (
+                "has torch.nn.utils.spectral_norm, which writes its buffers whenever its weight is asked for; "
+                "torch.nn.utils.parametrizations.spectral_norm works"
+            )
         if getattr(module, "scale_grad_by_freq", False):
             return "has scale_grad_by_freq, which counts over the whole batch; scale_grad_by_freq=False does not"
         return None
 
     @staticmethod
+    def _parts_of(module: nn.Module) -> list[nn.Module]:
+        """The modules whose parameters it uses in calls of its own."""
+        if isinstance(
+            module, nn.MultiheadAttention
+        ):  # which uses the weights of its output projection without calling it
+            return list(module.modules())[1:]
+        return list(parametrizations_of(module).modules())
+
+    @staticmethod
     def _owned(module: nn.Module) -> dict[Tensor, str]:
         """The parameters whose gradients come from calls of this module itself."""
-        # MultiheadAttention uses the weights of its output projection without calling it.
-        attends = isinstance(module, nn.MultiheadAttention)
-        return {p: name for name, p in module.named_parameters(recurse=attends)}
+        owned = module.named_parameters(recurse=isinstance(module, nn.MultiheadAttention))
+        made = parametrizations_of(module).named_parameters("parametrizations")
+        return {p: name for name, p in (*owned, *made)}
 
     def _before_batch_norm(self, name: str, module: nn.Module, args: Any) -> None:
         if torch.is_grad_enabled() and not self._busy and (reason := self._mixes(module)):
@@ -159,8 +184,9 @@ class Samples(Microbatches):
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.is_grad_enabled() and not self._busy:
+            self._find()
             self._batch += 1
-            self._samples = next((len(t) for t in _tensors((args, kwargs)) if t.ndim), -1)
+            self._samples = next((len(t) for t in tensors((args, kwargs)) if t.ndim), -1)
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self._busy:
@@ -169,38 +195,33 @@ class Samples(Microbatches):
     def _called(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._busy or not torch.is_grad_enabled():
             return
-        outputs = [(k, t) for k, t in enumerate(_tensors(output)) if t.requires_grad]
+        outputs = [(k, t) for k, t in enumerate(tensors(output)) if t.requires_grad]
         owned = {p: of_p for p, of_p in self._owned(module).items() if p in self._tracked and p.requires_grad}
         if not owned or not outputs:
             return
-        where = f"{name} ({type(module).__name__})"
-        leaves, spec = tree_flatten((args, kwargs))
-        shapes = [leaf.shape for leaf in leaves if isinstance(leaf, Tensor)]
+        shapes = [t.shape for t in tensors((args, kwargs))]
         if not shapes or not shapes[0]:
             raise RuntimeError(
-                f"{where} was called without a tensor that has samples; track_parts('microbatch') needs none"
+                f"{name} ({type(module).__name__}) was called without a tensor that has samples; "
+                f"track_parts('microbatch') needs none"
             )
         samples = shapes[0][0]
-        ndim, forms = FORMS.get(getattr(module.forward, "__func__", None), (1, {}))
+        ndim, forms = forms_of(module)
+        if module in self._without_forms or not all(of_p in forms for of_p in owned.values()):
+            forms = {}
+        call = _Call(name, module, owned, forms, self._batch, samples)
         if len(shapes[0]) < ndim or self._samples not in (-1, samples):
             raise RuntimeError(
-                f"{where} was called with a tensor of shape {tuple(shapes[0])}, and its samples are looked for in dimension "
+                f"{call} was called with a tensor of shape {tuple(shapes[0])}, and its samples are looked for in dimension "
                 f"0 of at least {ndim}" + f": the model was called with {self._samples}" * (self._samples >= 0) + ". "
                 "Expand or reshape that tensor so that it has them there, or use track_parts('microbatch')"
             )
-        forms = forms if all(of_p in forms for of_p in owned.values()) else {}
-        # An attention mask of two dimensions is the same for all samples, also where it happens to have as many rows.
-        attends = isinstance(module, nn.MultiheadAttention)
-        mask = kwargs.get("attn_mask", args[5] if len(args) > 5 else None) if attends else None
-        sampled = [isinstance(x, Tensor) and x.ndim > 0 and len(x) == samples and x is not mask for x in leaves]
-        leaves = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
-        call = _Call(name, module, owned, forms, self._batch, samples)
-        self._inputs[call] = (leaves, sampled, spec)
+        self._inputs[call] = inputs_of(module, args, kwargs, samples)
         for k, t in outputs:
             # Linear returns a view, and what writes into a view later (ReLU(inplace=True)) takes the view's own hooks out of
             # the graph. Its base keeps them. Module hooks for the backward would forbid such writes.
             base = t._base if forms and t._is_view() else None
-            (t if base is None else base).register_hook(partial(self._arrived, call, k, t.shape))
+            (t if base is None else base).register_hook(WeakHook(self._arrived, call, k, t.shape))
 
     def _arrived(self, call: _Call, k: int, shape: torch.Size, gradient: Tensor) -> None:
         task = torch._C._current_graph_task_id()
@@ -210,12 +231,16 @@ class Samples(Microbatches):
                 return
             if task not in self._pending:
                 self._pending[task] = {}
-                torch.autograd.Variable._execution_engine.queue_callback(lambda: self._forget(task))
+                torch.autograd.Variable._execution_engine.queue_callback(WeakHook(self._forget, task))
             arrival = _Arrival(call, inputs, task)
             call.arrival = ref(arrival)
             for p in call.owned:
                 self._pending[task].setdefault(p, []).append(arrival)
-        arrival.gradients[k] = gradient.detach().reshape(shape)
+        gradient = gradient.detach().reshape(shape)
+        dim = output_dim(call.module, k)
+        if gradient.ndim <= dim or gradient.shape[dim] != call.samples:
+            raise RuntimeError(f"{call} returns a tensor that does not have the samples in dimension {dim}")
+        arrival.gradients[k] = gradient.movedim(dim, 0)
         arrival.norm2.clear()
         arrival.total.clear()
 
@@ -229,112 +254,108 @@ class Samples(Microbatches):
                 f"{self._names[p]} has a gradient that comes from no call of the module that owns it, so that it does not "
                 f"come apart by samples. Call that module, or use track_parts('microbatch')"
             )
-        batches: dict[int, list[_Arrival]] = {}
-        for arrival in arrivals:
-            batches.setdefault(arrival.call.batch, []).append(arrival)
-        norms, samples = 0.0, 0
         with torch.autocast(p.device.type, enabled=False):
-            for of_batch in batches.values():
-                sizes = {arrival.call.samples for arrival in of_batch}
-                if len(sizes) > 1:
-                    uses = " and ".join(f"{arrival.call.name} with {arrival.call.samples}" for arrival in of_batch)
-                    raise RuntimeError(
-                        f"{self._names[p]} is used by {uses} samples in one call of the model, and they are added by "
-                        f"sample. Use it with as many each time, or use track_parts('microbatch')"
-                    )
-                squares = self._squares(p, of_batch)
-                norms += squares.clamp(min=0).sqrt().sum(dtype=torch.float64).item()
-                samples += sizes.pop()
-            self._check(p, part, arrivals, norms)
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
-            for arrival in arrivals:
-                self._inputs.pop(arrival.call, None)
-        return max(norms, norm), samples  # the triangle inequality, which rounding must not undo
-
-    def _squares(self, p: Tensor, arrivals: list[_Arrival]) -> Tensor:
-        """Squared norms of the gradients by sample, from all calls together."""
-        first, samples = arrivals[0], arrivals[0].call.samples
-        if len(arrivals) == 1 and p in first.norm2:
-            return first.norm2.pop(p)
-        direct = len(arrivals) > 1 or bool(first.call.forms)
-
-        def part(s: slice) -> Part:
-            return together(p, [self._form(arrival, p, s) for arrival in arrivals])
-
-        if not samples:
-            return p.new_zeros(0)
-        elements = size(p, part(slice(1))) if direct else sum(q.numel() for q in first.call.owned)
-        step = max(1, LARGEST // max(1, elements))
-        turns = [slice(start, start + step) for start in range(0, samples, step)]
-        if direct:
-            return torch.cat([norm2(p, part(s)) for s in turns])
-        # A module called again has the gradients of all its parameters at once.
-        for s in turns:
-            for q, of_q in self._call_again(first, list(first.call.owned), s).items():
-                first.norm2[q] = torch.cat([first.norm2.get(q, of_q.new_zeros(0)), of_q.flatten(1).square().sum(1)])
-                if q not in self._checked:
-                    first.total[q] = first.total.get(q, 0) + of_q.sum(0)
-        return first.norm2.pop(p)
-
-    def _form(self, arrival: _Arrival, p: Tensor, s: slice) -> Part:
-        call = arrival.call
-        if not call.forms:
-            return self._call_again(arrival, [p], s)[p]
-        x, (e,) = next(x for x in arrival.inputs[0] if isinstance(x, Tensor)), arrival.gradients.values()
-        return call.forms[call.owned[p]](call.module, _widen(x[s], p), _widen(e[s], p))
-
-    def _call_again(self, arrival: _Arrival, parameters: list[Tensor], s: slice) -> dict[Tensor, Tensor]:
-        """The gradients by sample of a module of any kind."""
-        call, (leaves, sampled, spec) = arrival.call, arrival.inputs
-        where = f"{call.name} ({type(call.module).__name__})"
-        if any(not e.ndim or len(e) != call.samples for e in arrival.gradients.values()):
-            raise RuntimeError(f"{where} returns a tensor that does not have the samples in dimension 0")
-        own = {f"inner.{call.owned[p]}": _widen(p.detach(), p) for p in parameters}
-        forward, p = _Forward(call.module), parameters[0]
-
-        def objective(own: dict[str, Tensor], gradients: dict[int, Tensor], given: list[Tensor]) -> Tensor:
-            parts = iter(given)
-            now = [next(parts).unsqueeze(0) if by_sample else leaf for leaf, by_sample in zip(leaves, sampled)]
-            args, kwargs = tree_unflatten([_widen(leaf, p) for leaf in now], spec)
-            outputs = _tensors(functional_call(forward, own, args, kwargs))
-            return torch.stack([(outputs[k].squeeze(0) * e).sum() for k, e in gradients.items()]).sum()
-
-        gradients = {k: _widen(e[s], p) for k, e in arrival.gradients.items()}
-        given = [leaf[s] for leaf, by_sample in zip(leaves, sampled) if by_sample]
-        one = grad(objective)
-        self._busy = True
-        try:
-            with sdpa_kernel(SDPBackend.MATH):  # the one that vmap knows
-                found = vmap(one, in_dims=(None, 0, 0), randomness="error")(own, gradients, given)
-        except RuntimeError as error:
-            if "random" in str(error):
-                raise RuntimeError(
-                    f"{where} draws random numbers, and is called again for its gradients by sample: it would draw others. "
-                    f"Set its dropout to 0, or use track_parts('microbatch')"
-                ) from error
-            each = [
-                one(own, {k: e[i] for k, e in gradients.items()}, [x[i] for x in given]) for i in range(len(given[0]))
-            ]
-            found = {name: torch.stack([of_one[name] for of_one in each]) for name in own}
-        finally:
-            self._busy = False
-        return {p: found[f"inner.{call.owned[p]}"] for p in parameters}
-
-    def _check(self, p: Tensor, part: Tensor, arrivals: list[_Arrival], norms: float) -> None:
-        """What a module called again says of its samples must add up to the gradient, the first time."""
-        if p in self._checked or any(p not in arrival.total for arrival in arrivals):
-            return
-        self._checked.add(p)
-        missing = torch.linalg.vector_norm(part - sum(arrival.total.pop(p) for arrival in arrivals)).item()
-        if missing > 0.05 * norms:
+            norms, samples, whole = self._norms(p, arrivals)
+            missing = self._missing(p, part, norms, whole)
+            if missing and (wrong := [arrival.call for arrival in arrivals if arrival.call.forms]):
+                for call in wrong:
+                    call.forms = {}
+                    self._without_forms.add(call.module)
+                norms, samples, whole = self._norms(p, arrivals)
+                missing = self._missing(p, part, norms, whole)
+        if missing:
             raise RuntimeError(
                 f"the gradients by sample of {self._names[p]}, from calling {arrivals[0].call.name} again sample by sample, "
                 f"do not add up to its gradient: {missing:.3g} is missing from it. Either its samples mix or it is used "
                 f"elsewhere too; track_parts('microbatch') takes it"
             )
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            for arrival in arrivals:
+                self._inputs.pop(arrival.call, None)
+        return max(norms, norm), samples  # the triangle inequality, which rounding must not undo
 
-    def __reduce__(self) -> Any:
-        return _inert, ()  # copies of the model, deep or pickled, have copies of the hooks: they do nothing
+    def _norms(self, p: Tensor, arrivals: list[_Arrival]) -> tuple[float, int, list[Tensor]]:
+        """The sum of the samples' norms, how many there are, and, until checked, the sums of their gradients."""
+        batches: dict[int, list[_Arrival]] = {}
+        for arrival in arrivals:
+            batches.setdefault(arrival.call.batch, []).append(arrival)
+        norms, samples, whole = 0.0, 0, []
+        for of_batch in batches.values():
+            sizes = {arrival.call.samples for arrival in of_batch}
+            if len(sizes) > 1:
+                uses = " and ".join(f"{arrival.call.name} with {arrival.call.samples}" for arrival in of_batch)
+                raise RuntimeError(
+                    f"{self._names[p]} is used by {uses} samples in one call of the model, and they are added by "
+                    f"sample. Use it with as many each time, or use track_parts('microbatch')"
+                )
+            squares, sums = self._squares(p, of_batch)
+            norms += squares.clamp(min=0).sqrt().sum(dtype=torch.float64).item()
+            samples += sizes.pop()
+            whole += sums
+        return norms, samples, whole
+
+    def _squares(self, p: Tensor, arrivals: list[_Arrival]) -> tuple[Tensor, list[Tensor]]:
+        """Squared norms of the gradients by sample, from all calls together, and, until checked, sums of the gradients."""
+        first, samples = arrivals[0], arrivals[0].call.samples
+        if len(arrivals) > 1 or p not in first.norm2:
+            direct = len(arrivals) > 1 or bool(first.call.forms)
+
+            def part(s: slice) -> Part:
+                return together(p, [self._form(arrival, p, s) for arrival in arrivals])
+
+            elements = size(p, part(slice(1))) if direct and samples else sum(q.numel() for q in first.call.owned)
+            step = max(1, LARGEST // max(1, elements))
+            turns = [slice(start, start + step) for start in range(0, samples, step)]
+            if direct:
+                found, sums = [p.new_zeros(0)], []
+                for s in turns:
+                    of_turn = part(s)
+                    found.append(norm2(p, of_turn))
+                    if p not in self._checked:
+                        sums.append(total(p, of_turn))
+                return torch.cat(found), sums
+            # A module called again has the gradients of all its parameters at once.
+            first.norm2.update({q: q.new_zeros(0) for q in first.call.owned})
+            for s in turns:
+                for q, of_q in self._call_again(first, list(first.call.owned), s).items():
+                    first.norm2[q] = torch.cat([first.norm2[q], of_q.flatten(1).square().sum(1)])
+                    if q not in self._checked:
+                        first.total[q] = first.total.get(q, 0) + of_q.sum(0)
+        return first.norm2.pop(p), [first.total.pop(p)] if p in first.total else []
+
+    def _form(self, arrival: _Arrival, p: Tensor, s: slice) -> Part:
+        call = arrival.call
+        if not call.forms:
+            return self._call_again(arrival, [p], s)[p]
+        x, (e,) = next(x for x in arrival.inputs.leaves if isinstance(x, Tensor)), arrival.gradients.values()
+        return call.forms[call.owned[p]](call.module, widen(x[s], p), widen(e[s], p))
+
+    def _call_again(self, arrival: _Arrival, parameters: list[Tensor], s: slice) -> dict[Tensor, Tensor]:
+        """The gradients by sample of a module of any kind."""
+        call = arrival.call
+        named = {call.owned[p]: p for p in parameters}
+        self._busy = True
+        try:
+            found = call_again(str(call), call.module, named, arrival.inputs, arrival.gradients, s)
+        finally:
+            self._busy = False
+        return {p: found[name] for name, p in named.items()}
+
+    def _missing(self, p: Tensor, part: Tensor, norms: float, whole: list[Tensor]) -> float:
+        """What is missing between the samples' sum and the gradient; 0 where that is rounding, or p was checked before."""
+        if p in self._checked or not whole:
+            return 0.0
+        rest = part if all(of_some.is_sparse for of_some in whole) else part.to_dense()
+        for of_some in whole:
+            rest = rest - of_some
+        missing = math.sqrt(of_any_kind.norm2(rest))
+        if not math.isfinite(missing):  # an overflow: another time
+            return 0.0
+        if missing > MISSING * norms + math.sqrt(p.numel()) * torch.finfo(part.dtype).tiny:
+            return missing
+        if norms > 0:  # a layer behind weights of zero has no gradient yet, which proves nothing
+            self._checked.add(p)
+        return 0.0
 
     def reset(self) -> None:
         """Begin anew, after a step."""
@@ -345,9 +366,3 @@ class Samples(Microbatches):
         """Take the hooks away; nothing is left in the forward and the backward, nor of the inputs."""
         super().remove()
         self._inputs.clear()
-
-
-def _inert() -> Samples:
-    tracker = Samples.__new__(Samples)
-    tracker._busy = True
-    return tracker

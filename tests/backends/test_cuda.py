@@ -81,7 +81,7 @@ def test_auto_leaves_alone_what_was_not_seen_to_run(monkeypatch):
     for name in ("auto", "native"):
         monkeypatch.setattr(native, "UNTESTED", ("cpu",))
         p = torch.nn.Parameter(torch.ones(3))
-        optimizers[name] = fused_opt.SGD([p], lr=0.1, backend=name)
+        optimizers[name] = fused_opt.CLARS([p], lr=0.1, backend=name)
         optimizers[name].track_parts()
         p.sum().backward()
         optimizers[name].step()

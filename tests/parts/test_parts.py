@@ -9,13 +9,68 @@ from support.parts import DTYPES, backward, clars, coefficients, norm, norms_of,
 from support.threads import with_threads
 
 import fused_opt
-from fused_opt import LARS
+from fused_opt import CLARS
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def norm(tensor):
+    return math.sqrt(math.fsum(x * x for x in tensor.detach().double().flatten().tolist()))
+
+
+def parameters_of(dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    tensors = [
+        randn(5, 7),
+        randn(3),
+        randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        randn(6, 4).t(),
+        randn(70, 300),
+    ]
+    return [torch.nn.Parameter(tensor) for tensor in tensors]
+
+
+def coefficients(parameters, count, seed=1):
+    """What each part's gradient is to be."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) for p in parameters]
+        for _ in range(count)
+    ]
+
+
+def backward(parameters, part, **options):
+    """A loss whose gradient is the part."""
+    sum((p * c).sum() for p, c in zip(parameters, part) if c is not None).backward(**options)
+
+
+def clars(parameters, **options):
+    options = {"lr": 0.5, "coefficient": 0.1, "cap": math.inf, "eps": 0.0, "exempt": -1, "weight_decay": 0.0, **options}
+    return CLARS(parameters, **options)
+
+
+def norms_of(optimizer, parameters):
+    """A of every parameter, from the ratio that a step with the learning rate 0 beside an idle parameter leaves."""
+    weights = [norm(p) for p in parameters]
+    optimizer.step()
+    ratios = optimizer.trust_ratios()
+    return [0.1 * w / ratios[f"{i} of group 0"] for i, w in enumerate(weights)]
+
+
+def sums(parts, factor=1.0):
+    """Sum of the parts' norms, by parameter."""
+    return [factor * sum(norm(c) for c in of_p if c is not None) for of_p in zip(*parts)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradient_is_that_of_plain_accumulation_to_the_last_bit(dtype):
     ours, theirs = parameters_of(dtype), parameters_of(dtype)
-    handle = clars(ours).track_parts("microbatch")
+    optimizer = clars(ours)
+    handle = optimizer.track_parts("microbatch")
     for part in coefficients(ours, 4):
         backward(ours, part)
         backward(theirs, part)
@@ -122,8 +177,7 @@ def test_a_parameter_unused_in_one_microbatch(backend):
     handle = optimizer.track_parts("microbatch")
     for part in parts:
         backward(parameters, part)
-    assert list(handle.counts().values()) == [handle.counts()[p] for p in handle.counts()]
-    assert [handle.counts()[p] for p in parameters] == [2, 2, 3, 3, 2]
+    assert list(handle.counts().values()) == [2, 2, 3, 3, 2]
     assert norms_of(optimizer, parameters) == pytest.approx(sums(parts), rel=1e-12)
 
 
@@ -215,24 +269,174 @@ def test_an_overflow_under_a_grad_scaler_changes_nothing(backend):
     assert norms_of(optimizer, parameters) == pytest.approx(sums([more]), rel=1e-12)
 
 
-def test_lars_takes_the_gradients_norm_from_the_accumulation(every_kernel):
-    parameters, plain = parameters_of(torch.float32), parameters_of(torch.float32)
-    tracked = LARS(parameters, lr=0.1, coefficient=0.1, backend=every_kernel)
-    tracked.track_parts("microbatch")
-    untracked = LARS(plain, lr=0.1, coefficient=0.1, backend=every_kernel)
-    for step in range(3):
-        for part in coefficients(parameters, 3, seed=step):
-            backward(parameters, part)
-            backward(plain, part)
-        tracked.step()
-        untracked.step()
-        for name, ratio in untracked.trust_ratios().items():
-            assert tracked.trust_ratios()[name] == pytest.approx(ratio, rel=1e-12)
-        tracked.zero_grad()
-        untracked.zero_grad()
+def test_user_hooks_see_what_they_always_see():
+    """Of whatever kind, and whether they were there before tracking began or came after it."""
+    seen = {}
+    for tracked in (False, True):
+        (p,) = parameters_of()[:1]
+        found = seen.setdefault(tracked, [])
+
+        def look(*args, p=p, found=found):
+            found.append(None if p.grad is None else p.grad.clone())
+
+        def look_at_new(gradient, found=found):
+            found.append(gradient.clone())
+
+        p.register_hook(look)
+        p.register_post_accumulate_grad_hook(look)
+        optimizer = clars([p])
+        handle = optimizer.track_parts("microbatch") if tracked else None
+        p.register_hook(look)
+        p.register_hook(look_at_new)
+        p.register_post_accumulate_grad_hook(look)
+        for part in coefficients([p], 3):
+            backward([p], part)
+        if handle is not None:
+            assert handle.counts() == {"0 of group 0": 3}
+    assert len(seen[True]) == len(seen[False]) == 15
+    for ours, theirs in zip(seen[True], seen[False]):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or torch.equal(ours, theirs)
 
 
-def test_clipping_knows_the_norm_from_the_accumulation(every_kernel):
+def halve(p):
+    p.grad.mul_(0.5)
+
+
+def test_user_hooks_that_change_the_gradient(backend):
+    """A tensor hook changes the part; a post-accumulate hook changes the sum, and the parts' norms with it."""
+    parameters = parameters_of()
+    parts = coefficients(parameters, 2)
+    optimizer = clars(parameters, backend=backend)
+    optimizer.track_parts("microbatch")
+    parameters[0].register_hook(lambda g: 3 * g)
+    parameters[1].register_post_accumulate_grad_hook(halve)
+    for part in parts:
+        backward(parameters, part)
+    expected = sums(parts)
+    expected[0] *= 3
+    expected[1] = 0.25 * norm(parts[0][1]) + 0.5 * norm(parts[1][1])
+    torch.testing.assert_close(parameters[0].grad, 3 * (parts[0][0] + parts[1][0]))
+    torch.testing.assert_close(parameters[1].grad, 0.25 * parts[0][1] + 0.5 * parts[1][1])
+    assert norms_of(optimizer, parameters) == pytest.approx(expected, rel=1e-12)
+
+
+def test_retain_graph(backend):
+    parameters = parameters_of()
+    (part,) = coefficients(parameters, 1)
+    optimizer = clars(parameters, backend=backend)
+    handle = optimizer.track_parts("microbatch")
+    loss = sum((p * c).sum() for p, c in zip(parameters, part))
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert set(handle.counts().values()) == {2}
+    assert norms_of(optimizer, parameters) == pytest.approx(sums([part, part]), rel=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
+def test_create_graph(backend):
+    """The gradient can be differentiated through, with the tracking as without."""
+    second = []
+    for tracked in (False, True):
+        p = parameters_of()[0]
+        x, y = (c for (c,) in coefficients([p], 2))
+        optimizer = clars([p], backend=backend)
+        if tracked:
+            optimizer.track_parts("microbatch")
+        (p.pow(3) * x).sum().backward(create_graph=True)
+        (p.pow(2) * y).sum().backward(create_graph=True)
+        gradient = p.grad
+        assert gradient.requires_grad
+        assert torch.equal(gradient, (3 * p.pow(2) * x + 2 * p * y).detach()) or not tracked
+        (by_second,) = torch.autograd.grad(gradient.sum(), p)
+        second.append(by_second)
+    torch.testing.assert_close(second[1], 6 * p.detach() * x + 2 * y)
+    assert torch.equal(second[0], second[1])
+    p.grad = gradient.detach()
+    expected = norm(3 * p.pow(2) * x) + norm(2 * p * y)
+    assert norms_of(optimizer, [p]) == pytest.approx([expected], rel=1e-12)
+
+
+def test_autograd_grad_touches_no_gradient(backend):
+    parameters = parameters_of()
+    parts = coefficients(parameters, 2)
+    optimizer = clars(parameters, backend=backend)
+    optimizer.track_parts("microbatch")
+    backward(parameters, parts[0])
+    kept = [p.grad for p in parameters]
+    torch.autograd.grad(sum(p.square().sum() for p in parameters), parameters)
+    assert all(p.grad is g for p, g in zip(parameters, kept))
+    backward(parameters, parts[1])
+    assert norms_of(optimizer, parameters) == pytest.approx(sums(parts), rel=1e-12)
+
+
+def test_backward_with_inputs(backend):
+    """Only the named parameters accumulate."""
+    parameters = parameters_of()
+    parts = coefficients(parameters, 2)
+    optimizer = clars(parameters, backend=backend)
+    handle = optimizer.track_parts("microbatch")
+    backward(parameters, parts[0])
+    kept = parameters[0].grad.clone()
+    backward(parameters, parts[1], inputs=parameters[1:])
+    assert torch.equal(parameters[0].grad, kept)
+    assert list(handle.counts().values()) == [1, 2, 2, 2, 2]
+    parts[1][0] = None
+    assert norms_of(optimizer, parameters) == pytest.approx(sums(parts), rel=1e-12)
+
+
+def test_a_gradient_that_shares_its_memory_is_refused_as_by_torch():
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = clars([p])
+    optimizer.track_parts("microbatch")
+    grad = p.grad = torch.ones(()).expand(3)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        (p * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    assert p.grad is grad
+    assert grad.tolist() == [1, 1, 1]
+
+
+def test_expanded_and_sparse_parts():
+    """p.sum() hands over one number for all elements; an embedding, rows."""
+    weight = torch.nn.Parameter(torch.arange(12.0).view(4, 3) + 1)
+    optimizer = clars([weight])
+    optimizer.track_parts("microbatch")
+    weight.sum().backward()
+    weight.sum().backward()
+    assert torch.equal(weight.grad, torch.full((4, 3), 2.0))
+    assert norms_of(optimizer, [weight]) == pytest.approx([2 * math.sqrt(12)], rel=1e-6)
+    optimizer.zero_grad()
+    for rows in ([0, 2, 2], [1]):
+        torch.nn.functional.embedding(torch.tensor(rows), weight, sparse=True).sum().backward()
+    assert weight.grad.is_sparse
+    assert torch.equal(weight.grad.to_dense(), torch.tensor([1.0, 1, 2, 0])[:, None].expand(4, 3))
+    assert norms_of(optimizer, [weight]) == pytest.approx([math.sqrt(15) + math.sqrt(3)], rel=1e-6)
+
+
+def test_a_dead_gradient_that_somebody_fills_is_one_part(backend):
+    """Nothing is known of the parts then, and A is never less than the gradient's norm."""
+    (p,) = parameters_of()[:1]
+    optimizer = clars([p], backend=backend)
+    optimizer.track_parts("microbatch")
+    backward([p], [torch.zeros_like(p)])
+    p.grad.add_(2.0)
+    assert norms_of(optimizer, [p]) == pytest.approx([norm(torch.full_like(p, 2.0))], rel=1e-12)
+
+
+def test_a_replaced_gradient_scales_the_parts(backend):
+    """As an all-reduce in another buffer does."""
+    parameters = parameters_of()
+    parts = coefficients(parameters, 3)
+    optimizer = clars(parameters, backend=backend)
+    optimizer.track_parts("microbatch")
+    for part in parts:
+        backward(parameters, part)
+    for p in parameters:
+        p.grad = p.grad / 7
+    assert norms_of(optimizer, parameters) == pytest.approx(sums(parts, 1 / 7), rel=1e-12)
+
+
+def test_clipping_knows_the_norm_from_the_accumulation(backend):
     parameters = parameters_of(torch.float32)
     optimizer = clars(parameters, backend=every_kernel, max_grad_norm=0.1)
     optimizer.track_parts("microbatch")
