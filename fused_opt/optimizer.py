@@ -18,7 +18,9 @@ from .groups import Groups, extras_of
 from .parts.microbatches import Microbatches
 from .parts.probe import Probe
 from .parts.samples import Samples
-from .plan import Plan
+from .parts.tracker import PartTracker, wants_parts
+from .plan import AVERAGE, Plan, Row, Shape, Signals
+from .shard_norms import DIRECTION, GRADIENT, WEIGHT, agree
 from .shards import within_zero
 from .step import DeviceStep, HostStep, host_decides
 
@@ -71,7 +73,7 @@ class FusedOptimizer(Checkpoints):
         self._scales: dict[Tensor, tuple[float, float]] = {}
         self._groups = Groups(defaults)
         self._plan: Plan | None = None
-        self._parts: Microbatches | None = None
+        self._parts: PartTracker | None = None
         self._last: Plan | None = None  # the plan of the last step
         super().__init__(params, defaults)
         self._partial = within_zero()
@@ -291,7 +293,7 @@ class FusedOptimizer(Checkpoints):
             return {}
         return {m.name: ratio for b in self._last.buckets for m, ratio in zip(b.members, b.ratios())}
 
-    def track_parts(self, kind: str = "microbatch", model: torch.nn.Module | None = None) -> Microbatches:
+    def track_parts(self, kind: str = "microbatch", model: torch.nn.Module | None = None) -> PartTracker:
         """Take the norms of the parts that the gradients are sums of, for CLARS; ``.remove()`` on the result ends it.
 
         Args:
@@ -305,23 +307,24 @@ class FusedOptimizer(Checkpoints):
 
         Raises:
             ValueError: for another kind, a model whose samples cannot be told apart (BatchNorm in training mode), no model
-                where several processes train, or where parts are tracked already.
+                where several processes train, where parts are tracked already, or where no group has CLARS's trust ratio.
         """
-        if kind not in ("microbatch", "sample", "probe"):
+        kinds: dict[str, type[PartTracker]] = {"microbatch": Microbatches, "sample": Samples, "probe": Probe}
+        if kind not in kinds:
             raise ValueError(f"Invalid kind of parts: {kind!r}; there are 'microbatch', 'sample' and 'probe'")
         if self._partial:
             raise ValueError(
                 "ZeroRedundancyOptimizer made this optimizer, of the parameters of one process; parts of a gradient are "
                 "tracked in all processes. CLARS under DistributedDataParallel or FSDP2 (fully_shard) has them"
             )
+        if not wants_parts(self.param_groups):
+            raise ValueError(
+                "no group of this optimizer has CLARS's trust ratio, and nothing else uses the norms of the gradient's "
+                "parts; fused_opt.CLARS and trust_ratio=fused_opt.TrustRatio('clars') have it"
+            )
         if self._parts is not None and self._parts.active:
             raise ValueError("parts are tracked already; remove() what track_parts returned first")
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        if kind == "probe":
-            self._parts = Probe(model)
-        else:
-            self._parts = (Samples if kind == "sample" else Microbatches)(parameters, model)
-        self._parts.backend = self.backend
+        self._parts = kinds[kind](self, model, self.backend)
         return self._parts
 
     @contextmanager

@@ -6,9 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, cast
 
-from .backends.interface import Kind, NoiseArgs, Norm, Norms, PartNorms, RatioArgs, ShardBucket, StepArgs
-from .parts.microbatches import Microbatches
-from .plan import Plan
+from .parts.tracker import PartTracker
+from .plan import Plan, Row
 from .shards import add_up
 
 _FIELDS = (Norm.WEIGHT, Norm.GRADIENT, Norm.DIRECTION)  # of Norms, in their order
@@ -30,10 +29,9 @@ def _needed(ratio: RatioArgs | None, noise: NoiseArgs | None, ndim: int, has_par
 
 def all_reduce_norms(
     plan: Plan,
-    args: Sequence[Sequence[StepArgs]],
-    extras: Sequence[tuple[Any, ...]],
-    parts: Microbatches | None,
-    among: Norm,
+    rows: Sequence[Sequence[Row]],
+    extras: Sequence[tuple[Any, Any, Any]],
+    parts: PartTracker | None,
     *,
     gradients: bool,
 ) -> None:
