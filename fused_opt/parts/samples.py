@@ -124,6 +124,7 @@ class Samples(Microbatches):
     def _find(self) -> bool:
         if not (found := super()._find()):
             return False
+        self._checked.intersection_update(self._tracked)
         modules = self._modules()
         inside = {m for module in modules for m in self._parts_of(module)}
         for module, name in modules.items():

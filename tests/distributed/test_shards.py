@@ -259,15 +259,16 @@ def check_micro_batches_under_fsdp(rank, world):
 
 def check_tensor_parallel_layers(rank, world):
     mesh = init_device_mesh("cpu", (world,))
-    for make in MAKERS.values():
+    for name, make in MAKERS.items():
         plain, model = model_of(), model_of()
         parallelize_module(model[0], mesh, ColwiseParallel(output_layouts=Replicate()))
         parallelize_module(model[3], mesh, RowwiseParallel(input_layouts=Replicate()))
         assert model[0].weight.placements == (Shard(0),)
         assert model[3].weight.placements == (Shard(1),)
         optimizer, spread = make(plain.parameters()), make(model.parameters())
-        optimizer.track_parts("microbatch", model=plain)
-        spread.track_parts("microbatch", model=model)
+        if name == "CLARS":
+            optimizer.track_parts("microbatch", model=plain)
+            spread.track_parts("microbatch", model=model)
         for step in range(3):
             for net, of in ((plain, optimizer), (model, spread)):
                 for micro in range(2):
