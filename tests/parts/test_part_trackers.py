@@ -91,7 +91,9 @@ def test_a_parameter_that_is_replaced_is_let_go_of_and_its_successor_tracked(kin
     model[0].weight = optimizer.param_groups[0]["params"][0] = nn.Parameter(2 * old.detach())
     assert list(train(model, optimizer).values()) == EVERYTHING
     assert not old._post_accumulate_grad_hooks
-    kept = [p for held in vars(parts).values() if isinstance(held, dict | set) for p in held if isinstance(p, torch.Tensor)]
+    kept = [
+        p for held in vars(parts).values() if isinstance(held, dict | set) for p in held if isinstance(p, torch.Tensor)
+    ]
     assert all(any(p is q for q in model.parameters()) for p in kept)
     assert len(kept) >= 8
 
