@@ -98,7 +98,7 @@ class Microbatches(PartTracker):
         """Hook the parameters that came since the last call, and let go of those that left; whether any did."""
         parameters = self._parameters()
         trainable = [id(p) for p in parameters if p.requires_grad]
-        if trainable == self._trainable or not self._active:
+        if trainable == self._trainable or not self.active:
             return False
         tracked = {p: None for p in parameters if p.requires_grad or p in self._tracked}
         self._admit(tracked)
@@ -145,7 +145,7 @@ class Microbatches(PartTracker):
             register_multi_grad_hook(begun, WeakHook(self._backward_begins), mode="any")
 
     def _backward_begins(self, _: Any) -> None:
-        if self._active:
+        if self.active:
             for p in self._tracked:
                 if is_spread(p):
                     self._set_aside(p)

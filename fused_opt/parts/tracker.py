@@ -97,8 +97,7 @@ def _take_away(handles: dict[int, list[RemovableHandle]]) -> None:
 class PartTracker(ABC):
     """The norms of the parts that the gradients of an optimizer's parameters are sums of.
 
-    The optimizer is held weakly and asked for its parameters when they are needed. When it goes, or the tracker does, the
-    tracker's hooks go.
+    The optimizer is held weakly and asked for its parameters when they are needed. When it goes, the tracker's hooks go.
 
     Args:
         optimizer: whose gradients; its groups name the parameters.
@@ -118,11 +117,10 @@ class PartTracker(ABC):
         self._active = True
         self._replicas = data_parallel(model, [p for p in self._parameters() if p.requires_grad])
         self._handles: dict[int, list[RemovableHandle]] = {}  # by id of the parameter or module that has the hooks
-        finalize(self, _take_away, self._handles).atexit = False
-        finalize(optimizer, WeakHook(self.remove)).atexit = False
+        finalize(optimizer, _take_away, self._handles).atexit = False
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self._doing() if self._active else 'removed'}>"
+        return f"<{type(self).__name__}: {self._doing() if self.active else 'removed'}>"
 
     @abstractmethod
     def _doing(self) -> str:
@@ -181,7 +179,7 @@ class PartTracker(ABC):
     @property
     def active(self) -> bool:
         """Whether it tracks still: neither was it removed, nor has its optimizer gone."""
-        return self._active
+        return self._active and self._optimizer() is not None
 
     def remove(self) -> None:
         """Take the hooks away, and forget the norms; the gradient is one part from then on."""

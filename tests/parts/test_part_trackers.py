@@ -135,7 +135,8 @@ def hooks_of(model):
 
 @pytest.mark.parametrize("kind", ["microbatch", "sample"])
 @pytest.mark.parametrize("held", [False, True])
-def test_hooks_go_with_their_optimizer(kind, held):
+@pytest.mark.parametrize("cyclic", [False, True])
+def test_hooks_go_with_their_optimizer(kind, held, cyclic):
     model = make()
     kept = []
     for _ in range(5):
@@ -143,6 +144,7 @@ def test_hooks_go_with_their_optimizer(kind, held):
         parts = tracked(kind, model, optimizer)
         train(model, optimizer)
         kept.append(parts if held else None)
+        optimizer.within = optimizer if cyclic else None
         assert hooks_of(model)
         del optimizer, parts
         gc.collect()
