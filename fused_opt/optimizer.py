@@ -18,9 +18,8 @@ from .groups import Groups, extras_of
 from .parts.microbatches import Microbatches
 from .parts.probe import Probe
 from .parts.samples import Samples
-from .parts.tracker import PartTracker, wants_parts
-from .plan import AVERAGE, Plan, Row, Shape, Signals
-from .shard_norms import DIRECTION, GRADIENT, WEIGHT, agree
+from .parts.tracker import PartTracker, wants_parts, warn_without_parts
+from .plan import Plan
 from .shards import within_zero
 from .step import DeviceStep, HostStep, host_decides
 
@@ -231,6 +230,8 @@ class FusedOptimizer(Checkpoints):
             for group, spec in zip(self.param_groups, self._groups.specs):
                 spec.rule.numbers(group, 1.0)  # raises, where it must, before any state is made
             self._plan = None
+            if self._parts is None or not self._parts.active:
+                warn_without_parts(self.param_groups)
             step.plan = plan = Plan(
                 self.param_groups, self.state, self._groups.specs, self.backend, self.state_dtype, self._scales
             )

@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, cast
 
+from .backends.interface import Kind, NoiseArgs, Norm, Norms, PartNorms, RatioArgs, ShardBucket, StepArgs
 from .parts.tracker import PartTracker
-from .plan import Plan, Row
+from .plan import Plan
 from .shards import add_up
 
 _FIELDS = (Norm.WEIGHT, Norm.GRADIENT, Norm.DIRECTION)  # of Norms, in their order
@@ -29,9 +30,10 @@ def _needed(ratio: RatioArgs | None, noise: NoiseArgs | None, ndim: int, has_par
 
 def all_reduce_norms(
     plan: Plan,
-    rows: Sequence[Sequence[Row]],
-    extras: Sequence[tuple[Any, Any, Any]],
+    args: Sequence[Sequence[StepArgs]],
+    extras: Sequence[tuple[Any, ...]],
     parts: PartTracker | None,
+    among: Norm,
     *,
     gradients: bool,
 ) -> None:

@@ -12,6 +12,7 @@ from .backends.interface import ParamEntry
 from .extras.averaging import AVERAGE, initial
 from .groups import GroupSpec
 from .shards import check_alike, local
+from .tensors import overlaps
 
 
 def check_tensor(name: str, what: str, found: Tensor, p: Tensor) -> None:
@@ -37,7 +38,7 @@ def check_parameter(name: str, spec: GroupSpec, p: Tensor, of_p: Mapping[str, An
     Raises:
         RuntimeError: where they do not.
     """
-    if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape)):
+    if overlaps(p):
         raise RuntimeError(
             f"parameter {name} has elements that share memory (strides {p.stride()}), which cannot be written one by "
             f"one; clone() it before making it a parameter"

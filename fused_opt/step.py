@@ -14,7 +14,7 @@ from .backends.interface import DeviceScalars, Norm, StepArgs
 from .extras import NO_ARGS, step_args
 from .extras.clipping import PASS, RAISE, allows, clip_factor
 from .groups import Groups
-from .parts.microbatches import Microbatches
+from .parts.tracker import PartTracker
 from .plan import Plan
 from .shard_norms import all_reduce_norms
 
@@ -49,7 +49,7 @@ class Step:
         self.keys: list[list[tuple[int, float]]] = keys
         self.lrs = lrs
         self.stepping = any([isinstance(lr, Tensor) or lr for lr in lrs])  # noqa: C419  # of one or two, a list is faster
-        self.parts: Microbatches | None = None
+        self.parts: PartTracker | None = None
         self.extras = [
             step_args(group, lr) if spec.has_args and self.stepping else NO_ARGS
             for group, spec, lr in zip(param_groups, groups.specs, lrs)
@@ -75,7 +75,7 @@ class Step:
             for of_bucket in self.keys
         ]
 
-    def take_parts(self, parts: Microbatches) -> None:
+    def take_parts(self, parts: PartTracker) -> None:
         """Tell the backends the norms of the gradients' parts."""
         assert self.plan is not None
         parts.share()

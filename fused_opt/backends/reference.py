@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..extras.noise import normal, normal_at
 from ..rule import UNKNOWN, Rule
+from ..tensors import norm2
 from .interface import Kind, Norms, ParamEntry, PartNorms, StepArgs, is_known
 
 DEVICES = ("cpu", "cuda")  # and every other
@@ -31,12 +32,6 @@ def unsupported(rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = Fals
 def steps_on_device(p: Tensor) -> bool:
     """It asks for every number."""
     return False
-
-
-def norm2(tensor: Tensor) -> float:
-    """Sum of squares, in float64."""
-    values = tensor.coalesce().values() if tensor.is_sparse else tensor
-    return float(torch.linalg.vector_norm(values.double() if not values.is_complex() else values).item()) ** 2
 
 
 @torch.no_grad()

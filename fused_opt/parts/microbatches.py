@@ -257,7 +257,7 @@ class Microbatches(PartTracker):
         if p.grad is None or p not in self._sums:
             return None
         known = self._current(p, p.grad)
-        return known.norms if known.whole is None else known.whole, known.grad2
+        return PartNorms(known.norms if known.whole is None else known.whole, known.grad2)
 
     def squares(self, p: Tensor) -> list[float]:
         """Of a DTensor every part's sum of squares, as far as it is here: these add up over processes, norms do not."""

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..plan import warn_once
+from ..backends.interface import PartNorms
 from ..tensors import norm2
+from ..warn import warn_once
 from .tracker import PartTracker
 
 
@@ -55,9 +56,9 @@ class Probe(PartTracker):
                 "returned is given norms; fused_opt.probe_parts computes them"
             )
 
-    def norms(self, p: Tensor) -> tuple[float, float] | None:
+    def norms(self, p: Tensor) -> PartNorms | None:
         """What was set, and -1: the squared norm of ``p.grad`` is not known."""
-        return (self._norms[p], -1.0) if p in self._norms and p.grad is not None else None
+        return PartNorms(self._norms[p]) if p in self._norms and p.grad is not None else None
 
     def _counts(self) -> dict[Tensor, int]:
         return dict.fromkeys(self._norms, 1)

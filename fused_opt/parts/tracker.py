@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from ..plan import name_of, warn_once
+from ..backends.interface import PartNorms
+from ..groups import name_of
 from ..shards import is_spread
+from ..warn import warn_once
 
 
 def wants_parts(param_groups: Iterable[Mapping[str, Any]]) -> bool:
@@ -147,8 +149,8 @@ class PartTracker(ABC):
         return mean
 
     @abstractmethod
-    def norms(self, p: Tensor) -> tuple[float, float] | None:
-        """Sum of the norms of the parts of ``p.grad``, and its squared norm (-1: not known); None: nothing is known."""
+    def norms(self, p: Tensor) -> PartNorms | None:
+        """Of the parts of ``p.grad``; None: nothing is known."""
 
     def squares(self, p: Tensor) -> list[float]:
         """Of a DTensor every part's sum of squares, as far as it is here: these add up over processes, norms do not."""

@@ -126,8 +126,8 @@ class Oracle:
 def test_every_rule_with_everything_on(name, options, kind, every_kernel):
     """Clip, direction, ratio, noise, sample, in this order; a skipped step in between leaves no trace."""
     parameters = some(torch.float64)
-    oracle = Oracle(name, RULES[name], parameters, kind)
-    optimizer = getattr(fused_opt, name.split()[0])(parameters, **RULES[name], **extras(kind), backend=backend)
+    oracle = Oracle(name, options, parameters, kind)
+    optimizer = getattr(fused_opt, name)(parameters, **options, **extras(kind), backend=every_kernel)
     if kind == "clars":
         optimizer.track_parts("microbatch")
     for step in range(10):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fused_opt
-from fused_opt import plan
+from fused_opt import warn
 from fused_opt.parts.microbatches import Microbatches
 from fused_opt.parts.probe import Probe
 from fused_opt.parts.samples import Samples
@@ -222,7 +222,7 @@ def test_an_optimizer_without_clars_refuses():
 @pytest.fixture
 def said(monkeypatch):
     """Warnings, as if none had been given yet."""
-    monkeypatch.setattr(plan, "_said", set())
+    monkeypatch.setattr(warn, "_said", set())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield caught

@@ -100,8 +100,11 @@ def test_a_probe_is_for_clars_alone(kind, backend):
     for parameter, probing in ((p, True), (q, False)):
         ratio = fused_opt.TrustRatio(kind, coefficient=0.01)
         optimizer = fused_opt.SGD([("p", parameter)], lr=0.1, trust_ratio=ratio, backend=backend)
-        if probing:
+        if probing and kind == "clars":
             optimizer.track_parts("probe").set({p: 100.0})
+        elif probing:
+            with pytest.raises(ValueError, match="no group of this optimizer has CLARS's trust ratio"):
+                optimizer.track_parts("probe")
         parameter.square().sum().backward()
         optimizer.step()
         ratios.append(optimizer.trust_ratios()["p"])
@@ -119,7 +122,7 @@ def test_what_was_probed_stays_until_set_again_and_goes_with_remove():
     optimizer.step()
     assert parts.norms(p) == (2.0, -1.0)
     assert parts.norms(q) is None
-    assert parts.counts() == {p: 1}
+    assert parts.counts() == {"0 of group 0": 1}
     with pytest.raises(ValueError, match=r"\[-1\.0\]; they are at least 0"):
         parts.set({p: -1.0})
     assert parts.norms(p) == (2.0, -1.0)

@@ -15,11 +15,11 @@ from support.sample_models import (
     expected,
     found,
     losses,
+    track,
 )
 from torch import nn
 
 import fused_opt
-from fused_opt.parts.samples import Samples
 
 
 class BatchStandardized(nn.Module):
@@ -87,7 +87,7 @@ def test_what_has_no_samples_is_refused_in_words(make, shape, words):
 
 def test_unbatched_input_is_refused_in_words():
     model = nn.Conv2d(2, 3, 1)
-    Samples(model.parameters(), model)
+    track(model.parameters(), model)
     with pytest.raises(RuntimeError, match=r"the model \(Conv2d\).*shape \(2, 4, 4\).*dimension 0 of at least 4"):
         model(torch.randn(2, 4, 4))
 
@@ -129,7 +129,7 @@ def test_batch_norm_in_training_mode_is_refused_in_words():
 def test_models_whose_samples_cannot_be_told_apart_are_refused(make, words):
     model = nn.Sequential(nn.Linear(3, 3), make())
     with pytest.raises(ValueError, match=words):
-        Samples(model.parameters(), model)
+        track(model.parameters(), model)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
@@ -149,14 +149,14 @@ def test_bad_arguments_are_refused_in_words():
 
 def test_uses_with_different_numbers_of_samples_are_refused():
     layer = nn.Linear(2, 2)
-    Samples(layer.parameters(), nn.Sequential(layer))  # the model itself is not called
+    track(layer.parameters(), nn.Sequential(layer))  # the model itself is not called
     with pytest.raises(RuntimeError, match=r"is used by 0 with [34] and 0 with [34] samples in one call"):
         (layer(torch.randn(3, 2)).sum() + layer(torch.randn(4, 2)).sum()).backward()
 
 
 def test_removed_it_leaves_nothing_behind():
     model, x = example("conv2d")
-    parts = Samples(model.parameters(), model)
+    parts = track(model.parameters(), model)
     loss = losses(model(x)).mean()
     assert len(parts._inputs) == 2
     assert parts.active
@@ -176,7 +176,7 @@ def test_removed_it_leaves_nothing_behind():
 @pytest.mark.parametrize("name", ["linear", "twice, conv", "keywords", "lstm", "own parameter"])
 def test_nothing_is_kept_alive(name, how):
     model, x = example(name)
-    parts = Samples(model.parameters(), model)
+    parts = track(model.parameters(), model)
     loss = losses(model(x)).mean()
     kept = [
         weakref.ref(leaf) for leaves, *_ in parts._inputs.values() for leaf in leaves if isinstance(leaf, torch.Tensor)
@@ -212,7 +212,7 @@ def test_the_tracker_dies_with_the_optimizer():
 def test_copies_of_the_model_are_not_tracked(copied):
     model, x = example("conv2d")
     truth = expected(model, x)
-    parts = Samples(model.parameters(), model)
+    parts = track(model.parameters(), model)
     losses(model(x)).mean().backward()
     other = copied(model)
     other.zero_grad()

@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+import fused_opt
+from fused_opt.parts.samples import Samples
+
 
 class Layered(nn.Sequential):
     """A model whose layers' outputs are written in place afterwards."""
@@ -231,3 +234,14 @@ def by_hand(model, x, parts, lr=0.5, steps=3):
                 buffers[name] = 0.9 * buffers[name] + direction if name in buffers else direction
                 p -= lr * ratio * buffers[name]
     return model
+
+
+KEPT = []  # trackers, and the optimizers that they would go with
+
+
+def track(parameters, model, kind=Samples):
+    """A tracker of an optimizer that lives as long as the test process."""
+    optimizer = fused_opt.CLARS(parameters, lr=0.1)
+    parts = kind(optimizer, model)
+    KEPT.append((parts, optimizer))
+    return parts
