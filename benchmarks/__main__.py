@@ -4,62 +4,56 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
+import fused_opt
 
-from .harness import Case, Result, Table, machine, measure, page, save_csv, save_picture
-from .tables import TABLES
-
-RESULTS = Path(__file__).parent / "results"
+from . import machine
+from .cases import TABLES
+from .harness import Case, Result, Table, figures, measure
+from .output import RESULTS, console, page_of, save_csv
+from .pictures import draw_table
 
 
 def main(arguments: Sequence[str] | None = None) -> list[tuple[Table, list[Result]]]:
     """Measure and show; returns what was measured."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny tensors, one round: shows that it runs, not how fast"
-    )
-    parser.add_argument(
-        "--only", metavar="PATTERN", default="*", help="cases whose 'table: case' matches, as in 'sgd*'"
-    )
-    parser.add_argument(
-        "--out", metavar="DIR", type=Path, help=f"default: {RESULTS} for a whole run, nowhere for others"
-    )
+    parser.add_argument("--quick", action="store_true", help="tiny tensors, one round: shows that it runs, no more")
+    parser.add_argument("--only", metavar="PATTERN", default="*", help="cases whose 'table: case' matches: 'sgd*'")
+    parser.add_argument("--out", metavar="DIR", type=Path, help=f"default: {RESULTS} for a whole run, else nowhere")
     options = parser.parse_args(arguments)
 
     def wanted(table: Table, case: Case) -> bool:
         return fnmatch.fnmatchcase(f"{table.name}: {case.name}".lower(), f"*{options.only.lower().strip('*')}*")
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    terminal = console()
     out = options.out or (RESULTS if options.only == "*" and not options.quick else None)
-    here = machine()
+    here = {**machine.describe(), "fused_opt": fused_opt.__version__}
     if here["load"] > 0.5:
-        console.print(f"[yellow]this machine is busy (load {here['load']}): take the figures with care[/yellow]\n")
+        terminal.print(f"[yellow]this machine is busy (load {here['load']}): take the figures with care[/yellow]\n")
     measured = []
     for table in TABLES:
         results = []
         for case in table.cases:
             if wanted(table, case):
-                with console.status(f"{table.name}: {case.name}"):
+                with terminal.status(f"{table.name}: {case.name}"):
                     results.append(measure(case, quick=options.quick))
         if not results:
             continue
         measured.append((table, results))
-        console.print(page(table, results, here, judge=not options.quick))
+        terminal.print(page_of(table, results, here, judge=not options.quick))
         if out:
-            out.mkdir(parents=True, exist_ok=True)
-            save_csv(results, here, out / f"{table.name}.csv")
-            save_picture(table, results, here, out / f"{table.name}.png")
-            console.print(f"saved {out / table.name}.csv and .png\n", highlight=False, soft_wrap=True)
+            rows = figures(results, here)
+            save_csv(out / f"{table.name}.csv", rows)
+            draw_table(table, rows, out / f"{table.name}.png")
+            terminal.print(f"saved {out / table.name}.csv and .png\n", highlight=False, soft_wrap=True)
     if not measured:
         names = ", ".join(f"'{table.name}: {case.name}'" for table in TABLES for case in table.cases)
         parser.error(f"no case matches {options.only!r}; there are {names}")
     if not options.quick:
         met = [result.met(target) for _, results in measured for result in results for target in result.case.targets]
-        console.print(f"{sum(met)} of {len(met)} targets met")
+        terminal.print(f"{sum(met)} of {len(met)} targets met")
     return measured
 
 

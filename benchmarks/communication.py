@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import os
 import socket
 import tempfile
@@ -18,10 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import rich.box
-import rich.table
 import torch
-from rich.console import Console
 from torch import Tensor, multiprocessing, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -30,7 +26,8 @@ from torch.utils._pytree import tree_leaves
 
 import fused_opt
 
-RESULTS = Path(__file__).parent / "results"
+from .output import RESULTS, console, page, save_csv
+
 WIDTH, LAYERS, MICRO_BATCHES = 64, 6, 4
 INTO_FIRST = ("_allgather_base_", "_reduce_scatter_base_", "allgather_into_tensor_coalesced_")  # their second brings
 
@@ -160,23 +157,13 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         path = str(Path(folder) / "rows")
         multiprocessing.spawn(_work, (options.processes, port, path), options.processes)
         rows = torch.load(path)
-    table = rich.table.Table(
-        title=f"Communication of a step beyond torch.optim's, {rows[0]['tensors']} tensors, {options.processes} processes",
-        box=rich.box.SIMPLE_HEAD,
-        title_justify="left",
-    )
-    table.add_column("feature")
-    for heading in (f"{wrapper}, {what}" for wrapper in WRAPPERS for what in ("calls", "bytes")):
-        table.add_column(heading, justify="right")
-    for name in dict.fromkeys(of["feature"] for of in rows):
-        figures = [of for of in rows if of["feature"] == name]
-        table.add_row(name, *(f"{of[what]:,}" for of in figures for what in ("calls", "bytes")))
-    Console(width=120).print(table)
-    options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "communication.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    features: dict[str, dict[str, Any]] = {}
+    for of in rows:
+        figures = {f"{of['model']}, {what}": of[what] for what in ("calls", "bytes")}
+        features.setdefault(of["feature"], {"feature": of["feature"]}).update(figures)
+    title = f"Communication of a step beyond torch.optim's, {rows[0]['tensors']} tensors, {options.processes} processes"
+    console().print(page(title, list(features.values())))
+    save_csv(options.out / "communication.csv", rows)
     return rows
 
 

@@ -1,5 +1,7 @@
 """The shapes that the benchmarks step: small, medium and large tensors, and those of two models."""
 
+from collections.abc import Sequence
+
 Shape = tuple[int, ...]
 
 
@@ -45,10 +47,26 @@ def llama_1b() -> list[Shape]:
     return [(128256, width), *[*attention, *perceptron, (width,), (width,)] * 16, (width,)]
 
 
+def vit_b() -> list[Shape]:
+    """ViT-B/16's weights: the patches; queries, keys and values, projection and MLP of twelve blocks; the head."""
+    return [(768, 3, 16, 16), *[(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12, (1000, 768)]
+
+
+def tiny(shapes: Sequence[Shape]) -> list[Shape]:
+    """The same with every dimension cut to at most 8, to show that something runs."""
+    return [tuple(min(n, 8) for n in shape) for shape in shapes]
+
+
 SHAPES: dict[str, list[Shape]] = {
     "300 of 8x8": [(8, 8)] * 300,
     "300 of 64x64": [(64, 64)] * 300,
     "30 of 1024x1024": [(1024, 1024)] * 30,
     "ResNet-50": resnet50(),
     "GPT-2 small": gpt2_small(),
+}
+ON_GPU: dict[str, list[Shape]] = {
+    "ResNet-50": resnet50(),
+    "Llama-1B": llama_1b(),
+    "1 G flat": [(10**9,)],
+    "GPT-2 medium": gpt2_medium(),
 }

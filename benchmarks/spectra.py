@@ -1,6 +1,6 @@
 """What the exponents of a model cost, beside the published per-layer svdvals, and beside WeightWatcher's.
 
-    python benchmarks/spectra.py [--quick] [--models NAME ...] [--repeats N] [--out DIR]
+    python -m benchmarks.spectra [--quick] [--models NAME ...] [--repeats N] [--out DIR]
 
 Prints tables and writes spectra.csv. Ours and the published way take turns in the same run; figures are medians.
 WeightWatcher is compared where it is installed: `make bench` installs it.
@@ -9,62 +9,41 @@ WeightWatcher is compared where it is installed: `make bench` installs it.
 from __future__ import annotations
 
 import argparse
-import csv
 import logging
-import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from fused_opt.balance import TempBalance, layer_alphas
 from fused_opt.balance.hill import hill
 from fused_opt.balance.spectrum import spectrum
 
-Shapes = list[tuple[int, ...]]
+from . import shapes
+from .harness import take_turns
+from .machine import describe, in_words
+from .output import RESULTS, console, page, save_csv
+from .shapes import Shape
 
-RESULTS = Path(__file__).parent / "results"
-
-
-def resnet50() -> Shapes:
-    """Convolutions and the classifier, in module order."""
-    shapes: Shapes = [(64, 3, 7, 7)]
-    width_in = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            shapes += [(width, width_in, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
-            if block == 0:
-                shapes.append((4 * width, width_in, 1, 1))
-            width_in = 4 * width
-    return [*shapes, (1000, 2048)]
-
-
-def vit_b() -> Shapes:
-    """ViT-B/16: patches, and query-key-value, projection and MLP of twelve blocks, and the head."""
-    return [(768, 3, 16, 16), *[(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12, (1000, 768)]
-
-
-def gpt2() -> Shapes:
-    """GPT-2 small without embedding and head, which are tied and 50257 x 768."""
-    return [(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12
-
-
-MODELS: dict[str, Callable[[], Shapes]] = {
-    "ResNet-50": resnet50,
-    "ViT-B/16": vit_b,
-    "GPT-2 small": gpt2,
-    "GPT-2 small + head": lambda: [*gpt2(), (50257, 768)],
+Models = Mapping[str, Sequence[Shape]]
+Rows = list[dict[str, object]]
+# GPT-2's linear layers as torch keeps them; embedding and head are tied.
+GPT2 = [shape[::-1] for shape in shapes.gpt2_small()[2:] if len(shape) > 1]
+MODELS: Models = {
+    "ResNet-50": [shape for shape in shapes.resnet50() if len(shape) > 1],
+    "ViT-B/16": shapes.vit_b(),
+    "GPT-2 small": GPT2,
+    "GPT-2 small + head": [*GPT2, (50257, 768)],
 }
-QUICK: dict[str, Callable[[], Shapes]] = {"three layers": lambda: [(64, 64), (96, 64, 3, 3), (64, 128)]}
+QUICK: Models = {"three layers": [(64, 64), (96, 64, 3, 3), (64, 128)]}
 
 
-def random_weights(shapes: Shapes) -> list[Tensor]:
+def random_weights(shapes: Sequence[Shape]) -> list[Tensor]:
     """Initialized weights whose columns decay, as the spectra of trained layers do."""
     generator = torch.Generator().manual_seed(0)
     weights = []
@@ -87,17 +66,19 @@ def published(weights: list[Tensor]) -> list[float]:
 
 def seconds(call: Callable[..., object], *arguments: object) -> float:
     """Wall-clock time of one call."""
-    return both_times(call, *arguments)[0]
-
-
-def both_times(call: Callable[..., object], *arguments: object) -> tuple[float, float]:
-    """Wall-clock time of one call, and the time of all cores, which a busy machine changes less."""
-    wall, cores = time.perf_counter(), time.process_time()
+    began = time.perf_counter()
     call(*arguments)
-    return time.perf_counter() - wall, time.process_time() - cores
+    return time.perf_counter() - began
 
 
-def as_model(shapes: Shapes) -> nn.Module:
+def time_of(way: Callable[..., object], weights: list[Tensor], into: list[tuple[float, float]]) -> None:
+    """Wall-clock time of one call, and the time of all cores, which a busy machine changes less."""
+    cores = time.process_time()
+    wall = seconds(way, weights)
+    into.append((wall, time.process_time() - cores))
+
+
+def as_model(shapes: Sequence[Shape]) -> nn.Module:
     """A model with these weights, which is not meant to be run."""
     model = nn.Sequential()
     for weight in random_weights(shapes):
@@ -107,14 +88,16 @@ def as_model(shapes: Shapes) -> nn.Module:
     return model
 
 
-def speed(models: dict[str, Callable[[], Shapes]], repeats: int) -> list[dict[str, object]]:
+def speed(models: Models, repeats: int) -> Rows:
     """All exponents of each model, ours and the published way in turns."""
-    rows: list[dict[str, object]] = []
-    for name, shapes in models.items():
-        weights = random_weights(shapes())
+    rows: Rows = []
+    for name, of_model in models.items():
+        weights = random_weights(of_model)
         seconds(layer_alphas, weights)  # starts the threads
-        turns = [[both_times(way, weights) for way in (published, layer_alphas)] for _ in range(repeats)]
-        times = torch.tensor(turns, dtype=torch.float64)
+        turns: list[list[tuple[float, float]]] = [[], []]
+        ways = [partial(time_of, way, weights, into) for way, into in zip((published, layer_alphas), turns)]
+        take_turns(ways, repeats, 0.0)
+        times = torch.tensor(turns, dtype=torch.float64).transpose(0, 1)
         (theirs, _), (ours, _) = times.median(0).values.tolist()
         ratio, core_ratio = (times[:, 0] / times[:, 1]).median(0).values.tolist()
         exact = [hill(spectrum(weight)).alpha.item() for weight in weights]
@@ -133,12 +116,12 @@ def speed(models: dict[str, Callable[[], Shapes]], repeats: int) -> list[dict[st
     return rows
 
 
-def additions(models: dict[str, Callable[[], Shapes]], budgets: tuple[float, ...]) -> list[dict[str, object]]:
+def additions(models: Models, budgets: tuple[float, ...]) -> Rows:
     """What one call of step() adds at most."""
-    rows: list[dict[str, object]] = []
-    for name, shapes in models.items():
+    rows: Rows = []
+    for name, of_model in models.items():
         for budget, background in [*((b, False) for b in budgets), (1.0, True), (budgets[-1], True)]:
-            model = as_model(shapes())
+            model = as_model(of_model)
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             balance = TempBalance(model, optimizer, budget=budget, background=background, every=10**6)
             calls = []
@@ -161,7 +144,7 @@ def additions(models: dict[str, Callable[[], Shapes]], budgets: tuple[float, ...
     return rows
 
 
-def beside_weightwatcher(shapes: Shapes) -> list[dict[str, object]]:
+def beside_weightwatcher(shapes: Sequence[Shape]) -> Rows:
     """Its exponent, of the power law nearest to the spectrum by Kolmogorov-Smirnov, beside our fit="ks"."""
     try:
         import weightwatcher
@@ -169,14 +152,12 @@ def beside_weightwatcher(shapes: Shapes) -> list[dict[str, object]]:
         return []
     logging.getLogger("weightwatcher").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    model = as_model(shapes)
-    weights = random_weights(shapes)
+    watcher, weights = weightwatcher.WeightWatcher(model=as_model(shapes)), random_weights(shapes)
     begin = time.perf_counter()
-    found = weightwatcher.WeightWatcher(model=model).analyze()
-    theirs = time.perf_counter() - begin
-    begin = time.perf_counter()
+    found = watcher.analyze()
+    middle = time.perf_counter()
     ours = layer_alphas(weights, fit="ks")
-    took = time.perf_counter() - begin
+    theirs, took = middle - begin, time.perf_counter() - middle
     print(f"weightwatcher {weightwatcher.__version__}: {theirs:.2f} s, ours with fit='ks': {took:.2f} s")
     return [
         {
@@ -189,45 +170,38 @@ def beside_weightwatcher(shapes: Shapes) -> list[dict[str, object]]:
     ]
 
 
-def show(title: str, rows: list[dict[str, object]], console: Console) -> None:
-    """Print rows as a table."""
-    table = Table(*(rows[0] if rows else ()), title=title)
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    console.print(table)
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three small layers")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help=f"default: {RESULTS} for a whole run, nowhere for others")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     models = QUICK if options.quick else {name: MODELS[name] for name in options.models}
-    console = Console()
-    console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")
-    fast = speed(models, options.repeats)
-    show("All exponents of a model", fast, console)
-    body = {name: shapes for name, shapes in models.items() if "head" not in name}
-    added = additions(body, (1.0, 0.1, 0.02))
-    show("What a call of TempBalance.step() takes", added, console)
-    beside = beside_weightwatcher([(64, 64, 3, 3), (256, 64), (384, 384), (512, 128)])
-    if beside:
-        show("Beside WeightWatcher", beside, console)
-    else:
-        console.print("weightwatcher is not installed: not compared")
-    out = options.out or (RESULTS if models == MODELS else None)
-    if out is None:
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "spectra.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["table", "row", "quantity", "value"])
-        for table, rows in (("speed", fast), ("step", added), ("weightwatcher", beside)):
-            for number, row in enumerate(rows):
-                writer.writerows([table, number, quantity, value] for quantity, value in row.items())
+    terminal = console()
+    terminal.print(in_words(describe()))
+    body = {name: of for name, of in models.items() if "head" not in name}
+    tables = {
+        "speed": ("All exponents of a model", speed(models, options.repeats)),
+        "step": ("What a call of TempBalance.step() takes", additions(body, (1.0, 0.1, 0.02))),
+        "weightwatcher": (
+            "Beside WeightWatcher",
+            beside_weightwatcher([(64, 64, 3, 3), (256, 64), (384, 384), (512, 128)]),
+        ),
+    }
+    for title, rows in tables.values():
+        terminal.print(page(title, rows) if rows else "weightwatcher is not installed: not compared")
+    if out := options.out or (RESULTS if models == MODELS else None):
+        save_csv(
+            out / "spectra.csv",
+            [
+                {"table": table, "row": number, "quantity": quantity, "value": value}
+                for table, (_, rows) in tables.items()
+                for number, row in enumerate(rows)
+                for quantity, value in row.items()
+            ],
+        )
 
 
 if __name__ == "__main__":

@@ -12,26 +12,36 @@ import json
 import os
 import statistics
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch.nn import Parameter
 
-from . import BACKENDS, DEVICE, ON_CPU, UNUSABLE
-from .cases import Case, cases, parameters_of
+from ..cases import on_gpu
+from ..harness import Call, Case, quartiles, take_turns
+from ..machine import backends_here
+from ..targets import ON_GPU as TARGETS
+from . import DEVICE, ON_CPU, UNUSABLE
 from .children import say
-from .clock import Call, Clock, copies_for, launches, profiler_sees, quartiles, synchronize
-from .machine import backends_here
-from .targets import TARGETS, kernels
+from .clock import Clock, copies_for, launches, profiler_sees, synchronize
 
 WARM_UP = 1 if ON_CPU else 3
 TURNS, SECONDS, AT_MOST = (1, 0.0, 1.0) if ON_CPU else (8, 1.2, 6.0)  # so many turns and seconds, or the most seconds
 COPIED = 2**28 if not ON_CPU else 2**10  # float32s in the copy of memory: a gigabyte
 COPY = "copy of memory"
 COUNTED_SHAPE = "ResNet-50"
-COUNTED = {(t.case, t.contenders[0].format(b=b)) for t in TARGETS if t.value is kernels for b in BACKENDS}
+COUNTED = {(case, target.contender) for case, _, target in TARGETS if target.quantity == "launches"}
 OUT_OF_MEMORY = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+
+
+def parameters_of(gradients: Sequence[torch.Tensor]) -> list[Parameter]:
+    """New parameters with the given gradients, which contenders share: no step writes one."""
+    parameters = [Parameter(torch.randn_like(gradient)) for gradient in gradients]
+    for p, gradient in zip(parameters, gradients):
+        p.grad = gradient
+    return parameters
 
 
 def copy_of_memory() -> list[Call]:
@@ -49,16 +59,16 @@ class Contenders:
         self.calls: dict[str, list[Call]] = {}
         self.launches: dict[str, dict[str, Any]] = {}
         self.host: dict[str, float] = {}
-        self.count = copies_for(4 * case.elements * case.operands)
+        self.count = copies_for(case.bytes_touched)
         self.gradients = [[torch.randn(shape, device=DEVICE) for shape in case.shapes] for _ in range(self.count)]
 
     def name(self, label: str) -> str:
         """What the lines call it."""
-        return f"{self.case.shape}: {self.case.name}: {label}"
+        return f"{self.case.model}: {self.case.name}: {label}"
 
     def counts(self, label: str) -> bool:
         """Whether its launches are counted, which takes the profiler a while: of all once, and wherever a target asks."""
-        asked = (self.case.name, label) in COUNTED or self.case.shape == COUNTED_SHAPE
+        asked = (self.case.name, label) in COUNTED or self.case.model == COUNTED_SHAPE
         return self.counting and asked
 
     def prepare(self, clock: Clock) -> None:
@@ -102,19 +112,15 @@ def measure(contenders: Contenders, clock: Clock) -> Iterator[dict[str, Any]]:
     gpu: dict[str, list[float]] = {label: [] for label in contenders.calls}
     host: dict[str, list[float]] = {label: [] for label in contenders.calls}
     waited = dict.fromkeys(contenders.calls, 0)
-    began, turns = time.monotonic(), 0
+
+    def turn(label: str, calls: list[Call]) -> None:
+        seconds, late = clock.gpu(calls, contenders.host[label])
+        gpu[label].append(seconds)
+        waited[label] += late
+        host[label] += clock.host(calls)
+
     gc.collect()
-    gc.disable()  # a collection would land in whichever call comes next
-    try:
-        while (turns < TURNS or time.monotonic() - began < SECONDS) and time.monotonic() - began < AT_MOST:
-            for label, calls in contenders.calls.items():
-                seconds, late = clock.gpu(calls, contenders.host[label])
-                gpu[label].append(seconds)
-                waited[label] += late
-                host[label] += clock.host(calls)
-            turns += 1
-    finally:
-        gc.enable()
+    turns = take_turns([partial(turn, *of) for of in contenders.calls.items()], TURNS, SECONDS, AT_MOST)
     case = contenders.case
     bandwidth = 8 * COPIED / statistics.median(gpu[COPY])
     for label in contenders.calls:
@@ -122,7 +128,7 @@ def measure(contenders: Contenders, clock: Clock) -> Iterator[dict[str, Any]]:
         yield {
             "id": contenders.name(label),
             "outcome": "measured",
-            "shape": case.shape,
+            "shape": case.model,
             "case": case.name,
             "contender": label,
             "elements": case.elements,
@@ -143,8 +149,8 @@ def main() -> None:
     done = set(json.loads(sys.argv[1]))
     clock, counting, reasons = Clock(), profiler_sees(), backends_here()
     say(note={"launches": "counted" if counting else "not counted: the profiler does not see a launch that was made"})
-    for case in cases():
-        whole = f"{case.shape}: {case.name}"
+    for case in on_gpu():
+        whole = f"{case.model}: {case.name}"
         if whole in done:
             continue
         contenders = None

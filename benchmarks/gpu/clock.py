@@ -97,15 +97,6 @@ def profiler_sees() -> bool:
     return [launches(lambda: ones.add_(1))["kernels"] for _ in range(2)][-1] == 1  # the first one starts the profiler
 
 
-def quartiles(values: Sequence[float]) -> dict[str, float]:
-    """Median, quartiles and extremes of seconds, in microseconds, and their number."""
-    ranks = torch.tensor(values, dtype=torch.float64).quantile(
-        torch.tensor([0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
-    )
-    names = ("minimum", "lower", "median", "upper", "maximum")
-    return {**{name: round(1e6 * x, 3) for name, x in zip(names, ranks.tolist())}, "count": len(values)}
-
-
-def copies_for(bytes_of_operands: float) -> int:
+def copies_for(bytes_touched: float) -> int:
     """How many copies of its operands a step goes around, so that no cache holds what the next step reads."""
-    return max(1, min(8, math.ceil(2**30 / bytes_of_operands))) if not ON_CPU else 2
+    return max(1, min(8, math.ceil(2**30 / bytes_touched))) if not ON_CPU else 2

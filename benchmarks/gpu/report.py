@@ -10,8 +10,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ..targets import judge
 from .children import Line
-from .targets import judge
 
 
 class Report:

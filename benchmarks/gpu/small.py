@@ -14,9 +14,9 @@ import torch
 
 import fused_opt
 
+from ..machine import backends_here
 from . import DEVICE, ON_CPU
 from .children import say
-from .machine import backends_here
 
 SIZES = (7, 257) if ON_CPU else (1, 7, 255, 1024, 1025, 4099, 16385, 100_001)
 CASES: dict[str, Callable[..., torch.optim.Optimizer]] = {

@@ -1,0 +1,302 @@
+"""What is timed, as data: the tables of ``python -m benchmarks``, and the cases of ``python -m benchmarks.gpu``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import fused_opt
+from fused_opt import backends
+
+from . import shapes
+from .gpu import BACKENDS, ON_CPU
+from .harness import Call, Case, Make, Table, normal
+from .shapes import SHAPES
+from .targets import Target
+
+SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
+ADAM: dict[str, Any] = {"lr": 1e-3}
+ADAMW: dict[str, Any] = {"lr": 1e-3, "weight_decay": 1e-2}
+MATRIX = torch.ones(512, 512)
+NEVER = 10**9  # steps
+
+# Contenders: functions of parameters with gradients that return the call to time.
+
+
+def stepping(make: Callable[..., torch.optim.Optimizer], parameters: list[Parameter], **options: Any) -> Call:
+    """The bound ``step`` of an optimizer."""
+    return make(parameters, **options).step
+
+
+def clars_of_microbatches(parameters: list[Parameter]) -> Call:
+    """CLARS as it is used: a backward has left the norms of the gradient's parts, and keeps leaving the same."""
+    optimizer = fused_opt.CLARS(parameters, **SGD, cap=0.1)
+    parts = optimizer.track_parts("microbatch")
+    optimizer.zero_grad()
+    sum((p * normal(p.shape)).sum() for p in parameters).backward()
+    parts.reset = lambda: None  # type: ignore[method-assign]
+    return optimizer.step
+
+
+def clars_of_probe(parameters: list[Parameter], **options: Any) -> Call:
+    """CLARS where the norms of the gradient's parts are known, as they are after backwards that it has watched."""
+    optimizer = fused_opt.CLARS(parameters, **options)
+    optimizer.track_parts("probe").set(dict.fromkeys(parameters, 1.0))
+    return optimizer.step
+
+
+def layer_rates(parameters: list[Parameter], **options: Any) -> Call:
+    """A learning rate and a decay of its own for every parameter."""
+    optimizer = fused_opt.SGD(parameters, **options)
+    scales = {p: 1 + i / len(parameters) for i, p in enumerate(parameters)}
+    optimizer.scale_layers(lr=scales, weight_decay=scales)
+    return optimizer.step
+
+
+def pairs(parameters: list[Parameter]) -> list[tuple[Tensor, Tensor]]:
+    """Parameters and gradients as plain tensors."""
+    return [(p.data, p.grad) for p in parameters if p.grad is not None]
+
+
+def foreach_lars(of: list[Parameter]) -> Call:
+    """LARS from torch's multi-tensor operations, as one would write it without kernels."""
+    parameters, gradients = map(list, zip(*pairs(of)))
+    buffers = [torch.zeros_like(p) for p in parameters]
+    lr, momentum, decay = SGD["lr"], SGD["momentum"], SGD["weight_decay"]
+
+    @torch.no_grad()
+    def step() -> None:
+        weights, norms = torch._foreach_norm(parameters), torch._foreach_norm(gradients)
+        denominators = torch._foreach_add(norms, weights, alpha=decay)
+        ratios: list[Tensor] = list(torch._foreach_div(torch._foreach_mul(weights, 0.001 * lr), denominators))
+        directions = torch._foreach_add(gradients, parameters, alpha=decay)
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, directions)
+        torch._foreach_sub_(parameters, torch._foreach_mul(buffers, ratios))
+
+    return step
+
+
+def accumulate(parameters: list[Parameter]) -> Call:
+    """A micro-batch's gradients added, with both sums of squares, in one pass."""
+    tensors = pairs(parameters)
+    return lambda: [backends.accumulate(total, part) for total, part in tensors]
+
+
+def add_then_norm(parameters: list[Parameter]) -> Call:
+    """The same in two, and without the norm of the sum."""
+    tensors = pairs(parameters)
+    return lambda: [(total.add_(part), torch.linalg.vector_norm(part).item()) for total, part in tensors]
+
+
+def averaged_model(parameters: list[Parameter], step: bool = True) -> Call:
+    """Torch's fused step, and its exponential moving average beside it; or the average alone."""
+    model = torch.nn.ParameterList(parameters)
+    optimizer = torch.optim.SGD(parameters, **SGD, fused=True)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    if not step:
+        return lambda: average.update_parameters(model)
+    return lambda: (optimizer.step(), average.update_parameters(model))
+
+
+def clip_then_step(parameters: list[Parameter]) -> Call:
+    """Torch's clipping, then torch's fused step. The limit clips every time: the gradients are renewed by no one."""
+    optimizer = torch.optim.SGD(parameters, **SGD, fused=True)
+    return lambda: (torch.nn.utils.clip_grad_norm_(parameters, 1.0), optimizer.step())
+
+
+def parallel_region() -> None:
+    """Wake torch's threads, as a backward does just before a step."""
+    torch.mm(MATRIX, MATRIX)
+
+
+# The tables of the CPU.
+
+
+def against_torch(name: str, options: dict[str, Any], faster: dict[str, float]) -> Table:
+    """One optimizer on every shape, then on the small ones again right after a parallel region of torch's."""
+    ours, theirs = getattr(fused_opt, name), getattr(torch.optim, name)
+    contenders = {
+        "fused_opt": partial(stepping, ours, **options),
+        "torch fused": partial(stepping, theirs, **options, fused=True),
+        "torch foreach": partial(stepping, theirs, **options, foreach=True),
+    }
+    cases = []
+    for key, of_case in SHAPES.items():
+        targets = (Target("fused_opt", "speed", faster[key], "torch fused"),) if key in faster else ()
+        cases.append(Case(key, of_case, contenders, "torch fused", targets))
+    for key in faster:
+        after = f"{key}, after a matmul"
+        cases.append(Case(after, SHAPES[key], contenders, "torch fused", before=parallel_region))
+    what = ", ".join(f"{option}={value:g}" for option, value in options.items())
+    return Table(name.lower(), f"{name}({what}), one step, float32", cases)
+
+
+def one_pass(name: str, contenders: dict[str, Make], baseline: str, *targets: Target) -> Case:
+    """A case over ResNet-50's shapes."""
+    return Case(name, SHAPES["ResNet-50"], contenders, baseline, targets)
+
+
+ours_sgd = partial(stepping, fused_opt.SGD, **SGD)
+TABLES = [
+    against_torch("SGD", {"lr": 1e-3, "momentum": 0.9}, {"300 of 8x8": 10, "300 of 64x64": 5, "30 of 1024x1024": 1.2}),
+    against_torch("AdamW", {"lr": 1e-3}, {"300 of 8x8": 15, "300 of 64x64": 5, "30 of 1024x1024": 1.1}),
+    Table(
+        "one_pass",
+        "What is fused into the step, ResNet-50's shapes, float32",
+        [
+            one_pass(
+                "CLARS",
+                {
+                    "CLARS, parts tracked": clars_of_microbatches,
+                    "CLARS, one part": partial(stepping, fused_opt.CLARS, **SGD, cap=0.1),
+                    "LARS": partial(stepping, fused_opt.LARS, **SGD),
+                    "fused_opt.SGD": ours_sgd,
+                    "torch fused SGD": partial(stepping, torch.optim.SGD, **SGD, fused=True),
+                    "foreach LARS": foreach_lars,
+                },
+                "torch fused SGD",
+                Target("CLARS, parts tracked", "time", 1.15, "fused_opt.SGD"),
+                Target("CLARS, parts tracked", "time", 1.1, "torch fused SGD"),
+                Target("CLARS, parts tracked", "speed", 2.5, "foreach LARS"),
+            ),
+            one_pass(
+                "accumulation with norms",
+                {"accumulate": accumulate, "add, then norm": add_then_norm},
+                "add, then norm",
+                Target("accumulate", "speed", 1.5, "add, then norm"),
+            ),
+            one_pass(
+                "EMA",
+                {
+                    "EMA in the step": partial(ours_sgd, averaging=fused_opt.EMA(0.999)),
+                    "fused_opt.SGD": ours_sgd,
+                    "AveragedModel": partial(averaged_model, step=False),
+                    "torch fused and AveragedModel": averaged_model,
+                },
+                "torch fused and AveragedModel",
+                Target("EMA in the step", "time", 0.5, "AveragedModel", beyond="fused_opt.SGD"),
+            ),
+            one_pass(
+                "clipping",
+                {
+                    "clipping in the step": partial(ours_sgd, max_grad_norm=1.0),
+                    "clip_grad_norm_ and torch fused": clip_then_step,
+                },
+                "clip_grad_norm_ and torch fused",
+                Target("clipping in the step", "time", 0.7, "clip_grad_norm_ and torch fused"),
+            ),
+            one_pass(
+                "noise",
+                {
+                    "SGD with noise": partial(ours_sgd, noise=fused_opt.WeightNoise(std=1e-6)),
+                    "fused_opt.SGD": ours_sgd,
+                },
+                "fused_opt.SGD",
+                Target("SGD with noise", "time", 1.5, "fused_opt.SGD"),
+            ),
+        ],
+    ),
+]
+
+
+# The cases of a GPU; their targets are in targets.py.
+
+MODELS = shapes.ON_GPU if not ON_CPU else {"ResNet-50": shapes.tiny(shapes.resnet50()[:2])}
+SGD_BYTES, ADAM_BYTES = 20, 28  # for each element and step, float32: read p, g and the states, write p and the states
+# Public optimizers to compare with; those that can be imported are timed.
+PEERS: dict[str, list[tuple[str, str]]] = {
+    "LARS": [("timm.optim", "Lars"), ("torch_optimizer", "LARS"), ("bitsandbytes.optim", "LARS")],
+    "LAMB": [
+        ("apex.optimizers", "FusedLAMB"),
+        ("timm.optim", "Lamb"),
+        ("torch_optimizer", "Lamb"),
+        ("bitsandbytes.optim", "LAMB"),
+    ],
+}
+
+
+def ours(name: str, **options: Any) -> dict[str, Make]:
+    """One of our optimizers on every backend."""
+    return {f"{b} {name}": partial(stepping, getattr(fused_opt, name), backend=b, **options) for b in BACKENDS}
+
+
+def torchs(name: str, **options: Any) -> dict[str, Make]:
+    """Torch's, fused and foreach."""
+    make = getattr(torch.optim, name)
+    return {f"torch {kind} {name}": partial(stepping, make, **{kind: True}, **options) for kind in ("fused", "foreach")}
+
+
+def peers(kind: str, **options: Any) -> dict[str, Make]:
+    """The public ones that are installed here."""
+    found: dict[str, Make] = {}
+    for module, name in PEERS[kind]:
+        try:
+            make = getattr(import_module(module), name)
+        except Exception:  # whatever an extension built for another machine may raise
+            continue
+        found[f"{module.partition('.')[0]} {name}"] = partial(stepping, make, **options)
+    return found
+
+
+def extras_of_sgd(b: str) -> dict[str, Make]:
+    """Everything that can be fused into a step of SGD."""
+    sgd = partial(stepping, fused_opt.SGD, backend=b, **SGD)
+    return {
+        f"{b} SGD": sgd,
+        f"{b} SGD, noise": partial(sgd, noise=fused_opt.WeightNoise(std=1e-6)),
+        f"{b} SGD, EMA between samples": partial(sgd, averaging=fused_opt.EMA(0.999, start=NEVER)),
+        f"{b} SGD, EMA": partial(sgd, averaging=fused_opt.EMA(0.999)),
+        f"{b} SGD, relative noise": partial(sgd, noise=fused_opt.WeightNoise(std=1e-6, relative=True)),
+        f"{b} SGD, clipping": partial(sgd, max_grad_norm=1.0),
+        f"{b} SGD, nonfinite skip": partial(sgd, nonfinite="skip"),
+        f"{b} SGD, layer rates": partial(layer_rates, backend=b, **SGD),
+    }
+
+
+def extras_of_adamw(b: str) -> dict[str, Make]:
+    """The same for AdamW."""
+    adamw = partial(stepping, fused_opt.AdamW, backend=b, **ADAMW)
+    return {
+        f"{b} AdamW": adamw,
+        f"{b} AdamW, noise": partial(adamw, noise=fused_opt.WeightNoise(std=1e-6)),
+        f"{b} AdamW, EMA": partial(adamw, averaging=fused_opt.EMA(0.999)),
+        f"{b} AdamW, clipping": partial(adamw, max_grad_norm=1.0),
+    }
+
+
+def layerwise() -> dict[str, Make]:
+    """LARS and CLARS beside SGD, on which they are to cost next to nothing, and beside their peers."""
+    contenders = {**ours("SGD", **SGD)}
+    for b in BACKENDS:
+        contenders[f"{b} CLARS"] = partial(clars_of_probe, backend=b, **SGD)
+        contenders[f"{b} LARS"] = partial(stepping, fused_opt.LARS, backend=b, **SGD)
+    return {**contenders, "foreach LARS": foreach_lars, **peers("LARS", **SGD)}
+
+
+def on_gpu() -> Iterator[Case]:
+    """All cases of a GPU, those with targets first."""
+
+    def case(model: str, name: str, contenders: dict[str, Make], budget: int) -> Case:
+        return Case(name, MODELS[model], contenders, model=model, budget=budget)
+
+    for model in MODELS:
+        yield case(model, "SGD", {**ours("SGD", **SGD), **torchs("SGD", **SGD)}, SGD_BYTES)
+        yield case(model, "AdamW", {**ours("AdamW", **ADAMW), **torchs("AdamW", **ADAMW)}, ADAM_BYTES)
+        yield case(model, "LARS", layerwise(), SGD_BYTES)
+    for model in MODELS:
+        for b in BACKENDS:
+            yield case(model, f"SGD with extras, {b}", extras_of_sgd(b), SGD_BYTES)
+        lamb = {**ours("LAMB", **ADAMW), **torchs("AdamW", **ADAMW), **peers("LAMB", **ADAMW)}
+        yield case(model, "LAMB", lamb, ADAM_BYTES)
+    for model in MODELS:
+        for b in BACKENDS:
+            yield case(model, f"AdamW with extras, {b}", extras_of_adamw(b), ADAM_BYTES)
+        yield case(model, "Adam", {**ours("Adam", **ADAM), **torchs("Adam", **ADAM)}, ADAM_BYTES)
