@@ -212,14 +212,9 @@ TABLES = [
 MODELS = shapes.ON_GPU if not ON_CPU else {"ResNet-50": shapes.tiny(shapes.resnet50()[:2])}
 SGD_BYTES, ADAM_BYTES = 20, 28  # for each element and step, float32: read p, g and the states, write p and the states
 # Public optimizers to compare with; those that can be imported are timed.
-PEERS: dict[str, list[tuple[str, str]]] = {
-    "LARS": [("timm.optim", "Lars"), ("torch_optimizer", "LARS"), ("bitsandbytes.optim", "LARS")],
-    "LAMB": [
-        ("apex.optimizers", "FusedLAMB"),
-        ("timm.optim", "Lamb"),
-        ("torch_optimizer", "Lamb"),
-        ("bitsandbytes.optim", "LAMB"),
-    ],
+PEERS = {
+    "LARS": ("timm.optim.Lars", "torch_optimizer.LARS", "bitsandbytes.optim.LARS"),
+    "LAMB": ("apex.optimizers.FusedLAMB", "timm.optim.Lamb", "torch_optimizer.Lamb", "bitsandbytes.optim.LAMB"),
 }
 
 
@@ -237,7 +232,7 @@ def torchs(name: str, **options: Any) -> dict[str, Make]:
 def peers(kind: str, **options: Any) -> dict[str, Make]:
     """The public ones that are installed here."""
     found: dict[str, Make] = {}
-    for module, name in PEERS[kind]:
+    for module, _, name in (path.rpartition(".") for path in PEERS[kind]):
         try:
             make = getattr(import_module(module), name)
         except Exception:  # whatever an extension built for another machine may raise
@@ -283,20 +278,15 @@ def layerwise() -> dict[str, Make]:
 
 def on_gpu() -> Iterator[Case]:
     """All cases of a GPU, those with targets first."""
-
-    def case(model: str, name: str, contenders: dict[str, Make], budget: int) -> Case:
-        return Case(name, MODELS[model], contenders, model=model, budget=budget)
-
-    for model in MODELS:
-        yield case(model, "SGD", {**ours("SGD", **SGD), **torchs("SGD", **SGD)}, SGD_BYTES)
-        yield case(model, "AdamW", {**ours("AdamW", **ADAMW), **torchs("AdamW", **ADAMW)}, ADAM_BYTES)
-        yield case(model, "LARS", layerwise(), SGD_BYTES)
-    for model in MODELS:
-        for b in BACKENDS:
-            yield case(model, f"SGD with extras, {b}", extras_of_sgd(b), SGD_BYTES)
-        lamb = {**ours("LAMB", **ADAMW), **torchs("AdamW", **ADAMW), **peers("LAMB", **ADAMW)}
-        yield case(model, "LAMB", lamb, ADAM_BYTES)
-    for model in MODELS:
-        for b in BACKENDS:
-            yield case(model, f"AdamW with extras, {b}", extras_of_adamw(b), ADAM_BYTES)
-        yield case(model, "Adam", {**ours("Adam", **ADAM), **torchs("Adam", **ADAM)}, ADAM_BYTES)
+    sgd, adamw, adam = (
+        {**ours(name, **options), **torchs(name, **options)}
+        for name, options in (("SGD", SGD), ("AdamW", ADAMW), ("Adam", ADAM))
+    )
+    lamb = {**ours("LAMB", **ADAMW), **torchs("AdamW", **ADAMW), **peers("LAMB", **ADAMW)}
+    first = [("SGD", sgd, SGD_BYTES), ("AdamW", adamw, ADAM_BYTES), ("LARS", layerwise(), SGD_BYTES)]
+    second = [(f"SGD with extras, {b}", extras_of_sgd(b), SGD_BYTES) for b in BACKENDS]
+    third = [(f"AdamW with extras, {b}", extras_of_adamw(b), ADAM_BYTES) for b in BACKENDS]
+    for cases in (first, [*second, ("LAMB", lamb, ADAM_BYTES)], [*third, ("Adam", adam, ADAM_BYTES)]):
+        for model, of_model in MODELS.items():
+            for name, contenders, budget in cases:
+                yield Case(name, of_model, contenders, model=model, budget=budget)

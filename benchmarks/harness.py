@@ -160,7 +160,9 @@ def measure(case: Case, *, quick: bool = False) -> Result:
 def quartiles(seconds: Sequence[float]) -> dict[str, float]:
     """Minimum, quartiles and median, in microseconds."""
     values = np.quantile(seconds, [0, 0.25, 0.5, 0.75]).tolist()
-    return {name: 1e6 * x for name, x in zip(("minimum", "lower_quartile", "median", "upper_quartile"), values)}
+    return {
+        name: round(1e6 * x, 3) for name, x in zip(("minimum", "lower_quartile", "median", "upper_quartile"), values)
+    }
 
 
 def figures(results: Sequence[Result], here: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -63,7 +63,7 @@ def draw(
         *shape, figsize=size, height_ratios=heights, layout="constrained", squeeze=False, sharex=True, sharey="row"
     )
     bars = [bar for row in rows.values() for panel in row for bar in panel]
-    values = [x for bar in bars for x in (bar.value, bar.target) if x is not None]
+    values = [x for bar in bars for x in (bar.value, bar.target) if x is not None and x == x]
     if start == 0:
         left, right, scale = 0.0, 1.3 * max(values), "linear"
     else:
@@ -75,7 +75,7 @@ def draw(
                 area.barh(y, bar.value - begin, left=begin, height=0.85, color=bar.meaning[1])
                 if bar.target is not None:
                     area.plot([bar.target] * 2, [y - 0.45, y + 0.45], color="black", linewidth=2)
-                end = max(bar.value, begin, bar.target or begin)
+                end = max(begin, bar.value, bar.target or begin)  # of a value that is not a number: begin
                 behind = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
                 area.annotate(bar.text, (end, y), **behind, fontsize=8, color="#333333")
             area.set_title(f"{name}: {column}" if column else name, loc="left", fontsize=9)
@@ -91,7 +91,7 @@ def draw(
             if scale == "log":
                 area.xaxis.set_major_locator(FixedLocator(plain_ticks(left, right)))
                 area.xaxis.set_minor_locator(NullLocator())
-            area.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            area.xaxis.set_major_formatter(FuncFormatter(lambda x, _: plain(x)))
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     drawn = {bar.meaning for bar in bars}
     meanings = {name: colour for _, name, colour in (OURS, *MEANINGS) if (name, colour) in drawn}
@@ -103,6 +103,11 @@ def draw(
     figure.legend(handles, list(meanings), title=axis, title_fontsize=8, fontsize=8, **outside)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def plain(x: float) -> str:
+    """At least three digits, without an exponent."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def plain_ticks(left: float, right: float) -> list[float]:
@@ -158,7 +163,7 @@ def draw_gpu(data: Mapping[str, Any], folder: Path) -> None:
             if key not in figures:
                 return Bar(key[2], float("nan"), "not measured")
             value = factor * (targets.quantity_of(figures[key], quantity) or 0.0)
-            return Bar(key[2], value, f"{value:.3g}", bounds.get(key))
+            return Bar(key[2], value, plain(value), bounds.get(key))
 
         labels = {case: list(dict.fromkeys(label for of, _, label in figures if of == case)) for case in cases}
         return {case: [[bar((case, shape, label)) for label in labels[case]] for shape in shapes] for case in cases}

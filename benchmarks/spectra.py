@@ -40,6 +40,7 @@ MODELS: Models = {
     "GPT-2 small": GPT2,
     "GPT-2 small + head": [*GPT2, (50257, 768)],
 }
+FOUR_LAYERS: list[Shape] = [(64, 64, 3, 3), (256, 64), (384, 384), (512, 128)]
 QUICK: Models = {"three layers": [(64, 64), (96, 64, 3, 3), (64, 128)]}
 
 
@@ -185,10 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tables = {
         "speed": ("All exponents of a model", speed(models, options.repeats)),
         "step": ("What a call of TempBalance.step() takes", additions(body, (1.0, 0.1, 0.02))),
-        "weightwatcher": (
-            "Beside WeightWatcher",
-            beside_weightwatcher([(64, 64, 3, 3), (256, 64), (384, 384), (512, 128)]),
-        ),
+        "weightwatcher": ("Beside WeightWatcher", beside_weightwatcher(FOUR_LAYERS)),
     }
     for title, rows in tables.values():
         terminal.print(page(title, rows) if rows else "weightwatcher is not installed: not compared")

@@ -57,10 +57,6 @@ class Run:
         """What is different in the environment of a child that steps tensors."""
         return dict(REHEARSING) if self.rehearse else {}
 
-    def hear(self, stage: str) -> Callable[[Line], None]:
-        """What takes the lines of a stage's children."""
-        return partial(self.report.hear, stage)
-
 
 def module(name: str, *arguments: str) -> list[str]:
     """The command of a child."""
@@ -78,7 +74,9 @@ def together(function: Callable[[Any], str | None], arguments: Sequence[Any]) ->
 
 def machine(run: Run, deadline: float, stage: str = "machine") -> None:
     """What there is, before anything is built; with a GPU, or in a rehearsal, there will be results."""
-    status, last = children.run(module("machine"), deadline, run.hear(stage), environment=run.environment)
+    status, last = children.run(
+        module("machine"), deadline, partial(run.report.hear, stage), environment=run.environment
+    )
     if status != 0:
         run.report.fail(stage, "python -m benchmarks.machine", last)
     if run.out is not None and run.nothing_to_step is None:
@@ -120,10 +118,11 @@ def tests(run: Run, deadline: float) -> None:
     environment = NOT_INTERPRETED if run.rehearse else {"OMP_NUM_THREADS": "2"}
     # Whatever plugins this machine has, the tests need none.
     environment = {**environment, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    hear = partial(run.report.hear, "tests")
 
     def shard(i: int) -> str | None:
         command = lambda done: module("gpu.verdicts", str(i), str(shards), json.dumps(done))  # noqa: E731
-        return children.run_items(command, deadline, run.hear("tests"), environment=environment, echo=False)
+        return children.run_items(command, deadline, hear, environment=environment, echo=False)
 
     for why in together(shard, range(shards)):
         run.report.fail("tests", "the whole of them", why)
@@ -166,7 +165,7 @@ def benchmark(run: Run, deadline: float) -> str | None:
     if run.nothing_to_step:
         return run.nothing_to_step
     command = lambda done: module("gpu.bench", json.dumps(done))  # noqa: E731
-    hear = run.hear("benchmark")
+    hear = partial(run.report.hear, "benchmark")
     why = children.run_items(command, deadline, hear, environment=run.environment, echo=False)
     if why and time.monotonic() >= deadline:
         run.report.not_run(f"part of the benchmark, whose time was over: {why.splitlines()[0]}")
@@ -223,12 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--out", metavar="DIR", type=Path, help=f"where the results go; default: {RESULTS}")
-    parser.add_argument(
-        "--rehearse",
-        action="store_true",
-        help="run the tests' and the benchmark's code on the CPU, tiny, with Triton interpreted: shows that it runs. Builds "
-        "nothing, and writes only to --out",
-    )
+    rehearse = "run the tests' and the benchmark's code on the CPU, tiny, with Triton interpreted: shows that it runs"
+    parser.add_argument("--rehearse", action="store_true", help=f"{rehearse}. Builds nothing, writes only to --out")
     options = parser.parse_args(arguments)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: children.end_all(128 + number))

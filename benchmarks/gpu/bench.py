@@ -31,7 +31,7 @@ WARM_UP = 1 if ON_CPU else 3
 TURNS, SECONDS, AT_MOST = (1, 0.0, 1.0) if ON_CPU else (8, 1.2, 6.0)  # so many turns and seconds, or the most seconds
 COPIED = 2**28 if not ON_CPU else 2**10  # float32s in the copy of memory: a gigabyte
 COPY = "copy of memory"
-COUNTED_SHAPE = "ResNet-50"
+COUNTED_MODEL = "ResNet-50"
 COUNTED = {(case, target.contender) for case, _, target in TARGETS if target.quantity == "launches"}
 OUT_OF_MEMORY = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 
@@ -66,11 +66,6 @@ class Contenders:
         """What the lines call it."""
         return f"{self.case.model}: {self.case.name}: {label}"
 
-    def counts(self, label: str) -> bool:
-        """Whether its launches are counted, which takes the profiler a while: of all once, and wherever a target asks."""
-        asked = (self.case.name, label) in COUNTED or self.case.model == COUNTED_SHAPE
-        return self.counting and asked
-
     def prepare(self, clock: Clock) -> None:
         """Make each contender and step it a few times; who cannot is left out, with the reason."""
         for label, make in self.case.contenders.items():
@@ -87,7 +82,9 @@ class Contenders:
                     for call in calls:
                         call()
                 self.host[label] = statistics.median(clock.host(calls))
-                self.launches[label] = launches(calls[0]) if self.counts(label) else {}
+                # The profiler takes a while: launches are counted for one model, and wherever a target asks.
+                asked = self.case.model == COUNTED_MODEL or (self.case.name, label) in COUNTED
+                self.launches[label] = launches(calls[0]) if self.counting and asked else {}
                 synchronize()
                 self.calls[label] = calls
             except OUT_OF_MEMORY as error:
@@ -134,6 +131,7 @@ def measure(contenders: Contenders, clock: Clock) -> Iterator[dict[str, Any]]:
             "elements": case.elements,
             "tensors": len(case.shapes),
             "copies": contenders.count,
+            "turns": turns,
             "budget_bytes": moved,
             "gpu_us": quartiles(gpu[label]),
             "host_us": quartiles(host[label]),
