@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CXX_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench microbench gpu clean
 
 # Train on real images with torch.optim and with fused_opt, side by side.
 demo: $(VENV)/installed
@@ -23,8 +23,14 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet weightwatcher==0.7.7
 	$(BIN)/python -m benchmarks
-	$(BIN)/python benchmarks/spectra.py
+	$(BIN)/python -m benchmarks.spectra
 	$(BIN)/python -m benchmarks.communication
+
+# The same cases for one change: `make microbench SAVE=before`, the change, `make microbench`, which shows both. ONLY takes
+# an expression of pytest's -k, COMPARE the number of an older run; all of them lie in .benchmarks/.
+microbench: $(VENV)/installed
+	$(BIN)/python -m pytest benchmarks/microbench.py -k "$(ONLY)" --benchmark-enable --benchmark-sort=name \
+	  --benchmark-columns=median,iqr,rounds $(if $(SAVE),--benchmark-save="$(SAVE)",--benchmark-compare$(COMPARE:%=\=%))
 
 # Build, test and time on the GPU of this machine, in PYTHON's environment as it is, without network: docs/gpu.md.
 gpu:
