@@ -1,6 +1,7 @@
 """The example and the benchmark run from the command line and write what they say."""
 
 import csv
+import importlib
 import runpy
 import sys
 
@@ -24,7 +25,8 @@ def test_example(monkeypatch, tmp_path, capsys):
 
 def test_benchmark(monkeypatch, tmp_path, capsys):
     pytest.importorskip("rich")
-    run(monkeypatch, "benchmarks/spectra.py", "--quick", "--repeats", "1", "--out", str(tmp_path))
+    monkeypatch.syspath_prepend(str(ROOT))
+    importlib.import_module("benchmarks.spectra").main(["--quick", "--repeats", "1", "--out", str(tmp_path)])
     assert "All exponents of a model" in capsys.readouterr().out
     with (tmp_path / "spectra.csv").open() as file:
         rows = list(csv.DictReader(file))

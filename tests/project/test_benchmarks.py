@@ -2,7 +2,9 @@
 
 import csv
 import importlib.util
+import json
 import math
+import subprocess
 import sys
 
 import pytest
@@ -23,7 +25,7 @@ def benchmarks(monkeypatch):
     return importlib.import_module("benchmarks.__main__")
 
 
-def rows(path):
+def rows_of_csv(path):
     with path.open() as file:
         return list(csv.DictReader(file))
 
@@ -34,7 +36,7 @@ def test_every_table_runs_and_is_saved(benchmarks, tmp_path, capsys):
     shown = capsys.readouterr().out
     for table, results in measured:
         assert [result.case for result in results] == list(table.cases)
-        saved = rows(tmp_path / f"{table.name}.csv")
+        saved = rows_of_csv(tmp_path / f"{table.name}.csv")
         expected = [(case.name, label) for case in table.cases for label in case.contenders]
         assert [(row["case"], row["contender"]) for row in saved] == expected
         assert all(value for row in saved for value in row.values())
@@ -48,7 +50,8 @@ def test_every_case_names_contenders_that_it_has(benchmarks):
         assert len({case.name for case in table.cases}) == len(table.cases)
         for case in table.cases:
             assert case.baseline in case.contenders
-            assert all({target.contender, target.of} <= set(case.contenders) for target in case.targets)
+            for target in case.targets:
+                assert {target.contender, target.of, target.beyond or target.of} <= set(case.contenders)
 
 
 def test_a_part_of_the_tables_is_not_saved_over_the_whole(benchmarks, monkeypatch, tmp_path, capsys):
@@ -65,14 +68,56 @@ def test_a_part_of_the_tables_is_not_saved_over_the_whole(benchmarks, monkeypatc
 
 def test_targets_are_judged_by_medians(benchmarks):
     harness = sys.modules["benchmarks.harness"]
-    faster, dearer = harness.Target("ours", 0.5, "theirs"), harness.Target("ours", 1.2, "plain")
+    faster, dearer = harness.Target("ours", "speed", 2, "theirs"), harness.Target("ours", "time", 1.2, "plain")
     case = harness.Case("case", [], {"ours": None, "theirs": None, "plain": None}, "theirs", (faster, dearer))
     result = harness.Result(case, {"ours": [3.0, 9.0, 1.0], "theirs": [7.5, 1.0, 8.0], "plain": [2.4] * 3})
     assert result.speed("ours") == 2.5
     assert result.met(faster)
     assert not result.met(dearer)
-    assert result.verdict(faster) == "[green]✓[/green] ≥ 2x theirs: 2.5x"
-    assert result.verdict(dearer) == "[red]✗ ≤ 1.2x time of plain: 1.25x[/red]"
+    verdict = sys.modules["benchmarks.output"].verdict
+    assert verdict(result, faster) == "[green]✓[/green] ≥ 2x theirs: 2.5x"
+    assert verdict(result, dearer) == "[red]✗ ≤ 1.2x time of plain: 1.25x[/red]"
+
+
+def test_a_target_may_be_about_what_is_added(benchmarks):
+    target = sys.modules["benchmarks.harness"].Target("ours", "time", 0.5, "theirs", beyond="plain")
+    assert target.found({"ours": 5.0, "theirs": 8.0, "plain": 2.0}.__getitem__) == 0.375
+    assert str(target) == "beyond plain ≤ 0.5x time of theirs"
+
+
+def test_pictures_are_drawn_from_saved_figures(benchmarks, tmp_path, monkeypatch):
+    pictures, drawn = importlib.import_module("benchmarks.pictures"), []
+    monkeypatch.setattr(pictures, "draw", lambda path, title, axis, rows, **_: drawn.append((path, rows)))
+    pictures.main([str(ROOT / "benchmarks" / "results" / "sgd.csv")])
+    ((path, rows),) = drawn
+    assert path == ROOT / "benchmarks" / "results" / "sgd.png"
+    saved = {(row["case"], row["contender"]): float(row["median_us"]) for row in rows_of_csv(path.with_suffix(".csv"))}
+    assert len(rows) == len(saved) / 3
+    ours, foreach = next(panel for title, (panel,) in rows.items() if title.startswith("300 of 64x64 (torch fused: "))
+    assert (ours.label, ours.target, ours.meaning[0]) == ("fused_opt", 5, "fused_opt")
+    assert (foreach.label, foreach.target, foreach.meaning[0]) == ("torch foreach", None, "torch foreach")
+    assert ours.value == pytest.approx(saved["300 of 64x64", "torch fused"] / saved["300 of 64x64", "fused_opt"])
+    with pytest.raises(SystemExit, match=r"there are sgd.csv, adamw.csv, one_pass.csv, and gpu.json"):
+        pictures.main([str(tmp_path / "spectra.csv")])
+
+
+def test_microbenchmarks_report_what_the_harness_measured(benchmarks, tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    report = tmp_path / "report.json"
+    program = (
+        "import sys, pytest; from benchmarks import harness\n"
+        "harness.measure = lambda case: harness.Result(case, {label: [3e-6, 1e-6, 2e-6] for label in case.contenders})\n"
+        "sys.exit(pytest.main(sys.argv[1:]))"
+    )
+    options = ["-p", "no:cacheprovider", "-k", "clipping", "--benchmark-enable", f"--benchmark-json={report}"]
+    command = [sys.executable, "-c", program, str(ROOT / "benchmarks" / "microbench.py"), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(report.read_text())["benchmarks"]
+    assert [one["params"]["label"] for one in found] == ["clipping in the step", "clip_grad_norm_ and torch fused"]
+    for one in found:
+        assert one["group"] == "one_pass: clipping"
+        assert one["stats"]["data"] == pytest.approx([3e-6, 1e-6, 2e-6])
 
 
 def test_contenders_take_turns(benchmarks):
