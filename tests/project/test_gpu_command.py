@@ -196,7 +196,7 @@ def test_targets_are_met_or_not_or_not_measured(gpu):
         figure("native SGD", shape="Llama-1B", share=0.9, kernels=None),
         figure("native SGD", case="LARS"),
         figure("native CLARS", case="LARS", gpu=105.0),
-        figure("foreach LARS", case="LARS", gpu=315.0),
+        figure("foreach LARS", case="LARS", gpu=420.0),
     ]
     reasons = {"ResNet-50: SGD: triton SGD": "torch finds no such thing\nand more"}
     judge = gpu["targets"].judge
@@ -213,7 +213,7 @@ def test_targets_are_met_or_not_or_not_measured(gpu):
     assert verdict("native SGD: ≤ 1 launches") == ("met", 1)
     assert verdict("native SGD: ≤ 1 launches", "Llama-1B") == ("not measured", "launches were not counted")
     assert verdict("native CLARS: ≤ 1.05x time of native SGD") == ("met", 1.05)
-    assert verdict("native CLARS: ≥ 3x foreach LARS") == ("met", 3.0)
+    assert verdict("native CLARS: ≥ 3x foreach LARS") == ("met", 4.0)
     assert verdict("triton SGD: ≤ 1 launches") == ("not measured", "torch finds no such thing")
     assert {v["verdict"] for v in judge(figures, reasons, "a rehearsal")} == {"not measured"}
 
