@@ -98,12 +98,26 @@ struct AMSGrad {
   }
 };
 
+template <class T>
+struct Lion {
+  static constexpr int kStates = 1, kCoefficients = 2;
+  static constexpr bool kCountsSteps = false;
+  T one_minus_beta1, one_minus_beta2;
+
+  FUSED_OPT_FN T operator()(T g, T& m) const {
+    const T between = lerp(m, g, one_minus_beta1);
+    m = lerp(m, g, one_minus_beta2);
+    return T(between > 0) - T(between < 0);
+  }
+};
+
 // The name a rule has in Python, and its type.
 #define FUSED_OPT_RULES(RULE)       \
   RULE("sgd", SGD)                  \
   RULE("momentum_sgd", MomentumSGD) \
   RULE("adam", Adam)                \
-  RULE("amsgrad", AMSGrad)
+  RULE("amsgrad", AMSGrad)          \
+  RULE("lion", Lion)
 
 // What a rule promises.
 struct RuleShape {

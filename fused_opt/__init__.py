@@ -11,6 +11,7 @@ from .parts.probe import probe_parts
 from .rules.adam import Adam, AdamW
 from .rules.lamb import LAMB
 from .rules.lars import CLARS, LARS
+from .rules.lion import Lion
 from .rules.sgd import SGD
 from .snapshots import Snapshots, average_predictions
 
@@ -31,6 +32,7 @@ __all__ = [
     "FusedOptimizer",
     "GradInitIteration",
     "GradInitResult",
+    "Lion",
     "MicroBatch",
     "Snapshots",
     "TempBalance",

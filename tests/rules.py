@@ -115,6 +115,22 @@ class LAMB(WrittenOut, torch.optim.AdamW):
         return p - group["lr"] * s * u, states
 
 
+def written_out(step, **defaults):
+    """The class of a formula that torch.optim has no class for."""
+
+    def init(self, params, **options):
+        torch.optim.Optimizer.__init__(self, params, {**defaults, "maximize": False, **options})
+
+    return type(step.__name__, (WrittenOut, torch.optim.Optimizer), {"__init__": init, "formula": staticmethod(step)})
+
+
+def lion(p, g, group, state):
+    """Chen et al., arXiv 2302.06675, algorithm 2."""
+    (beta1, beta2), m = group["betas"], state.get("exp_avg", torch.zeros_like(p)).double()
+    u = (beta1 * m + (1 - beta1) * g).sign()
+    return p - group["lr"] * (u + group["weight_decay"] * p), {"exp_avg": beta2 * m + (1 - beta2) * g}
+
+
 # --------------------------------------------------------------------------------------------------------------- rules
 
 
@@ -163,6 +179,10 @@ RULES = [
         {"lr": 0.01, "weight_decay": 0.3},
         {"lr": 0.01, "weight_decay": 0.3, "maximize": True},
     ], st.fixed_dictionaries(_ADAM)),
+    Rule("Lion", [
+        {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.3, "maximize": True},
+    ], st.fixed_dictionaries({"lr": st.floats(0, 0.1), "weight_decay": _DECAYS}),
+        written_out(lion, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0)),
     Rule("LARS", [
         {"lr": 1.0, "coefficient": 0.1, "cap": 0.5, "weight_decay": 0.1},
     ], _LARS, LARS, normed=True),

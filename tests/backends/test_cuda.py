@@ -52,14 +52,14 @@ def test_compiled_kernels_spill_nothing_and_move_16_bytes(architecture, tmp_path
     assert "warning" not in compiled.stderr
     report = re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
                         r"(\d+) bytes spill loads.*?Used (\d+) registers", compiled.stderr, re.DOTALL)  # fmt: skip
-    assert len(report) == 18  # four rules, updates and sums, in two arithmetics, and two that accumulate
+    assert len(report) == KERNELS
     for name, frame, stores, loads, registers in report:
         short = re.search(r"(update|norms|accumulate)_kernel.*", name)[0]
         print(f"{architecture} {registers:>3} registers  {short}")
         assert (frame, stores, loads) == ("0", "0", "0"), short
     (ptx,) = tmp_path.glob("*.ptx")
     kernels = re.split(r"\.entry ", ptx.read_text())[1:]
-    assert len(kernels) == 18
+    assert len(kernels) == KERNELS
     for kernel in kernels:
         assert "ld.global.cg.v4.u32" in kernel
         assert ("st.global.cg.v4.u32" in kernel) == ("norms_kernel" not in kernel.split("(")[0])

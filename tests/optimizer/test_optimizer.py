@@ -149,7 +149,13 @@ def test_tensor_hyper_parameters(name, options, backend):
 def test_hyper_parameters_are_read_at_every_step(name, options, backend):
     optimizer, oracle = pair(name, options, backend)
     changes = {
-        "SGD": [{"lr": 1.0}, {"momentum": 0.0}, {"weight_decay": 0.5}, {"momentum": 0.5}, {"nesterov": True, "dampening": 0.0}],
+        "SGD": [
+            {"lr": 1.0},
+            {"momentum": 0.0},
+            {"weight_decay": 0.5},
+            {"momentum": 0.5},
+            {"nesterov": True, "dampening": 0.0},
+        ],
         "AdamW": [{"lr": 0.5}, {"betas": (0.1, 0.2)}, {"eps": 0.5}, {"amsgrad": True}, {"weight_decay": 0.9}],
     }
     for change in [*changes[name], {"maximize": True}]:

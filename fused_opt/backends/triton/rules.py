@@ -63,6 +63,13 @@ def amsgrad(g, m, v, largest, one_minus_beta1, beta2, one_minus_beta2, unbias1, 
 
 
 @triton.jit
+def lion(g, m, one_minus_beta1, one_minus_beta2):
+    """The sign of an interpolation."""
+    between = lerp(m, g, one_minus_beta1)
+    return (between > 0).to(g.dtype) - (between < 0).to(g.dtype), lerp(m, g, one_minus_beta2)
+
+
+@triton.jit
 def trust_ratio(kind, coefficient, cap, eps, weight2, grad2, parts, weight_decay, grad_scale):
     """From sums of squares (for LAMB grad2 is the direction's) and the sum of the parts' norms (-1: one part)."""
     weight, scale, norm = tl.sqrt(weight2), tl.abs(grad_scale), tl.sqrt(grad2)
