@@ -22,7 +22,7 @@ class Checkpoints(torch.optim.Optimizer):
 
     backend: str
     state_dtype: torch.dtype | None
-    _scales: dict[Tensor, tuple[float, float]]
+    _scales: dict[str, dict[Tensor, tuple[float, float]]]
     _groups: Groups
     _plan: Plan | None
     _last: Plan | None
@@ -41,6 +41,7 @@ class Checkpoints(torch.optim.Optimizer):
         self._plan = self._last = None
         self.__dict__.setdefault("_parts", None)
         self.__dict__.setdefault("_partial", False)
+        self.__dict__.setdefault("_holds_averages", False)
         before: list[dict[str, Any]] = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
         self._groups = Groups(self.defaults)
@@ -65,10 +66,10 @@ class Checkpoints(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this class or of torch.optim's class of the same name.
 
-        States, counts and torch.optim's hyper-parameters come from the state_dict, as in torch.optim. The extras
-        (``averaging``, ``noise``, ``trust_ratio``, ``max_grad_norm``, ``nonfinite``) stay as this program made them, and
-        one warning names those that the state_dict has otherwise. What was averaged by another class than the group's, or
-        is not averaged any more, begins anew. Tensors are copied.
+        States, counts and hyper-parameters come from the state_dict, as in torch.optim. An extra (``averaging``, ``noise``,
+        ``trust_ratio``, ``max_grad_norm``, ``nonfinite``) that this program asked for stays as it is; where it asked for
+        none, that of the state_dict comes along. One warning names all in which the two differ. What was averaged by
+        another class than the group's begins anew. Tensors are copied.
 
         Raises:
             ValueError: if the groups do not match, a value is none for its key, a saved state has another shape than its
@@ -102,13 +103,15 @@ class Checkpoints(torch.optim.Optimizer):
         """Groups of a state_dict with the extras of this optimizer, checked."""
         adapted, others = [], {}
         for g, (group, of_saved) in enumerate(zip(self.param_groups, saved)):
-            new = {**of_saved, **{extra.key: group[extra.key] for extra in EXTRAS}}
+            new = dict(of_saved)
             for extra in EXTRAS:
-                value = unpack(extra.key, of_saved.get(extra.key, group[extra.key]))
+                own = group[extra.key]
+                value = unpack(extra.key, of_saved.get(extra.key, own))
                 extra.check(value)
-                if value != group[extra.key]:
-                    others[extra.key] = f"group {g} has {extra.key}={group[extra.key]!r}, the state_dict {value!r}"
-                if extra.key == "averaging" and extra.key in of_saved and type(value) is not type(group[extra.key]):
+                new[extra.key] = value if own == extra.default else own
+                if value != own:
+                    others[extra.key] = f"{extra.key}={own!r} here and {value!r} there, in group {g}"
+                if extra.settings and type(value) is not type(new[extra.key]):
                     new.update(dict.fromkeys(extra.counts, 0))
             for count in COUNTS:
                 if count in new:
@@ -117,8 +120,8 @@ class Checkpoints(torch.optim.Optimizer):
             adapted.append(new)
         if others:
             warn_once(
-                f"load_state_dict: {'; '.join(others.values())}. The optimizer keeps its own; to take the others, set "
-                f"them in param_groups"
+                f"load_state_dict: the optimizer and the state_dict differ in {'; '.join(others.values())}. What the program "
+                f"asked for stays; where it asked for nothing, the state_dict's is taken. param_groups take others"
             )
         return adapted + saved[len(adapted) :]
 

@@ -59,7 +59,7 @@ class Groups:
         if found == self._seen:
             return
         for group in groups:
-            optimizer._check(group)
+            optimizer._check({**group, "lr": 0.0})
             check_extras(group)
         self.wants_norm = wants_norm(groups)
         self.specs = [

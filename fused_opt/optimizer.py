@@ -25,6 +25,7 @@ from .step import DeviceStep, HostStep, host_decides
 
 __all__ = ["Extras", "FusedOptimizer", "ParamsT"]
 
+Scales: TypeAlias = dict[str, dict[Tensor, tuple[float, float]]]  # by source: of learning rate and weight decay
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
@@ -69,7 +70,8 @@ class FusedOptimizer(Checkpoints):
         self._check_all(defaults)
         self.backend = backend
         self.state_dtype = state_dtype
-        self._scales: dict[Tensor, tuple[float, float]] = {}
+        self._scales: Scales = {}
+        self._holds_averages = False
         self._groups = Groups(defaults)
         self._plan: Plan | None = None
         self._parts: PartTracker | None = None
@@ -123,12 +125,22 @@ class FusedOptimizer(Checkpoints):
         super().add_param_group(param_group)
 
     def scale_layers(
-        self, *, lr: Mapping[Tensor, float] | None = None, weight_decay: Mapping[Tensor, float] | None = None
+        self,
+        *,
+        lr: Mapping[Tensor, float] | None = None,
+        weight_decay: Mapping[Tensor, float] | None = None,
+        source: str = "user",
     ) -> None:
         """Set multipliers of the learning rate or the weight decay for single parameters; no parameter groups needed.
 
         They take effect at the next step, multiply whatever the groups say then, and stay until set again; parameters
         not named keep theirs, 1 at first. They travel with pickle and deepcopy but not in the state_dict.
+
+        Args:
+            lr: multipliers of the learning rate, at least 0.
+            weight_decay: multipliers of the weight decay, at least 0.
+            source: who sets them: a parameter's multiplier is the product over all sources, of which each has its own.
+                :class:`TempBalance` has ``"temp_balance"``.
 
         Raises:
             ValueError: for a multiplier that is negative or not finite, or a tensor that is not optimized here.
@@ -143,7 +155,7 @@ class FusedOptimizer(Checkpoints):
             tensor([0.9500, 0.9500])
         """
         known = {p for group in self.param_groups for p in group["params"]}
-        scales = dict(self._scales)
+        scales = dict(self._scales.get(source, {}))
         for index, given in enumerate((lr or {}, weight_decay or {})):
             for p, scale in given.items():
                 if p not in known:
@@ -152,8 +164,22 @@ class FusedOptimizer(Checkpoints):
                     raise ValueError(f"Invalid multiplier: {scale}; it must be finite and at least 0")
                 old = scales.get(p, (1.0, 1.0))
                 scales[p] = (float(scale), old[1]) if index == 0 else (old[0], float(scale))
-        self._scales = scales
+        self._scales = {**self._scales, source: scales}
         self._plan = None
+
+    def _multipliers(self) -> dict[Tensor, tuple[float, float]]:
+        """Of learning rate and weight decay, by parameter; those of parameters that have left are forgotten."""
+        known = {p for group in self.param_groups for p in group["params"]}
+        self._scales = {
+            source: {p: scale for p, scale in of_source.items() if p in known}
+            for source, of_source in self._scales.items()
+        }
+        product: dict[Tensor, tuple[float, float]] = {}
+        for of_source in self._scales.values():
+            for p, (lr, decay) in of_source.items():
+                before = product.get(p, (1.0, 1.0))
+                product[p] = before[0] * lr, before[1] * decay
+        return product
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Perform a single optimization step.
@@ -204,6 +230,11 @@ class FusedOptimizer(Checkpoints):
         Raises:
             TypeError, ValueError: for a setting that was changed to one that the constructor refuses.
         """
+        if self._holds_averages:
+            raise RuntimeError(
+                "a step was asked for within averaged_weights(): it would move the averages and be undone at the end of the "
+                "block. Leave the block first"
+            )
         groups, plan, keys = self.param_groups, self._plan, None
         self._groups.look(groups, self)
         # torch.amp.GradScaler sets these for the duration of a step. It multiplies by a grad_scale that it finds, None
@@ -233,7 +264,7 @@ class FusedOptimizer(Checkpoints):
             if self._parts is None:
                 warn_without_parts(self.param_groups)
             step.plan = plan = Plan(
-                self.param_groups, self.state, self._groups.specs, self.backend, self.state_dtype, self._scales
+                self.param_groups, self.state, self._groups.specs, self.backend, self.state_dtype, self._multipliers()
             )
             if plan.new_states and not step.stepping and self._gradients_are_zero():
                 plan.new_states.keep()  # torch.distributed.checkpoint makes states so: as if it had never stepped
@@ -342,7 +373,11 @@ class FusedOptimizer(Checkpoints):
         if not averaged:
             raise RuntimeError("no group of this optimizer has averaging=; fused_opt.EMA(beta) is one")
         with swapped_in(averaged, self.state):
-            yield
+            before, self._holds_averages = self._holds_averages, True
+            try:
+                yield
+            finally:
+                self._holds_averages = before
 
 
 FusedOptimizer.__doc__ = (FusedOptimizer.__doc__ or "").replace("{extras}", documentation())

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from . import backends
 from .backends.interface import DeviceBucket, DeviceScalars, ParamEntry, StepArgs
@@ -57,19 +58,22 @@ class Plan:
     ) -> None:
         self.specs = specs
         self.new_states = NewStates(state, state_dtype)
+        index, skipped = -1, False
         entries: list[tuple[ParamEntry, str]] = []
         written: list[list[Tensor]] = []
         for g, (group, spec) in enumerate(zip(param_groups, specs)):
             for i, p in enumerate(group["params"]):
+                index += 1
+                if p.grad is None and _has_no_elements_yet(p):
+                    skipped = True
+                    continue
                 name = name_of(group, g, i)
                 tensors = [local(tensor) for tensor in check_parameter(name, spec, p, state.get(p, {}))]
                 shard = Shard(name, p, spec.noisy) if is_spread(p) else None
                 of_p = _choose(name, spec, backend, tensors, shard is not None)
                 tensor = p if shard is None else shard.tensor
-                lr_scale, decay_scale = scales.get(p, (1.0, 1.0))
-                entry = ParamEntry(
-                    tensor, g, len(entries), name, lr_scale=lr_scale, decay_scale=decay_scale, shard=shard
-                )
+                entry = ParamEntry(tensor, g, index, name, noisy=spec.noisy, shard=shard)
+                entry.lr_scale, entry.decay_scale = scales.get(p, (1.0, 1.0))
                 entries.append((entry, of_p))
                 written.append([tensor for tensor in tensors if tensor is not local(p.grad)])
         chosen: dict[_Key, list[ParamEntry]] = {}
@@ -90,10 +94,8 @@ class Plan:
                     )
             for shard in self.shards:
                 shard.bind()
-            noisy = any(spec.noisy for spec in specs)
             self.buckets = [
-                backends.get(key.backend).bucket(key.rule, members, param_groups, state, noisy)
-                for key, members in ordered
+                backends.get(key.backend).bucket(key.rule, members, param_groups, state) for key, members in ordered
             ]
         except BaseException:
             self.undo()
@@ -103,7 +105,7 @@ class Plan:
         self.device = devices.pop() if len(devices) == 1 else None
         self._norm2 = None if self.device is None else torch.zeros((), dtype=torch.float64, device=self.device)
         #: Whether it notices what changes; one bucket that looks at all parameters and states is enough.
-        self.reusable = any(backends.get(key.backend).REUSABLE for key in chosen)
+        self.reusable = not skipped and any(backends.get(key.backend).REUSABLE for key in chosen)
 
     def undo(self) -> None:
         """Take away what was made for a step that is not made."""
@@ -164,6 +166,11 @@ class Plan:
         for shard in self.shards:
             if shard.tensor.grad is not None:
                 shard.written()
+
+
+def _has_no_elements_yet(p: Tensor) -> bool:
+    """Whether it is a parameter of a Lazy module, or one without strides: nothing is asked of it without a gradient."""
+    return is_lazy(p) or p.layout != torch.strided
 
 
 def _choose(name: str, spec: GroupSpec, backend: str, tensors: Sequence[Tensor], sharded: bool) -> str:

@@ -36,8 +36,8 @@ class Device {
 class DeviceBucket : public Bucket {
  public:
   DeviceBucket(const py::object& rule, const py::sequence& entries, const py::list& param_groups, const py::dict& state,
-               bool ordered, int device)
-      : Bucket(rule, entries, param_groups, state, ordered), device_(device) {
+               int device)
+      : Bucket(rule, entries, param_groups, state), device_(device) {
     steps_on_device_ = kRules[rule_].counts_steps;
     std::vector<float*> steps;
     for (const Parameter& parameter : parameters_)
@@ -157,7 +157,7 @@ PYBIND11_MODULE(_native, m) {
       .def("set_part_norms", &Bucket::set_part_norms)
       .def("touched", &Bucket::touched);
   py::class_<CPUBucket, Bucket>(m, "CPUBucket")
-      .def(py::init<const py::object&, const py::sequence&, const py::list&, const py::dict&, bool,
+      .def(py::init<const py::object&, const py::sequence&, const py::list&, const py::dict&,
                     const std::optional<std::string>&>())
       .def("run", &CPUBucket::run)
       .def("norms", &CPUBucket::norms)
@@ -165,7 +165,7 @@ PYBIND11_MODULE(_native, m) {
       .def("grad_norm2", &CPUBucket::grad_norm2)
       .def("ratios", &CPUBucket::ratios);
   py::class_<DeviceBucket, Bucket>(m, "DeviceBucket")
-      .def(py::init<const py::object&, const py::sequence&, const py::list&, const py::dict&, bool, int>())
+      .def(py::init<const py::object&, const py::sequence&, const py::list&, const py::dict&, int>())
       .def("sum_gradients", &DeviceBucket::sum_gradients)
       .def("grad_norm2", &DeviceBucket::grad_norm2)
       .def("run", &DeviceBucket::run)

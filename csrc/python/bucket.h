@@ -24,6 +24,7 @@ struct Parameter {
         group(entry.attr("group").cast<int>()),
         states_are_new(entry.attr("states_are_new").cast<bool>()),
         exclusive(entry.attr("exclusive").cast<bool>()),
+        noisy(entry.attr("noisy").cast<bool>()),
         p(tensor) {
     if (const py::object given = entry.attr("states"); !given.is_none())
       for (const auto& state : given) states.emplace_back(state);
@@ -42,6 +43,7 @@ struct Parameter {
   int group;
   bool states_are_new;  // made for the coming step
   bool exclusive;       // no other parameter lies in its memory
+  bool noisy;           // noise counts its elements in row-major order, and so must a walk over them
   View p;
   std::vector<Held> states;
   std::optional<Held> step, average;
@@ -54,10 +56,8 @@ struct Parameter {
 // What is alike wherever the tensors are.
 class Bucket {
  public:
-  // Both as in backends/interface.py. `ordered`: the noise counts elements in row-major order, and so must whoever
-  // walks them.
-  Bucket(const py::object& rule, const py::sequence& entries, const py::list& param_groups, const py::dict& state,
-         bool ordered)
+  // As in backends/interface.py.
+  Bucket(const py::object& rule, const py::sequence& entries, const py::list& param_groups, const py::dict& state)
       : rule_(check_rule(rule)) {
     parameters_.reserve(entries.size());
     for (const auto& entry : entries) {
@@ -84,7 +84,7 @@ class Bucket {
       tensor.ndim = parameter.p.ndim;
       tensor.sizes = parameter.p.sizes();
       // Only of those that are written is anything asked of their layout.
-      tensor.flat = ordered ? parameter.p.contiguous() : parameter.p.dense();
+      tensor.flat = parameter.noisy ? parameter.p.contiguous() : parameter.p.dense();
       const auto add = [&](const View& view) {
         tensor.flat &= view.same_strides(parameter.p);
         return view.operand();
@@ -223,8 +223,8 @@ class Bucket {
 class CPUBucket : public Bucket {
  public:
   CPUBucket(const py::object& rule, const py::sequence& entries, const py::list& param_groups, const py::dict& state,
-            bool ordered, const std::optional<std::string>& instruction_set)
-      : Bucket(rule, entries, param_groups, state, ordered) {
+            const std::optional<std::string>& instruction_set)
+      : Bucket(rule, entries, param_groups, state) {
     const cpu::InstructionSet* set = cpu::choose(instruction_set ? instruction_set->c_str() : nullptr);
     if (!set) throw py::value_error("this processor does not run the instruction set '" + *instruction_set + "'");
     kernel_ = &set->kernels[rule_];

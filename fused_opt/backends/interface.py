@@ -126,6 +126,7 @@ class ParamEntry:
     lr_scale: float = 1.0
     decay_scale: float = 1.0
     shard: Shard | None = None  # of a DTensor
+    noisy: bool = False  # noise counts its elements in row-major order
     exclusive: bool = True  # no other parameter lies in its memory, so that what is known of the weights stays true
 
     @property
@@ -255,6 +256,5 @@ class Backend(Protocol):
         members: Sequence[ParamEntry],
         param_groups: list[dict[str, Any]],
         state: Mapping[Tensor, Any],
-        noisy: bool,
     ) -> Bucket:
-        """The parameters, prepared; ``noisy``: noise is added to some of them."""
+        """The parameters, prepared."""

@@ -211,18 +211,17 @@ def bucket(
     members: Sequence[ParamEntry],
     param_groups: list[dict[str, Any]],
     state: Mapping[Tensor, Any],
-    noisy: bool,
 ) -> CPUBucket | GPUBucket:
     """A bucket in C++ for parameters that are all on the CPU or all on one GPU."""
     number, device = _device_number(members[0].tensor), members[0].tensor.device
     if number is None:
-        return CPUBucket(_native.CPUBucket(rule, members, param_groups, state, noisy, INSTRUCTION_SET), members)
+        return CPUBucket(_native.CPUBucket(rule, members, param_groups, state, INSTRUCTION_SET), members)
     with _current(device):
         try:
-            core = _native.DeviceBucket(rule, members, param_groups, state, noisy, number)
+            core = _native.DeviceBucket(rule, members, param_groups, state, number)
         except MemoryError:  # torch keeps what it has freed
             torch.cuda.empty_cache()
-            core = _native.DeviceBucket(rule, members, param_groups, state, noisy, number)
+            core = _native.DeviceBucket(rule, members, param_groups, state, number)
     return GPUBucket(core, members)
 
 

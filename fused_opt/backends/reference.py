@@ -150,7 +150,17 @@ class Bucket:
             elements = torch.stack([2 * elements, 2 * elements + 1], dim=1).flatten()
         return normal_at(seed, member.index, step, elements)
 
+    def _step_rows(self, member: ParamEntry, args: StepArgs) -> bool:
+        """Step only the rows that a sparse gradient has, where all else would stay as it is; False: it would not."""
+        grad, decay = member.tensor.grad, args.coupled_decay or args.decoupled_decay
+        if grad is None or not grad.is_sparse or self.rule.coefficient_count or decay or any(args[5:]):
+            return False
+        member.tensor.add_(grad, alpha=-float(args.lr) * member.lr_scale * args.grad_scale)
+        return True
+
     def _step(self, member: ParamEntry, args: StepArgs) -> None:
+        if self._step_rows(member, args):
+            return
         p, g, direction, *new = self._direct(member, args)
         ratio = 1.0
         if args.ratio is not None and member.tensor.ndim > args.ratio.exempt:
@@ -202,7 +212,6 @@ def bucket(
     members: Sequence[ParamEntry],
     param_groups: list[dict[str, Any]],
     state: Mapping[Tensor, Any],
-    noisy: bool,
 ) -> Bucket:
     """The parameters; nothing needs to be prepared."""
     return Bucket(rule, members)

@@ -16,7 +16,11 @@ class LayerTable(Protocol):
     """What per-layer methods write to."""
 
     def scale_layers(
-        self, *, lr: Mapping[Tensor, float] | None = None, weight_decay: Mapping[Tensor, float] | None = None
+        self,
+        *,
+        lr: Mapping[Tensor, float] | None = None,
+        weight_decay: Mapping[Tensor, float] | None = None,
+        source: str = "user",
     ) -> None:
         """Set multipliers of parameters; those not named keep theirs."""
 
@@ -73,9 +77,13 @@ class SplitGroups:
         optimizer.register_load_state_dict_pre_hook(lambda opt, state_dict: self._join(opt))
 
     def scale_layers(
-        self, *, lr: Mapping[Tensor, float] | None = None, weight_decay: Mapping[Tensor, float] | None = None
+        self,
+        *,
+        lr: Mapping[Tensor, float] | None = None,
+        weight_decay: Mapping[Tensor, float] | None = None,
+        source: str = "user",
     ) -> None:
-        """Set multipliers from the next step on; parameters not named keep theirs, 1 at first."""
+        """Set multipliers from the next step on; parameters not named keep theirs, 1 at first; all sources are one."""
         self._multipliers["lr"].update(lr or {})
         self._multipliers["weight_decay"].update(weight_decay or {})
 

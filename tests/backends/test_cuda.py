@@ -243,14 +243,14 @@ def test_parts_are_added_in_whatever_layout(on_gpu):
 
 def test_memory_that_torch_has_kept_is_given_back_for_the_tables(on_gpu, monkeypatch):
     given_back = []
-    make = native._native.DevicePlan
+    make = native._native.DeviceBucket
 
     def full(*arguments):
         if not given_back:
             raise MemoryError
         return make(*arguments)
 
-    monkeypatch.setattr(native._native, "DevicePlan", full)
+    monkeypatch.setattr(native._native, "DeviceBucket", full)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(True))
     optimizer, oracle = pair("SGD", {"lr": 0.1}, "native")
     train_both(optimizer, oracle)

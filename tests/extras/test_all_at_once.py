@@ -15,6 +15,7 @@ from support.threads import with_threads
 import fused_opt
 from fused_opt import PSWM, SWM, TrustRatio, WeightNoise
 from fused_opt.extras.noise import normal
+from fused_opt.parts.tracker import wants_parts
 
 SETTINGS = {
     "SGD": {"lr": 0.5, "weight_decay": 0.1},
@@ -160,7 +161,7 @@ def make(name, parameters, backend, **more):
 
 
 def train(optimizer, parameters, steps, parts=True):
-    handle = optimizer.track_parts("microbatch") if parts else None
+    handle = optimizer.track_parts("microbatch") if parts and wants_parts(optimizer.param_groups) else None
     for step in steps:
         optimizer.zero_grad()
         backward(parameters, step, spoil=step == 4)

@@ -337,7 +337,7 @@ def test_invalid_settings():
         (lambda: PSWA(period=3, probability=1.5), "Invalid probability: 1.5"),
         (lambda: PSWA(period=3, interval=0), "Invalid interval: 0"),
         (lambda: PSWA(period=3, start=-1), "Invalid start: -1"),
-        (lambda: PSWA(period=3, on_write_back="clear"), "Invalid on_write_back: clear"),
+        (lambda: PSWA(period=3, on_write_back="clear"), "Invalid on_write_back: 'clear'"),
     ):
         with pytest.raises(ValueError, match=words):
             make()

@@ -323,9 +323,9 @@ def test_invalid_settings():
     for options, words in (
         ({}, "either std or temperature"),
         ({"std": 1.0, "temperature": 1.0}, "either std or temperature"),
-        ({"std": -1.0}, "Invalid noise"),
-        ({"std": math.nan}, "Invalid noise"),
-        ({"temperature": math.inf}, "Invalid noise"),
+        ({"std": -1.0}, "Invalid std: -1.0"),
+        ({"std": math.nan}, "Invalid std: nan"),
+        ({"temperature": math.inf}, "Invalid temperature: inf"),
         ({"std": 1.0, "schedule": "cosine"}, "Invalid schedule: 'cosine'"),
         ({"std": 1.0, "schedule": "cycle"}, "Invalid period: None"),
         ({"std": 1.0, "period": 3}, "Invalid period: 3"),

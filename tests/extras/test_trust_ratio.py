@@ -120,11 +120,12 @@ def one_step(cls, weight, parts, backend, **options):
     p = torch.nn.Parameter(weight.clone())
     options = {"lr": 1.0, "coefficient": 0.3, "cap": math.inf, "eps": 0.0, "weight_decay": 0.0, **options}
     optimizer = cls([("p", p)], backend=backend, **options)
-    handle = optimizer.track_parts("microbatch")
+    handle = optimizer.track_parts("microbatch") if cls is CLARS else None
     for part in parts:
         linear(p, part)
     optimizer.step()
-    handle.remove()
+    if handle is not None:
+        handle.remove()
     return optimizer.trust_ratios()["p"], p.detach()
 
 

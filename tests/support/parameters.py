@@ -51,7 +51,8 @@ def parameters_of(optimizer):
 def pair(name, options, backend, shapes=((3, 4), (5,), ()), arrange=list, dtype=torch.float64):
     """An optimizer of ours and its oracle on parameters of equal values; `arrange` makes groups or names of them."""
     generator = torch.Generator().manual_seed(7)
-    options = {"foreach": False, **options}
+    if oracle_of(name).__module__.startswith("torch.optim"):
+        options = {"foreach": False, **options}
     ours = [torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in shapes]
     theirs = clones(ours)
     optimizer = getattr(fused_opt, name)(arrange(ours), backend=backend, **copy.deepcopy(options))

@@ -11,6 +11,9 @@ cannot be captured in a CUDA graph, and refuses to be.
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
@@ -67,11 +70,13 @@ def _unsupported_rule(rule: Rule) -> str | None:
     function = getattr(rules, rule.name, None)
     if function is None:
         return f"no rule {rule.name!r} in fused_opt/backends/triton/rules.py"
-    taken, promised = len(function.arg_names), 1 + len(rule.states) + rule.coefficient_count
-    if taken != promised or rule.coefficient_count > kernel.MOST_COEFFICIENTS:
+    returned: Any = ast.parse(textwrap.dedent(inspect.getsource(function.fn))).body[0]
+    states = len(returned.body[-1].value.elts) - 1
+    coefficients = len(function.arg_names) - 1 - states
+    if (states, coefficients) != (len(rule.states), rule.coefficient_count) or coefficients > kernel.MOST_COEFFICIENTS:
         raise RuntimeError(
-            f"rule {rule.name!r} has {len(rule.states)} states and {rule.coefficient_count} coefficients (at most "
-            f"{kernel.MOST_COEFFICIENTS}), {promised} arguments with the gradient, and its kernel in Triton takes {taken}"
+            f"rule {rule.name!r} has {len(rule.states)} states and {rule.coefficient_count} coefficients in Python; in "
+            f"Triton it has {states} states and {coefficients} coefficients, of which {kernel.MOST_COEFFICIENTS} are the most"
         )
     return None
 
@@ -183,7 +188,6 @@ def bucket(
     members: Sequence[ParamEntry],
     param_groups: list[dict[str, Any]],
     state: Mapping[Tensor, Any],
-    noisy: bool,
 ) -> Bucket:
     """The parameters in tables."""
     return Bucket(rule, members, param_groups, state)
