@@ -1,7 +1,7 @@
 """GradInit: learn one scale per parameter tensor before training starts."""
 
 import math
-import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,23 +10,17 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import Node
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-NORM_ORDER = {"sgd": 2, "adam": 1}
+from .second_derivative import Uses, second_derivative, watch
 
-# A word in the reason why there is no second derivative -> what would work; the first that occurs counts.
-WAYS_OUT = {
-    "attention": "gradinit selects torch's math attention kernel, so the model selects another one itself; "
-    "let that part run under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
-    "cudnn_rnn": "call gradinit under torch.backends.cudnn.flags(enabled=False)",
-    "aot_autograd": "pass the module as it was before torch.compile",
-    "the loss is linear": "a gamma above the norm",
-    "": "build that part from differentiable operations while gradinit runs, and swap it back for training",
-}
+Batch = tuple[Any, Any] | Mapping[str, Any]
+LossFunction = Callable[[Any, Any], Tensor]
+
+NORM_ORDER = {"sgd": 2, "adam": 1}
+ETA = {"sgd": 0.1, "adam": 1e-3}
 
 
 class GradInitIteration(NamedTuple):
@@ -60,12 +54,12 @@ class GradInitResult:
 
 def gradinit(
     model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor],
-    batches: Iterable[tuple[Any, Any]],
+    loss_fn: LossFunction | None,
+    batches: Iterable[Batch],
     *,
     algorithm: Literal["sgd", "adam"] = "sgd",
-    eta: float = 0.1,
-    gamma: float = 1.0,
+    eta: float | None = None,
+    gamma: float | None = None,
     lr: float = 1e-2,
     iterations: int = 390,
     min_scale: float = 0.01,
@@ -91,22 +85,25 @@ def gradinit(
     Any architecture will do: the parameters are replaced, not the modules. The model runs in its own
     precision with autocast and dropout off; modules that keep running statistics use those of the batch and
     leave the stored ones alone. Attention runs with torch's math kernel: it computes the same function as the
-    fused ones, which cannot be differentiated twice, and it holds the whole attention matrix in memory. Tied
-    weights get one scale; zero and frozen (``requires_grad=False``) tensors stay as they are. Nothing is
-    written before the end: after an exception the model is as it was.
+    fused ones, which cannot be differentiated twice, and it holds the whole attention matrix in memory.
+    Activation checkpoints may be non-reentrant; reentrant ones have no second derivative. Tied weights get one
+    scale; zero and frozen (``requires_grad=False``) tensors stay as they are. Nothing is written before the
+    end: after an exception the model is as it was.
 
     Args:
         model: the initialized module, before it is compiled or wrapped for distributed training; its
             trainable parameters are float32 or float64 and are scaled in place.
-        loss_fn: ``loss_fn(output, target)`` -> mean loss, a tensor with one element. It must not read the
-            model's parameters itself.
-        batches: half batches ``(input, target)``, started again when they end. Both are tensors, or tuples,
-            lists and mappings of tensors, batch first; a tuple or list of inputs is called ``model(*input)``,
-            a mapping ``model(**input)``. They are moved to the device of the first trainable parameter.
+        loss_fn: ``loss_fn(output, target)`` -> mean loss, a tensor with one element; None for ``output.loss``,
+            of models that are given their labels. Where it reads parameters, it reads them from the model.
+        batches: half batches, started again when they end: pairs ``(input, target)``, or mappings
+            ``model(**batch)``, labels included, which are their own target. All are tensors, or tuples, lists
+            and mappings of tensors, batch first; a tuple or list of inputs is called ``model(*input)``, a
+            mapping ``model(**input)``. They are moved to the device of the first trainable parameter.
         algorithm: the optimizer that will train, ``"sgd"`` or ``"adam"``.
-        eta: learning rate of the trial step, > 0. Published: 0.1 for SGD, 1e-3 for Adam.
-        gamma: bound of the gradient norm, >= 0. Published: 1 for SGD, 1000 for Adam, whose l1 norm grows with
-            the number of parameters: the default is far too small for it.
+        eta: learning rate of the trial step, > 0; None for the published 0.1 for SGD, 1e-3 for Adam.
+        gamma: bound of the gradient norm, >= 0; None for the published 1 for SGD, and for Adam, whose l1 norm
+            grows with the number N of parameters, :math:`\sqrt N`: no gradient of l2 norm 1 has a larger l1 norm
+            (our definition; published is 1000 for one Transformer).
         lr: learning rate of the scales, > 0: about what a scale can move in one iteration. Published: 1e-3 to
             1e-1 by model.
         iterations: how many, >= 0. Published: 390 or 780.
@@ -122,10 +119,14 @@ def gradinit(
     Raises:
         ValueError: an argument outside its range; no trainable parameter; batches that cannot be started
             again; a loss that is not one number or does not depend on the parameters.
-        TypeError: a batch that is not a pair of (nested) tensors; a parameter in reduced precision.
-        RuntimeError: the norm was above ``gamma`` and an operation has no second derivative; the message
-            names the operation and the way out.
+        TypeError: a batch that is neither a pair nor a mapping of (nested) tensors; an output without a loss; a
+            parameter in reduced precision.
+        RuntimeError: the norm was above ``gamma`` and an operation has no second derivative, or parameters are
+            used where autograd is off, as in reentrant checkpoints; the message names them and the way out.
         FloatingPointError: the gradient norm or a derivative was not finite.
+
+    Warns:
+        UserWarning: the norm never came under ``gamma``: the loss after the trial step was never looked at.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -138,8 +139,13 @@ def gradinit(
         >>> result.scales["8.weight"] > 1  # the signal fades on its way through eight layers
         True
     """
+    if algorithm not in NORM_ORDER:
+        raise ValueError(f"Invalid algorithm: {algorithm}; gradinit needs 'sgd' or 'adam'")
+    weights = _trainable(model)
+    eta = ETA[algorithm] if eta is None else eta
+    if gamma is None:
+        gamma = math.sqrt(sum(weight.numel() for weight in weights.values())) if algorithm == "adam" else 1.0
     for name, value, valid, needed in (
-        ("algorithm", algorithm, algorithm in NORM_ORDER, "'sgd' or 'adam'"),
         ("eta", eta, eta > 0, "a number > 0"),
         ("gamma", gamma, gamma >= 0, "a number >= 0"),
         ("lr", lr, lr > 0, "a number > 0"),
@@ -149,11 +155,32 @@ def gradinit(
     ):
         if not valid:
             raise ValueError(f"Invalid {name}: {value}; gradinit needs {needed}")
-    weights = _trainable(model)
     device = next(iter(weights.values())).device
     floor = torch.tensor([0.0 if "bias" in name.rpartition(".")[2] else min_scale for name in weights])
     adam = _ScaleAdam(lr, floor.to(next(iter(weights.values())).dtype))
-    loss_of = partial(_loss, model, loss_fn, device)
+    swapped, loss_of = _Swapped(model), partial(_loss, model, loss_fn, device)
+
+    def gradient(
+        theta: dict[str, Tensor], scales: Tensor, *batch: Batch
+    ) -> tuple[GradInitIteration, list[Tensor], Tensor | None]:
+        """What was seen, the trial step's direction, and where the norm is above gamma its derivative."""
+        with Uses() as uses:
+            loss = loss_of(*batch)
+        opaque = watch(loss, theta, uses)
+        g = torch.autograd.grad(loss, list(theta.values()), create_graph=True, materialize_grads=True)
+        norm = _norm(g, NORM_ORDER[algorithm])
+        seen = GradInitIteration(loss.item(), norm.item())
+        if seen.gradient_norm > gamma:
+            return seen, [], second_derivative(norm, scales, opaque)
+        length = max(seen.gradient_norm, torch.finfo(norm.dtype).tiny) if normalize else 1.0
+        return seen, [(part.sign() if algorithm == "adam" else part / length).detach() for part in g], None
+
+    def objective(scales: Tensor, *batch: Batch) -> tuple[float, Tensor]:
+        """The loss after the trial step, and its derivative over eta."""
+        loss = loss_of(*batch)
+        (h,) = torch.autograd.grad(loss / eta, scales)
+        return loss.item(), h
+
     halves = _endless(batches)
     history: list[GradInitIteration] = []
     with (
@@ -166,22 +193,12 @@ def gradinit(
             scales = adam.scales.clone().requires_grad_()
             theta = {name: m * w for (name, w), m in zip(weights.items(), scales.unbind(), strict=True)}
             h0, h1 = next(halves), next(halves)
-            loss = loss_of(theta, h0, h1)
-            opaque = _watch(loss)
-            g = torch.autograd.grad(loss, list(theta.values()), create_graph=True, materialize_grads=True)
-            norm = _norm(g, NORM_ORDER[algorithm])
-            seen = GradInitIteration(loss.item(), norm.item())
-            constrained = seen.gradient_norm > gamma
-            if constrained:
-                h = _second_derivative(norm, scales, opaque)
-            else:
-                length = max(seen.gradient_norm, torch.finfo(norm.dtype).tiny) if normalize else 1.0
-                a = [(part.sign() if algorithm == "adam" else part / length).detach() for part in g]
-                del loss, norm, g  # frees the graph of the gradient before the next forward pass
+            seen, a, h = swapped.call(theta, partial(gradient, theta, scales, h0, h1))
+            constrained = h is not None
+            if h is None:
                 updated = {name: t - eta * part for (name, t), part in zip(theta.items(), a, strict=True)}
-                updated_loss = loss_of(updated, h0, next(halves))
-                seen = seen._replace(updated_loss=updated_loss.item())
-                (h,) = torch.autograd.grad(updated_loss / eta, scales)
+                updated_loss, h = swapped.call(updated, partial(objective, scales, h0, next(halves)))
+                seen = seen._replace(updated_loss=updated_loss)
             if not (math.isfinite(seen.gradient_norm) and h.isfinite().all()):
                 raise FloatingPointError(
                     f"gradinit needs finite derivatives: in iteration {len(history)} it found {seen}; "
@@ -190,10 +207,37 @@ def gradinit(
             adam.step(h.clamp(-scale_clip, scale_clip), constrained)
             history.append(seen)
             bar.set_postfix(loss=f"{seen.loss:.3g}", gradient_norm=f"{seen.gradient_norm:.3g}")
+    if history and all(seen.updated_loss is None for seen in history):
+        least = min(seen.gradient_norm for seen in history)
+        warnings.warn(
+            f"gradinit lowered the gradient norm and nothing else: in {iterations} iterations it came down to {least:.4g}, "
+            f"never under gamma={gamma:.4g}; raise gamma, lr={lr:g} or the number of iterations",
+            stacklevel=2,
+        )
     with torch.no_grad():
         for weight, m in zip(weights.values(), adam.scales, strict=True):
             weight.mul_(m)
     return GradInitResult(dict(zip(weights, adam.scales.tolist(), strict=True)), history)
+
+
+class _Swapped(nn.Module):
+    """Runs functions while the model has other parameters.
+
+    ``functional_call`` on the model itself would put the parameters back after the forward pass, and activation
+    checkpoints run the model again in the backward passes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+    def call(self, parameters: Mapping[str, Tensor], function: Callable[[], Any]) -> Any:
+        """The function's result; buffers are copies in the meantime."""
+        values = dict(parameters) | {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        return functional_call(self, {f"model.{name}": value for name, value in values.items()}, (function,))
 
 
 class _ScaleAdam:
@@ -240,12 +284,12 @@ def _batch_statistics(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def _endless(batches: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+def _endless(batches: Iterable[Batch]) -> Iterator[Batch]:
     while True:
         batch = None
         for batch in batches:
-            if not (isinstance(batch, Sequence) and len(batch) == 2):
-                raise TypeError(f"batches must give pairs (input, target): found {type(batch).__name__}")
+            if not (isinstance(batch, Mapping) or (isinstance(batch, Sequence) and len(batch) == 2)):
+                raise TypeError(f"batches must give pairs (input, target), or mappings: found {type(batch).__name__}")
             yield batch
         if batch is None:
             raise ValueError(
@@ -265,17 +309,19 @@ def _join(parts: Sequence[Any], device: torch.device) -> Any:
     raise TypeError(f"gradinit joins half batches of tensors: found {type(parts[0]).__name__}")
 
 
-def _loss(
-    model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor],
-    device: torch.device,
-    parameters: dict[str, Tensor],
-    *halves: tuple[Any, Any],
-) -> Tensor:
-    inputs, target = (_join(parts, device) for parts in zip(*halves, strict=True))
-    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    loss: Tensor = loss_fn(functional_call(model, (parameters, buffers), args, kwargs), target)
+def _loss(model: nn.Module, loss_fn: LossFunction | None, device: torch.device, *halves: Batch) -> Tensor:
+    if isinstance(halves[0], Mapping):
+        inputs = target = _join(halves, device)
+    else:
+        inputs, target = (_join(parts, device) for parts in zip(*halves, strict=True))
+    inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
+    output = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+    if loss_fn is None and not isinstance(getattr(output, "loss", None), Tensor):
+        raise TypeError(
+            f"loss_fn=None takes the loss from the model's output: found {type(output).__name__} without one; "
+            "give the labels in batches that are mappings, or pass loss_fn(output, target)"
+        )
+    loss: Tensor = output.loss if loss_fn is None else loss_fn(output, target)
     if loss.numel() != 1 or not loss.requires_grad:
         raise ValueError(
             "loss_fn must return one number that depends on the parameters: "
@@ -288,50 +334,3 @@ def _norm(tensors: Sequence[Tensor], order: int) -> Tensor:
     parts = [torch.linalg.vector_norm(tensor, order).to(tensors[0].device) for tensor in tensors]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(parts), order)
     return norm
-
-
-def _watch(loss: Tensor) -> set[str]:
-    """Names, once the gradient exists, of the custom functions whose backward autograd cannot follow.
-
-    Differentiating the gradient does not fail there: their share of the derivative is silently missing.
-    """
-    opaque: set[str] = set()
-
-    def hook(name: str, results: Sequence[Tensor | None], _: Sequence[Tensor | None]) -> None:
-        for result in results:
-            node = None if result is None else result.grad_fn
-            # once_differentiable marks what it returns with an Error node; raw kernels return plain tensors.
-            cut = node is None or node.name().endswith("::Error")
-            if result is not None and cut and result.any():
-                opaque.add(name)
-
-    nodes, visited = [loss.grad_fn], set[Node | None]([None])
-    while nodes:
-        if (node := nodes.pop()) is not None and node not in visited:
-            visited.add(node)
-            nodes.extend(following for following, _ in node.next_functions)
-            if isinstance(node, BackwardCFunction):
-                node.register_hook(partial(hook, node.name()))
-    return opaque
-
-
-def _second_derivative(norm: Tensor, scales: Tensor, opaque: set[str]) -> Tensor:
-    """The norm's derivative by the scales, or an error that names the operation in the way."""
-    cause: RuntimeError | None = None
-    if opaque:
-        reason = f"autograd cannot differentiate what these return: {', '.join(sorted(opaque))}"
-    elif not norm.requires_grad:
-        reason = "the gradient does not depend on the parameters: the loss is linear in them"
-    else:
-        try:
-            (h,) = torch.autograd.grad(norm, scales)
-            return h
-        except RuntimeError as error:
-            if not re.search("derivative for .* is not implemented|double backward", str(error)):
-                raise
-            cause, reason = error, str(error)
-    way_out = next(advice for word, advice in WAYS_OUT.items() if word in reason)
-    raise RuntimeError(
-        f"gradinit must differentiate the gradient norm to bring it below gamma, and {reason}. "
-        f"What would work: {way_out}."
-    ) from cause
