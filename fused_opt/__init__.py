@@ -2,8 +2,9 @@
 
 from . import backends
 from ._version import __version__
+from .accumulation import MicroBatch, accumulate
 from .balance import TempBalance
-from .batch_size import CyclicalBatchSampler, CyclicalBatchSize, MicroBatch, accumulate, by_update
+from .batch_size import CyclicalBatchSampler, CyclicalBatchSize, by_update
 from .extras import EMA, PSWA, PSWM, PWALKS, SWM, TrustRatio, WeightNoise
 from .gradinit import GradInitIteration, GradInitResult, gradinit
 from .optimizer import FusedOptimizer

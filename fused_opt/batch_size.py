@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -221,8 +221,12 @@ class CyclicalBatchSampler(Sampler[list[Any]]):
         drop_last: leave out an epoch's last batch if it is short.
 
     Raises:
-        TypeError: `sampler` has no length.
+        TypeError: `sampler` has no length, or gives examples or batches in the place of indices; `schedule` is
+            not a `CyclicalBatchSize`.
         ValueError: `sampler` is empty, or with `drop_last` shorter than the largest batch.
+
+    Warns:
+        UserWarning: a second pass begins and `set_epoch` was never called, once a sampler.
 
     Example:
         >>> sampler = CyclicalBatchSampler(range(8), CyclicalBatchSize(2, levels=2, width=0.5))
@@ -236,14 +240,28 @@ class CyclicalBatchSampler(Sampler[list[Any]]):
     def __init__(
         self, sampler: Sampler[Any] | Sequence[Any], schedule: CyclicalBatchSize, drop_last: bool = False
     ) -> None:
+        if isinstance(sampler, Dataset | DataLoader | BatchSampler):
+            raise TypeError(
+                f"sampler must give indices of examples, found {type(sampler).__name__}: "
+                "pass RandomSampler(dataset), or range(len(dataset)) for the order they are in"
+            )
         if not isinstance(sampler, Sized):
             raise TypeError(f"sampler must have a length, found {type(sampler).__name__}: pass a list")
+        if not isinstance(schedule, CyclicalBatchSize):
+            raise TypeError(f"schedule must be a CyclicalBatchSize, found {schedule!r}: CyclicalBatchSize(32) is one")
         self.sampler = sampler
         self.schedule = schedule
         self.drop_last = drop_last
         self.epoch = 0
+        self._passes: int | None = 0  # begun before the first set_epoch; None once it was called, or missed
         self._rewind()
         len(self)  # raises what the schedule finds wrong with the length
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.schedule!r}: epoch {self.epoch}, {self._handed_out} of {len(self.sampler)} "
+            f"examples given, batches of {self.schedule.at(self.epoch + self._handed_out / len(self.sampler))} next)"
+        )
 
     def _rewind(self) -> None:
         self._order: list[Any] | None = None
@@ -263,6 +281,16 @@ class CyclicalBatchSampler(Sampler[list[Any]]):
     def __iter__(self) -> Iterator[list[Any]]:
         # A generator, so that all of this happens at the first batch: a DataLoader with workers calls iter()
         # twice for one pass, and the first call must not use up the position to resume from.
+        if self._passes is not None:
+            self._passes += 1
+            if self._passes == 2:
+                self._passes = None
+                warnings.warn(
+                    f"a second pass begins and set_epoch was never called: it has the batch sizes of epoch {self.epoch} "
+                    f"again, and the order, if {type(self.sampler).__name__} draws it by epoch; "
+                    "call set_epoch(epoch) before each",
+                    stacklevel=2,
+                )
         if not self._resuming:
             self._rewind()
         self._resuming = False
@@ -273,6 +301,7 @@ class CyclicalBatchSampler(Sampler[list[Any]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Begin an epoch; one that is being resumed keeps its position."""
+        self._passes = None
         if epoch != self.epoch:
             self._rewind()
         self.epoch = epoch
@@ -319,79 +348,3 @@ class CyclicalBatchSampler(Sampler[list[Any]]):
             )
         self.set_epoch(epoch)
         self._order, self._start, self._handed_out, self._resuming = order, examples, examples, True
-
-
-class MicroBatch(NamedTuple):
-    """A part of a step: `weight` is its mean loss's factor, `step` says that the optimizer's step follows."""
-
-    batch: Any
-    weight: float
-    step: bool
-
-
-def leading_size(batch: Any) -> int:
-    """Length of the first dimension of the first tensor in `batch`, through sequences and mappings."""
-    if isinstance(batch, Tensor) and batch.ndim:
-        return batch.shape[0]
-    if isinstance(batch, Mapping | list | tuple) and batch:
-        return leading_size(next(iter(batch.values() if isinstance(batch, Mapping) else batch)))
-    raise TypeError(f"cannot tell the number of examples in a {type(batch).__name__}: pass count=")
-
-
-def accumulate(
-    batches: Iterable[Any],
-    schedule: CyclicalBatchSize,
-    epoch: float = 0,
-    *,
-    length: int | None = None,
-    count: Callable[[Any], int] = leading_size,
-) -> Iterator[MicroBatch]:
-    """Micro-batches, with the weight of each and whether a step follows it: larger batches by accumulation.
-
-    The other form of cyclical batch sizes (arXiv 1812.01216). A step takes micro-batches until they hold the
-    examples due at its beginning, or there are no more. Their weights are `count(batch)` over its sum, so the
-    gradient is the mean over examples, not micro-batches, however short the last one. Since the weights need
-    that sum, the micro-batches of a step are read before the first is given.
-
-    Args:
-        batches: the micro-batches of an epoch, usually a `DataLoader`.
-        schedule: the number of examples in a step.
-        epoch: position of the first micro-batch, in epochs.
-        length: micro-batches in a whole epoch; None for `len(batches)`.
-        count: what a micro-batch's loss is a mean over: its examples, or tokens that are not padding.
-
-    Raises:
-        TypeError: `batches` has no length and none is given, or `count` cannot tell.
-
-    Example:
-        >>> import torch
-        >>> model = torch.nn.Linear(3, 1)
-        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> for batch, weight, step in accumulate(torch.ones(11, 3).split(4), CyclicalBatchSize(6)):
-        ...     (weight * model(batch).square().mean()).backward()
-        ...     if step:
-        ...         optimizer.step()
-        ...         optimizer.zero_grad()
-        ...     print(len(batch), weight, step)
-        4 0.5 False
-        4 0.5 True
-        3 1.0 True
-    """
-    if length is None:
-        if not isinstance(batches, Sized):
-            raise TypeError(f"a {type(batches).__name__} has no length: pass length=, that of an epoch")
-        length = len(batches)
-    stream, read = iter(batches), 0
-    while True:
-        due, examples = schedule.at(epoch + read / length), 0
-        parts: list[tuple[Any, int]] = []
-        for batch in stream:
-            parts.append((batch, int(count(batch))))
-            examples += parts[-1][1]
-            if examples >= due:
-                break
-        if not parts:
-            return
-        read += len(parts)
-        for number, (batch, size) in enumerate(parts, 1):
-            yield MicroBatch(batch, size / max(1, examples), number == len(parts))

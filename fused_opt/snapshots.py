@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import Tensor, nn
 
-from fused_opt.batch_size import CyclicalBatchSize
+from .batch_size import CyclicalBatchSize
 
 probabilities = partial(torch.softmax, dim=-1)
 
@@ -21,13 +24,15 @@ class Snapshots:
     """Hook that saves the model whenever a largest batch, the time of least noise, comes to its end.
 
     *Snapshot Ensembles* (arXiv 1704.00109) with the cycle of the batch size (arXiv 1812.01216) in the place
-    of the learning rate's. With the sawtooth and cosine shapes that is each cycle's end.
+    of the learning rate's. With the sawtooth and cosine shapes that is each cycle's end. A file is written under
+    another name and renamed when it is whole, so that a run that is killed leaves none cut short.
 
     Args:
         model: the model to save.
         schedule: the batch sizes.
         directory: where `snapshot-1.pt`, `snapshot-2.pt` and so on are written; made when the first is.
-        epoch: epochs completed before the first call, in a resumed run: its snapshots stay in `paths`.
+        epoch: epochs completed before the first call, in a resumed run: its snapshots stay in `paths`, but for
+            files that are not whole, of which a warning tells.
 
     Example:
         >>> import tempfile
@@ -49,7 +54,10 @@ class Snapshots:
         self.schedule = schedule
         self.directory = Path(directory)
         self._cycles = schedule.cycles(epoch)
-        self.paths = [path for n in range(1, self._cycles + 1) if (path := self._path(n)).exists()]
+        found = [path for n in range(1, self._cycles + 1) if (path := self._path(n)).exists()]
+        self.paths = [path for path in found if _is_whole(path)]
+        if cut := [str(path) for path in found if path not in self.paths]:
+            warnings.warn(f"snapshots that cannot be read, cut short or overwritten, are left out: {cut}", stacklevel=2)
 
     def _path(self, number: int) -> Path:
         return self.directory / f"snapshot-{number}.pt"
@@ -60,10 +68,21 @@ class Snapshots:
         if cycles <= self._cycles:
             return None
         self.directory.mkdir(parents=True, exist_ok=True)
-        torch.save(self.model.state_dict(), self._path(cycles))
+        aside = self._path(cycles).with_suffix(".tmp")
+        torch.save(self.model.state_dict(), aside)
+        os.replace(aside, self._path(cycles))
         self._cycles = cycles
         self.paths.append(self._path(cycles))
         return self.paths[-1]
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the archive's directory, which is written last, is there."""
+    try:
+        ZipFile(path).close()
+    except BadZipFile:
+        return False
+    return True
 
 
 @torch.no_grad()

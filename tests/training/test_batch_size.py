@@ -7,7 +7,8 @@ import torch
 from support import ROOT
 from torch.utils.data import DataLoader, TensorDataset
 
-from fused_opt.batch_size import CyclicalBatchSampler, CyclicalBatchSize, accumulate, by_update, leading_size
+from fused_opt.accumulation import accumulate, leading_size
+from fused_opt.batch_size import CyclicalBatchSampler, CyclicalBatchSize, by_update
 
 # The schedule
 
@@ -168,7 +169,7 @@ def test_accumulation_over_unequal_parts_and_a_count_of_ones_own():
     assert [part.step for part in parts] == [False, True, False, True, False, True]
     assert [part.weight for part in parts] == [5 / 6, 1 / 6, 2 / 11, 9 / 11, 3 / 4, 1 / 4]
     tokens = [{"mask": torch.tensor(mask)} for mask in ([1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1])]
-    counted = accumulate(tokens, CyclicalBatchSize(4, levels=1), count=lambda batch: batch["mask"].sum())
+    counted = accumulate(tokens, CyclicalBatchSize(8, levels=1), count=lambda batch: batch["mask"].sum())
     assert [(part.weight, part.step) for part in counted] == [(0.75, False), (0.25, True), (1.0, True)]
 
 
@@ -199,7 +200,7 @@ def test_leading_size():
     assert leading_size({"a": [torch.zeros(3, 2)]}) == 3
     assert leading_size((torch.zeros(4), torch.zeros(5))) == 4
     for unknown in ("text", [], torch.zeros(()), [1, 2]):
-        with pytest.raises(TypeError, match="pass count="):
+        with pytest.raises(TypeError, match="pass examples="):
             leading_size(unknown)
 
 
