@@ -162,7 +162,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=4, help="two or more, since a cycle takes two")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder of the pictures")
+    parser.add_argument("--threads", type=int, default=1, help="the networks are so small that a second does not pay")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     seeds, epochs, limit, width = range(options.seeds), options.epochs, 300_000, 128
     if options.quick:
         seeds, epochs, limit, width = range(1), 2, 32_001, 16

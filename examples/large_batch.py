@@ -236,7 +236,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
         "--quick", action="store_true", help="two learning rates, one seed to tune and two to train, 4 steps"
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="where the picture goes")
+    parser.add_argument("--threads", type=int, default=1, help="the networks are so small that a second does not pay")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
     grid, tuning, seeds, steps = (GRID, TUNING_SEEDS, SEEDS, options.steps)
     if options.quick:
         grid, tuning, seeds, steps = GRID[1:3], TUNING_SEEDS[:1], SEEDS[:2], 4

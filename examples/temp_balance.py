@@ -97,7 +97,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
+    parser.add_argument("--threads", type=int, default=1, help="the networks are so small that a second does not pay")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     seeds, epochs = (2, 1) if options.quick else (options.seeds, options.epochs)
     accuracies: dict[bool, list[float]] = {False: [], True: []}
     for seed in tqdm(range(seeds), desc="seeds"):

@@ -81,7 +81,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, 40 updates")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="the networks are so small that a second does not pay")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     steps, seeds = (40, 1) if options.quick else (options.steps, options.seeds)
     print(f"loss on held out text after {', '.join(str(steps // 4 * i) for i in (1, 2, 3, 4))} updates")
     for ours in (False, True):
