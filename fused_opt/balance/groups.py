@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 SCALED = ("lr", "weight_decay")
 
@@ -67,7 +68,8 @@ class SplitGroups:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._multipliers: dict[str, dict[Tensor, float]] = {key: {} for key in SCALED}
+        # weak: a parameter that was replaced goes, and its multiplier with it
+        self._multipliers = {key: WeakTensorKeyDictionary() for key in SCALED}
         self._whole: list[dict[str, Any]] = []
         self._parts: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
         optimizer.register_step_pre_hook(lambda opt, args, kwargs: self._split(opt))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,11 +26,16 @@ SAMPLES = 1024
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight and the parameters that share its multiplier: its bias, and the norms that follow it."""
+    """A weight and the modules whose parameters share its multiplier: those it is in, and the norms that follow."""
 
     name: str
     module: nn.Module
-    parameters: tuple[nn.Parameter, ...]
+    modules: tuple[nn.Module, ...]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that the modules have now."""
+        return list(dict.fromkeys(p for module in self.modules for p in module.parameters()))
 
     def weight(self) -> Tensor:
         """The weight the module computes with; a parametrization is applied, and left as it was."""
@@ -51,7 +57,7 @@ class Layer:
         """The tensors that the weight is computed from."""
         parts = _parametrization(self.module)
         if not parts:
-            return [_weight(self.module)]
+            return [self.module.weight]  # type: ignore[list-item]  # a layer has one
         return [*parts[0].parameters(), *parts[0].buffers()]
 
     def sharded(self) -> bool:
@@ -75,24 +81,50 @@ def find_layers(
 
     A tied weight is one layer under the first of its names, and first or last wherever one of its modules is.
     """
-    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, include)]
+    kinds = _kinds(include)
+    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
     modules = [(name, module) for name, module in modules if _is_matrix(module)]
     if not modules:
         return [], None, None
     identity = {name: tuple(map(id, Layer(name, module, ()).sources())) for name, module in modules}
     owner = {sources: name for name, sources in reversed(identity.items())}
     following = _norms_following(model, dict(modules), norms)
-    taken: set[int] = set()
     layers = []
     for name, module in modules:
         if owner[identity[name]] != name:
             continue
         tied = [other for alias, other in modules if owner[identity[alias]] == name]
-        parts = [*tied, *following.get(name, [])]
-        mine = [p for part in parts for p in part.parameters() if id(p) not in taken]
-        taken.update(map(id, mine))
-        layers.append(Layer(name, module, tuple(dict.fromkeys(mine))))
+        layers.append(Layer(name, module, (*tied, *following.get(name, []))))
     return layers, owner[identity[modules[0][0]]], owner[identity[modules[-1][0]]]
+
+
+def left_out(model: nn.Module, include: tuple[type[nn.Module], ...], reasons: Mapping[str, str]) -> str:
+    """Why modules with a matrix are not balanced, by kind of module and reason; ``reasons`` are those of layers."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for name, module in model.named_modules():
+        computed = isinstance(module, _kinds(include)) and computed_from(module)
+        matrices = [p for p in module.parameters(recurse=False) if p.ndim >= 2]
+        if computed:
+            reason = (
+                f"the weight is made of {', '.join(computed)} before each forward pass; "
+                "torch.nn.utils.parametrizations has forms that can be read"
+            )
+        elif name in reasons or matrices:
+            alias = isinstance(module, _kinds(include))
+            reason = reasons.get(name, "its weight is another layer's" if alias else "its type is not among include=")
+        else:
+            continue
+        kinds.setdefault((type(module).__name__, reason), []).append(name)
+    return "; ".join(
+        f"{len(names)} {kind} ({names[0]!r}{', ...' if names[1:] else ''}): {reason}"
+        for (kind, reason), names in kinds.items()
+    )
+
+
+def computed_from(module: nn.Module) -> list[str]:
+    """The parameters from which a hook makes the module's weight, as the old ``weight_norm`` and pruning do."""
+    own = [name for name, _ in module.named_parameters(recurse=False) if name.startswith("weight_")]
+    return own if "weight" not in dict(module.named_parameters(recurse=False)) and not _parametrization(module) else []
 
 
 def _norms_following(model: nn.Module, layers: dict[str, nn.Module], norms: Norms) -> dict[str, list[nn.Module]]:
@@ -132,7 +164,19 @@ def _parametrization(module: nn.Module) -> list[nn.Module]:
 
 
 def _weight(module: Any) -> Tensor:
-    return module.weight
+    """As (out, in, ...), where transformers' Conv1D has (in, out)."""
+    weight: Tensor = module.weight
+    return weight.mT if isinstance(module, _conv1d()) else weight
+
+
+def _kinds(include: tuple[type[nn.Module], ...]) -> tuple[type[nn.Module], ...]:
+    """What is included, and transformers' Conv1D, a Linear by another name, wherever Linear is."""
+    return (*include, *_conv1d()) if nn.Linear in include else include
+
+
+def _conv1d() -> tuple[type[nn.Module], ...]:
+    module = sys.modules.get("transformers.pytorch_utils")  # who has a layer of it has imported it
+    return () if module is None else (module.Conv1D,)
 
 
 def _whole(tensor: Any) -> Tensor:

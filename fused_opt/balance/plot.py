@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .hill import hill
+from .layers import Layer
 from .spectrum import spectrum
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .temp_balance import TempBalance
 
-
-def plot(balance: TempBalance, layers: Sequence[str] | None = None) -> Figure:
+def plot(
+    layers: Mapping[str, Layer],
+    history: Sequence[tuple[int, dict[str, float]]],
+    estimator: Mapping[str, Any],
+    names: Sequence[str] | None = None,
+) -> Figure:
     """Draw the exponents of all layers over time, and spectra of some with their fitted tails on logarithmic
     axes.
 
@@ -24,8 +28,10 @@ def plot(balance: TempBalance, layers: Sequence[str] | None = None) -> Figure:
     straight line of slope 1 - alpha.
 
     Args:
-        balance: a TempBalance that has been stepped.
-        layers: module names of the spectra; by default those of the least, the middle and the largest
+        layers: by module name.
+        history: exponents by module name, after each recomputation, with the number of the call.
+        estimator: ``fit``, ``tail`` and ``windows`` of the exponents.
+        names: module names of the spectra; by default those of the least, the middle and the largest
             exponent.
 
     Returns:
@@ -39,25 +45,26 @@ def plot(balance: TempBalance, layers: Sequence[str] | None = None) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plot() needs matplotlib: pip install matplotlib") from error
-    if not balance.alphas:
+    newest = history[-1][1] if history else {}
+    if not newest:
         raise ValueError("there are no exponents to draw yet: call step() first")
-    if layers is None:
-        ranked = sorted(balance.alphas, key=balance.alphas.__getitem__)
-        layers = list(dict.fromkeys([ranked[0], ranked[len(ranked) // 2], ranked[-1]]))
-    if unknown := [name for name in layers if name not in balance.layers]:
-        raise ValueError(f"no layers {unknown}; choose from {list(balance.alphas)}")
+    if names is None:
+        ranked = sorted(newest, key=newest.__getitem__)
+        names = list(dict.fromkeys([ranked[0], ranked[len(ranked) // 2], ranked[-1]]))
+    if unknown := [name for name in names if name not in layers]:
+        raise ValueError(f"no layers {unknown}; choose from {list(newest)}")
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     over_time, tails = figure.subplots(1, 2)
-    calls = [number for number, _ in balance.history]
-    for name in balance.alphas:
-        values = [alphas.get(name, float("nan")) for _, alphas in balance.history]
+    calls = [number for number, _ in history]
+    for name in newest:
+        values = [alphas.get(name, float("nan")) for _, alphas in history]
         over_time.plot(calls, values, marker=".", linewidth=1, label=name)
     over_time.set(xlabel="call of step()", ylabel="alpha")
     over_time.legend(fontsize=6, ncols=2)
-    for name in layers:
+    for name in names:
         with torch.no_grad():
-            lam = spectrum(balance.layers[name].weight(), balance.estimator["windows"])[0].cpu()
-        alpha, start = (x.item() for x in hill(lam, balance.estimator["fit"], balance.estimator["tail"]))
+            lam = spectrum(layers[name].weight(), estimator["windows"])[0].cpu()
+        alpha, start = (x.item() for x in hill(lam, estimator["fit"], estimator["tail"]))
         above = 1 - torch.arange(len(lam)) / len(lam)
         (line,) = tails.plot(lam, above, ".", markersize=3, label=f"{name}: alpha {alpha:.2f}")
         tail = lam[int(start) :]

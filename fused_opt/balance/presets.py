@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec
 
 from torch import nn
 
@@ -30,3 +32,24 @@ PRESETS: dict[str, dict[str, Any]] = {
         "active": 0.2,
     },
 }
+
+
+P = ParamSpec("P")
+
+
+def takes_preset(init: Callable[P, None]) -> Callable[P, None]:
+    """Add to the settings that a call names those of its ``preset=``, which the former take precedence over.
+
+    Raises:
+        ValueError: for a name that is not in ``PRESETS``.
+    """
+
+    @functools.wraps(init)
+    def with_preset(*args: P.args, **kwargs: P.kwargs) -> None:
+        name = kwargs.get("preset")
+        if name is not None and name not in PRESETS:
+            raise ValueError(f"preset={name!r} is not known; choose from {', '.join(PRESETS)}")
+        kwargs.update({**({} if name is None else PRESETS[str(name)]), **kwargs})
+        init(*args, **kwargs)
+
+    return with_preset

@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .assignment import Assignment, assign, check_assignment
 from .groups import SCALED, layer_table
 from .hill import Fit, Tail, check_fit
-from .layers import LAYERS, NORMS, Norms, find_layers
+from .layers import LAYERS, NORMS, Layer, Norms, find_layers, left_out
 from .plot import plot
+from .presets import takes_preset
 from .spectrum import Windows, matrices
-from .sweep import Sweep
+from .sweep import Sweep, Task
 from .team import is_partial, reshard, team_of
 
 if TYPE_CHECKING:
@@ -41,17 +43,20 @@ class TempBalance:
     scheduler sets; momentum is not touched. Optimizers of fused_opt hold them in their layer table. Any other
     torch optimizer has its groups split for the duration of each step (see
     :class:`~fused_opt.balance.groups.SplitGroups`), so that schedulers and checkpoints never see it. The
-    settings that were published are in ``PRESETS``: ``TempBalance(model, optimizer, **PRESETS["farms"])``.
+    settings that were published are presets: ``TempBalance(model, optimizer, preset="farms")``.
 
     Balanced are the modules in ``include`` whose weight the optimizer trains, without the first and the last
-    in module order and those with few eigenvalues. A layer's bias and the norm behind it share its
-    multiplier; a tied weight is one layer. A layer whose exponent is not a number above 1, or comes from a
-    tail that is flat but for rounding (alpha above 1e4), keeps multiplier 1, with one warning (our
-    definition): it is zero, of low rank, orthogonal, or carries a NaN.
+    in module order and those with few eigenvalues; where fewer than two are left, a warning says why. Layers
+    and parameters are looked for again at each recomputation, and where the optimizer trains others than at
+    the last call. A layer's bias and the norm behind it share its multiplier; a tied weight is one layer. A
+    layer whose exponent is not a number above 1, or comes from a tail that is flat but for rounding (alpha
+    above 1e4), keeps multiplier 1, with one warning (our definition): it is zero, of low rank, orthogonal, or
+    carries a NaN.
 
     Args:
         model: the model whose layers are balanced.
         optimizer: what trains it.
+        preset: a name in ``PRESETS``, for settings that are not given.
         fit: threshold of the tail: ``"median"``, ``"ks"`` or ``"peak"``; see
             :func:`~fused_opt.balance.hill.hill`.
         tail: ``"code"`` as in the published runs, or ``"paper"``; they differ by one eigenvalue.
@@ -67,7 +72,7 @@ class TempBalance:
         norms: ``"batch"``: a BatchNorm follows its convolution (by name, ``bn1`` and ``conv1``, or the one
             before it); ``"all"``: every norm follows the layer before it; ``"none"``.
         include: module types that are layers; each has a ``weight`` (out, in, ...). Add ``nn.Embedding`` for
-            embeddings.
+            embeddings. ``nn.Linear`` stands for transformers' ``Conv1D``, too.
         blocks: a regular expression; layers whose names match it at the start with the same text share their
             mean exponent (Model Balancing). The assignment still counts layers, not blocks (our definition).
         windows: height, width and positions along each dimension of the windows that weights are cut into
@@ -99,11 +104,13 @@ class TempBalance:
         {'0.weight': 1.0, '1.weight': 1.5, '2.weight': 0.5, '3.weight': 1.288, '4.weight': 1.0}
     """
 
+    @takes_preset
     def __init__(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
+        preset: str | None = None,
         fit: Fit = "median",
         tail: Tail = "code",
         assignment: Assignment = "linear",
@@ -162,27 +169,23 @@ class TempBalance:
         self._until = math.inf if active == 1 or total_steps is None else active * total_steps
 
         reshard(model)
-        layers, first, last = find_layers(model, include, norms)
-        ends = {name for name, skip in ((first, skip_first), (last, skip_last)) if skip}
-        self.layers = {layer.name: layer for layer in layers}
-        self._fixed = {name: skipped for name in self.layers if name in ends}
-        inner = [layer for layer in layers if layer.name not in ends]
-        shapes = {layer.name: matrices(torch.empty(layer.shape(), device="meta"), windows).shape for layer in inner}
-        self._costs = {name: _cost(shape) for name, shape in shapes.items() if _count(shape) >= min_eigenvalues}
-
+        self._choice: tuple[tuple[type[nn.Module], ...], Norms] = (include, norms)
+        self._skips, self._skipped, self._least = (skip_first, skip_last), skipped, min_eigenvalues
+        tasks = self._find()
         self.alphas: dict[str, float] = {}
         """Module name to exponent, as last computed."""
         self.history: list[tuple[int, dict[str, float]]] = []
         """What ``alphas`` was after each recomputation, with the number of the call."""
-        teams = {name: team_of(self.layers[name], model) for name in self._costs}
-        self._sweep = Sweep(self.layers, teams, self._costs, self.estimator, budget, background)
+        self._sweep = Sweep(tasks, self.estimator, budget, background)
         self._calls = 0
         self._due = False
         self._since = 0
         self._start: dict[str, float] = {}
         self._goal: dict[str, float] = {}
-        self._written: dict[Tensor, float] = {}
+        self._written = WeakTensorKeyDictionary()
         self._warned: set[str] = set()
+        self._told = False  # that there is nothing to balance
+        self._before: set[int] = set()  # what the optimizer trained at the last call
         self._table = layer_table(optimizer)  # last: it may register hooks, which a failure above must not leave
 
     @torch.no_grad()
@@ -199,18 +202,24 @@ class TempBalance:
         if force:
             self._sweep.forget()
         self._due |= force or (self._calls % self.every == 0 and self._calls < self._until)
-        if self._due or self._sweep.busy:
+        trained = self._trained()
+        changed, self._before = trained != self._before, trained
+        if changed or self._due or self._sweep.busy:
             reshard(self.model)
+        if changed or (self._due and not self._sweep.busy):
+            self._sweep.tasks = self._find()
         if self._due and not self._sweep.busy:
             self._due = False
-            trained = self._trained()
-            sources = {name: map(id, self.layers[name].sources()) for name in self._costs}
-            self._sweep.begin([name for name, ids in sources.items() if not trained.isdisjoint(ids)])
+            names = [name for name, task in self._sweep.tasks.items() if _is_trained(task.layer, trained)]
+            self._sweep.begin(names)
+            if len(names) < 2 and not self._told:
+                self._told = True
+                warnings.warn(self._why(trained), stacklevel=3)
         found = self._sweep.advance()
         if found is not None:
             self._settle(found)
         self._calls += 1
-        if self._calls - self._since <= max(1, self.ramp):
+        if changed or self._calls - self._since <= max(1, self.ramp):
             self._write()
 
     @property
@@ -240,7 +249,18 @@ class TempBalance:
 
     def plot(self, layers: Sequence[str] | None = None) -> Figure:
         """Exponents over time and spectra with their tails; see :func:`~fused_opt.balance.plot.plot`."""
-        return plot(self, layers)
+        return plot(self.layers, self.history, self.estimator, layers)
+
+    def __repr__(self) -> str:
+        def span(values: Collection[float]) -> str:
+            return f"{min(values):.3g} .. {max(values):.3g}" if values else "none yet"
+
+        balanced = {name: value for name, value in self._layer_multipliers().items() if name in self.alphas}
+        return (
+            f"{type(self).__name__}({len(self._sweep.tasks)} of {len(self.layers)} layers, {self._calls} calls, "
+            f"{len(self.history)} recomputations{' and one begun' if self._sweep.busy else ''}: "
+            f"alpha {span(self.alphas.values())}, {self.target} times {span(balanced.values())})"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, as plain types; waits for a computation in the background."""
@@ -275,11 +295,39 @@ class TempBalance:
         self._write()
 
     def _trained(self) -> set[int]:
-        return {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        return {id(p) for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad}
+
+    def _find(self) -> dict[str, Task]:
+        """Look for the layers, and return what is to be computed of them."""
+        layers, *ends = find_layers(self.model, *self._choice)
+        self.layers = {layer.name: layer for layer in layers}
+        skipped = {name for name, skip in zip(ends, self._skips, strict=True) if skip}
+        self._fixed = {name: self._skipped for name in self.layers if name in skipped}
+        tasks = {}
+        for layer in layers:
+            shape = matrices(torch.empty(layer.shape(), device="meta"), self.estimator["windows"]).shape
+            if layer.name not in skipped and _count(shape) >= self._least:
+                tasks[layer.name] = Task(layer, _cost(shape), team_of(layer, self.model))
+        return tasks
+
+    def _why(self, trained: set[int]) -> str:
+        """Why there are fewer than two layers to balance."""
+        reasons = {}
+        for name, layer in self.layers.items():
+            if name in self._fixed:
+                reasons[name] = "the first or the last in module order (skip_first=, skip_last=)"
+            elif name not in self._sweep.tasks:
+                reasons[name] = f"fewer than {self._least} eigenvalues (min_eigenvalues=)"
+            elif not _is_trained(layer, trained):
+                reasons[name] = f"not trained by this {type(self.optimizer).__name__}"
+            else:
+                reasons[name] = "the only one, whose multiplier is 1"
+        found = left_out(self.model, self._choice[0], reasons) or "no module has a matrix for a weight"
+        return f"TempBalance compares layers and has fewer than two: {found}"
 
     def _settle(self, alphas: dict[str, float]) -> None:
         """Turn the exponents of a finished recomputation into multipliers to move to."""
-        self.alphas = {name: alphas[name] for name in self._costs if name in alphas}
+        self.alphas = {name: alphas[name] for name in self._sweep.tasks if name in alphas}
         self.history.append((self._calls, dict(self.alphas)))
         sound = {name: alpha for name, alpha in self.alphas.items() if 1 < alpha < FLAT}
         self._warn({name: alpha for name, alpha in self.alphas.items() if name not in sound})
@@ -305,12 +353,18 @@ class TempBalance:
 
     def _write(self) -> None:
         trained = self._trained()
-        wanted = dict.fromkeys(self._written, 1.0)
+        wanted: dict[Tensor, float] = {}
         for name, value in self._layer_multipliers().items():
-            wanted |= {p: value for p in self.layers[name].parameters if id(p) in trained}
-        if wanted != self._written:
+            for p in self.layers[name].parameters if name in self.layers else ():
+                wanted.setdefault(p, value)
+        wanted = {p: value for p, value in (dict.fromkeys(self._written, 1.0) | wanted).items() if id(p) in trained}
+        if wanted != {p: self._written.get(p) for p in wanted}:
             self._table.scale_layers(**{self.target: wanted}, source="temp_balance")
-            self._written = wanted
+            self._written.update(wanted)
+
+
+def _is_trained(layer: Layer, trained: set[int]) -> bool:
+    return not trained.isdisjoint(map(id, layer.sources()))
 
 
 def _mean(alphas: dict[str, float], names: list[str]) -> float:

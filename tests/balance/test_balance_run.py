@@ -72,7 +72,7 @@ def test_the_background_gives_the_same_at_a_later_step():
     for _ in range(2000):
         if balance.alphas:
             break
-        balance._sweep._job[1].result()
+        balance._sweep._job.future.result()
         balance.step()
     assert balance.alphas == expected.alphas
     assert balance.multipliers == expected.multipliers
