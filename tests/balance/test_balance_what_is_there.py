@@ -79,6 +79,11 @@ def test_a_replaced_module_is_a_layer_and_one_that_is_gone_is_none():
         balance.step()
     assert list(balance.alphas) == ["1", "2", "3", "4"]
     assert balance.alphas["2"] == multiplied(model).alphas["2"]
+    del model[3]  # it has a multiplier
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    for _ in range(4):
+        balance.step()
+    assert list(balance.alphas) == ["1", "2", "3"]
 
 
 def test_frozen_weights_are_not_balanced_until_they_train():
