@@ -254,6 +254,7 @@ class FusedOptimizer(Checkpoints):
                 plan.unbind()
             raise
 
+    @torch.inference_mode(False)  # states made within it could not be written outside of it
     @torch.no_grad()
     def _planned(self, step: HostStep | DeviceStep) -> bool:
         """Make the plan where none fits; False: the step was only to create states."""
@@ -296,8 +297,6 @@ class FusedOptimizer(Checkpoints):
         step.check_finite()
         for group in self.param_groups:
             group["skipped_steps"] += 1
-        if self._parts is not None:
-            self._parts.reset()
 
     def _gradients_are_zero(self) -> bool:
         found = [p.grad.any() for group in self.param_groups for p in group["params"] if p.grad is not None]

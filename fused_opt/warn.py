@@ -24,4 +24,4 @@ def warn_once(message: str) -> None:
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, FusedOptWarning, stacklevel=level - 1)
+    warnings.warn(message, FusedOptWarning, stacklevel=level)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..checks import check_betas, check_decay, check_lr
+from ..checks import check_betas, check_decay, check_lr, check_switches
 from ..optimizer import Extras, FusedOptimizer, ParamsT
 from ..rule import Rule
 
@@ -43,6 +43,7 @@ class Lion(FusedOptimizer):
         betas: decay rates of the interpolation and of the average, both floats or both 1-element Tensors, each in [0, 1).
         weight_decay: decoupled decay, at least 0.
         maximize: ascend instead.
+        foreach, differentiable, fused: as :class:`fused_opt.SGD`.
         **extras: see :class:`fused_opt.FusedOptimizer`.
 
     Raises:
@@ -66,11 +67,21 @@ class Lion(FusedOptimizer):
         weight_decay: float | Tensor = 0,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
         **extras: Unpack[Extras],
     ) -> None:
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}, **extras
-        )
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, **extras)
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
         return LION_RULE
@@ -82,3 +93,4 @@ class Lion(FusedOptimizer):
         check_lr(options)
         check_betas(options)
         check_decay(options)
+        check_switches(options)

@@ -49,7 +49,7 @@ def update(architecture, rule, dtypes, average=None, noisy=False, norms=False):
     arguments = {**TABLES, "leaving": "*fp64", "gradients": "*fp64", "ratios": "*fp64", "count": "i32"}
     return compiled(
         kernel.update, architecture, arguments, RULE=function, DTYPES=dtypes, AVERAGE_DTYPE=average,
-        T=F64 if dtypes[0] == F64 else F32, COEFFICIENTS=len(function.arg_names) - len(dtypes), NOISY=noisy,
+        T=F64 if dtypes[0] == F64 else F32, COEFFICIENTS=len(function.arg_names) - len(dtypes) + 1, NOISY=noisy,
         NORMS=norms,
     )  # fmt: skip
 

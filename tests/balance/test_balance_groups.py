@@ -185,7 +185,7 @@ def test_one_table_an_optimizer_and_none_outlives_it():
 
 def test_an_optimizer_with_a_layer_table_is_its_own():
     class Fused(torch.optim.SGD):
-        def scale_layers(self, *, lr=None, weight_decay=None): ...
+        def scale_layers(self, *, lr=None, weight_decay=None, source="user"): ...
 
     optimizer = Fused(parameters(), lr=0.1)
     assert layer_table(optimizer) is optimizer

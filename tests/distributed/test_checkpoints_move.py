@@ -108,7 +108,7 @@ def test_every_feature_goes_on_where_it_was(same, form, backend, tmp_path):
     train(model, optimizer, 0, 5)
     found = dsd.get_optimizer_state_dict(model, optimizer, options=checkpoint_ranks.options_of(form))
     other_model = copy.deepcopy(model)
-    settings = FEATURES if same else {"averaging": fused_opt.EMA(0.5)}  # which makes the slot that dcp.load fills
+    settings = FEATURES if same else {"averaging": FEATURES["averaging"]}  # which makes the slot that dcp.load fills
     other = fused_opt.SGD(other_model.parameters(), lr=1.0, momentum=0.5, backend=backend, **settings)
     moved(found, other_model, other, form, tmp_path)
     for each, of in ((model, optimizer), (other_model, other)):

@@ -59,7 +59,7 @@ class Fused(torch.optim.SGD):
         self.table = {"lr": {}, "weight_decay": {}}
         self.calls = 0
 
-    def scale_layers(self, *, lr=None, weight_decay=None):
+    def scale_layers(self, *, lr=None, weight_decay=None, source="user"):
         self.calls += 1
         self.table["lr"].update(lr or {})
         self.table["weight_decay"].update(weight_decay or {})

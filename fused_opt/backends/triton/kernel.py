@@ -144,20 +144,12 @@ def _decays(row, decay_scale, T: tl.constexpr):
 
 
 @triton.jit
-def _operands(addresses, start, end, DTYPES: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
-    """Blocks of p, g and the states."""
-    operands = ()
-    for k in tl.static_range(len(DTYPES)):
-        operands = operands + (_load(addresses[k], start, end, DTYPES[k], T, BLOCK),)
-    return operands
-
-
-@triton.jit
-def _directed(operands, coefficients, grad_scale, decays, RULE: tl.constexpr):
-    """The direction, which is the rule's update between the two decays, and the new states."""
-    p = operands[0]
-    results = RULE(grad_scale * operands[1] + decays[0] * p, *operands[2:], *coefficients)
-    return (results[0] + decays[1] * p,) + results[1:]
+def _states(addresses, start, end, DTYPES: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
+    """Blocks of a rule's states."""
+    states = ()
+    for k in tl.static_range(2, len(DTYPES)):
+        states = states + (_load(addresses[k], start, end, DTYPES[k], T, BLOCK),)
+    return states
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -221,7 +213,8 @@ def update(
             tl.store(ratios + t, ratio)
 
         lr = (tl.load(row) * tl.load(layers + LR_SCALE * count + t) * ratio).to(T)
-        coefficients, decays = _coefficients(row, COEFFICIENTS, T), _decays(row, decay_scale, T)
+        coefficients = _coefficients(row, COEFFICIENTS, T)
+        coupled, decoupled = _decays(row, decay_scale, T)
         # The seed and the step lie among the floats as integers.
         seed_and_t = words + ROWS * count + row_index * WIDTH + NOISE + 2
         seed, noise_t, index = tl.load(seed_and_t), tl.load(seed_and_t + 1), tl.load(tensors + INDEX * count + t)
@@ -239,11 +232,12 @@ def update(
             stop = full if BLOCK == FULL else end
             squares = tl.zeros([BLOCK // 4], tl.float64)
             for start in range(begin, stop, BLOCK):
-                operands = _operands(addresses, start, end, DTYPES, T, BLOCK)
-                results = _directed(operands, coefficients, grad_scale.to(T), decays, RULE)
+                p = _load(addresses[0], start, end, DTYPES[0], T, BLOCK)
+                g = grad_scale.to(T) * _load(addresses[1], start, end, DTYPES[1], T, BLOCK) + coupled * p
+                results = RULE(g, *_states(addresses, start, end, DTYPES, T, BLOCK), *coefficients)
                 for k in tl.static_range(2, len(DTYPES)):
                     _store(addresses[k], start, end, results[k - 1], DTYPES[k], BLOCK)
-                p = operands[0] - lr * results[0]
+                p -= lr * (results[0] + decoupled * p)
                 if NOISY:
                     if sigma != 0:
                         z = normal(start // 4 + tl.arange(0, BLOCK // 4), index, noise_t, seed)
@@ -304,10 +298,12 @@ def norms(
             for start in range(begin, stop, BLOCK):
                 if WANT_DIRECTION & WANTED:
                     row = numbers + ROWS * count + tl.load(words + ROW * count + t) * WIDTH
-                    operands = _operands(addresses, start, end, DTYPES, T, BLOCK)
-                    coefficients, decays = _coefficients(row, COEFFICIENTS, T), _decays(row, decay_scale, T)
-                    results = _directed(operands, coefficients, tl.load(row + 1).to(T), decays, RULE)
-                    of_direction += _squares(results[0], start, end, BLOCK)
+                    coupled, decoupled = _decays(row, decay_scale, T)
+                    p = _load(addresses[0], start, end, DTYPES[0], T, BLOCK)
+                    g = tl.load(row + 1).to(T) * _load(addresses[1], start, end, DTYPES[1], T, BLOCK) + coupled * p
+                    states = _states(addresses, start, end, DTYPES, T, BLOCK)
+                    results = RULE(g, *states, *_coefficients(row, COEFFICIENTS, T))
+                    of_direction += _squares(results[0] + decoupled * p, start, end, BLOCK)
                 if WANT_WEIGHT & WANTED:
                     of_weights += _squares(_load(addresses[0], start, end, DTYPES[0], T, BLOCK), start, end, BLOCK)
                 if WANT_GRAD & WANTED:

@@ -1,0 +1,102 @@
+"""A kept plan asks as much of a tensor as the first step did."""
+
+import pytest
+import torch
+from support.compare import assert_close
+
+import fused_opt
+
+
+def optimizer_of(p, backend, **options):
+    optimizer = fused_opt.SGD([p], lr=0.5, backend=backend, **options)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    return optimizer
+
+
+def test_a_parameter_that_moves_to_the_next_group_has_its_rate(backend):
+    first, second = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(3))
+    groups = [{"params": [first, second], "lr": 1.0}, {"params": [torch.nn.Parameter(torch.zeros(3))], "lr": 10.0}]
+    optimizer = fused_opt.SGD(groups, lr=0.1, backend=backend)
+    for step in range(2):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.ones(3)
+        if step:
+            optimizer.param_groups[1]["params"].insert(0, optimizer.param_groups[0]["params"].pop())
+        optimizer.step()
+    assert [p[0].item() for p in (first, second)] == [-2.0, -11.0]
+
+
+def test_a_gradient_of_zeros_without_memory():
+    p = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+    optimizer = optimizer_of(p, "auto")
+    before = p.detach().clone()
+    optimizer.zero_grad()
+    p.grad = torch._efficientzerotensor((3,))
+    optimizer.step()
+    assert torch.equal(p, before)
+
+
+class Wrapped(torch.Tensor):
+    """A tensor whose data pointer is its own business."""
+
+
+def test_a_gradient_that_becomes_a_subclass():
+    p = torch.nn.Parameter(torch.zeros(3))
+    optimizer = optimizer_of(p, "auto")
+    assert type(optimizer._last.buckets[0]).__name__ == "CPUBucket"
+    p.grad = torch.ones(3).as_subclass(Wrapped)
+    optimizer.step()
+    assert type(optimizer._last.buckets[0]).__module__ == "fused_opt.backends.reference"
+    assert_close(p, torch.full((3,), -1.0))
+
+
+def test_a_sparse_gradient_is_of_one_step_only():
+    p = torch.nn.Parameter(torch.zeros(4, 2))
+    optimizer = optimizer_of(p, "auto", momentum=0.9)
+    for gradient, kind in ((torch.ones(4, 2).to_sparse(), "Bucket"), (torch.ones(4, 2), "CPUBucket")):
+        p.grad = gradient
+        optimizer.step()
+        assert type(optimizer._last.buckets[0]).__name__ == kind
+    assert_close(p, torch.full((4, 2), -0.5 * (1 + 1.9 + 2.71)), 1e-6)
+
+
+def test_rows_of_a_sparse_gradient_alone_are_stepped():
+    table = torch.nn.Embedding(1000, 4, sparse=True)
+    before = table.weight.detach().clone()
+    optimizer, calls = fused_opt.SGD(table.parameters(), lr=0.5), []
+    table(torch.tensor([3, 3, 7])).sum().backward()
+    to_dense, torch.Tensor.to_dense = torch.Tensor.to_dense, lambda *args, **kwargs: calls.append(args)
+    try:
+        optimizer.step()
+    finally:
+        torch.Tensor.to_dense = to_dense
+    assert not calls
+    before[3] -= 1.0
+    before[7] -= 0.5
+    assert_close(table.weight, before, 0)
+
+
+def test_parameters_without_elements_wait_for_them(backend):
+    lazy, plain = torch.nn.LazyLinear(2, bias=False), torch.nn.Parameter(torch.zeros(2))
+    sparse = torch.nn.Parameter(torch.eye(2).to_sparse(), requires_grad=False)
+    optimizer = fused_opt.SGD([lazy.weight, plain, sparse], lr=0.5, backend=backend)
+    plain.grad = torch.ones(2)
+    optimizer.step()
+    assert plain.tolist() == [-0.5, -0.5]
+    lazy(torch.ones(1, 3)).sum().backward()
+    before = lazy.weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(lazy.weight, before - 0.5)
+
+
+@pytest.mark.parametrize("noise", [None, fused_opt.WeightNoise(std=1e-3)])
+def test_only_noise_asks_for_row_major_order(noise):
+    """Of another group's noise a channels_last weight knows nothing: it is walked as it lies."""
+    weight = torch.nn.Parameter(torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last))
+    other = torch.nn.Parameter(torch.zeros(4))
+    optimizer = fused_opt.SGD([{"params": [weight], "noise": noise}, {"params": [other], "noise": None}], lr=0.1)
+    weight.grad, other.grad = torch.ones_like(weight), torch.ones(4)
+    optimizer.step()
+    assert [member.noisy for member in optimizer._last.buckets[0].members] == [noise is not None, False]

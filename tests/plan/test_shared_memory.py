@@ -1,0 +1,73 @@
+"""Parameters that share memory are stepped one after the other, in their order, as torch.optim steps them."""
+
+import pytest
+import torch
+from rules import both_kinds
+from support.threads import threads as threads_set_to
+
+import fused_opt
+from fused_opt.plan import _turns
+
+
+def parameters_of(layout):
+    """Parameters of which some lie in the same memory."""
+    memory = torch.linspace(-1, 1, 40_000)
+    make = {
+        "tied": lambda: [memory[:16_384], memory[:16_384], memory[20_000:36_384], memory[20_000:36_384]],
+        "halves that overlap": lambda: [memory[:20_000], memory[10_000:30_000], memory[25_000:]],
+        "a transposed view": lambda: [memory[:40_000].view(200, 200), memory[:40_000].view(200, 200).t()],
+        "columns beside each other": lambda: [memory.view(200, 200)[:, :100], memory.view(200, 200)[:, 100:]],
+    }[layout]
+    return [torch.nn.Parameter(view) for view in make()]
+
+
+LAYOUTS = ["tied", "halves that overlap", "a transposed view", "columns beside each other"]
+
+
+@both_kinds
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equal_to_torch_with_any_number_of_threads(layout, name, options, backend):
+    for threads in (1, 2):
+        with threads_set_to(threads):
+            ours, theirs = parameters_of(layout), parameters_of(layout)
+            optimizer = getattr(fused_opt, name)(ours, backend=backend, **options)
+            oracle = getattr(torch.optim, name)(theirs, foreach=False, **options)
+            for step in range(20):
+                for p, q in zip(ours, theirs):
+                    p.grad, q.grad = torch.ones_like(p) * (step + 1), torch.ones_like(q) * (step + 1)
+                optimizer.step()
+                oracle.step()
+            for p, q in zip(ours, theirs):
+                torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
+
+
+def test_a_ratio_is_that_of_the_weights_as_they_are(backend):
+    """Two layers in one memory: each moves the other's weights, and no norm may be carried."""
+    p = torch.nn.Parameter(torch.full((4, 4), 2.0))
+    q = torch.nn.Parameter(p.data)
+    optimizer = fused_opt.LARS(
+        [("p", p), ("q", q)], lr=1.0, coefficient=0.1, momentum=0.0, weight_decay=0.0, backend=backend
+    )
+    for _ in range(3):
+        before = p.detach().norm().item()
+        p.grad, q.grad = torch.full((4, 4), 0.5), torch.full((4, 4), 0.5)
+        optimizer.step()
+        ratios = optimizer.trust_ratios()
+        assert ratios["p"] == pytest.approx(0.1 * before / 2, rel=1e-6)
+        assert ratios["q"] == pytest.approx(0.1 * (before - 4 * ratios["p"] * 0.5) / 2, rel=1e-6)
+
+
+def test_turns():
+    a = torch.zeros(10)
+    assert _turns([[a], [torch.zeros(3)]]) == [None, None]
+    assert _turns([[a], [torch.zeros(3)], [a[5:]], [a[:5]], [a[4:6]]]) == [0, None, 1, 1, 2]
+    assert _turns([[a[:5]], [a[5:]]]) == [None, None]
+    assert _turns([[torch.zeros(0)], [torch.zeros(2, device="meta")]]) == [None, None]
+
+
+def test_a_parameter_whose_elements_share_memory_is_refused(backend):
+    for view in (torch.ones(1).expand(3), torch.ones(4).as_strided((3, 2), (1, 1))):
+        p = torch.nn.Parameter(view)
+        p.grad = torch.ones(p.shape)
+        with pytest.raises(RuntimeError, match="elements that share memory"):
+            fused_opt.SGD([p], lr=0.1, backend=backend).step()
