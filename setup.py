@@ -17,14 +17,15 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Configure and build in a new directory: the path of an isolated environment is new each time."""
-        target = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
+        built = Path(self.get_ext_fullpath(ext.name)).resolve()
+        built.unlink(missing_ok=True)  # of an older build: where this one fails, nothing is installed
         try:
             import pybind11
 
             defines = {
                 "Python_EXECUTABLE": sys.executable,
                 "pybind11_DIR": pybind11.get_cmake_dir(),
-                "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target,
+                "CMAKE_LIBRARY_OUTPUT_DIRECTORY": built.parent,
             }
             with tempfile.TemporaryDirectory() as build:
                 options = [f"-D{name}={value}" for name, value in defines.items()]

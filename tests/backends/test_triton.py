@@ -91,7 +91,7 @@ def test_norms_compile(wanted, tmp_path):
     function = rules.adam
     binary = compiled(
         kernel.norms, 90, {**TABLES, "gradients": "*fp64", "count": "i32"}, RULE=function, DTYPES=(F32,) * 4, T=F32,
-        COEFFICIENTS=8, WANTED=wanted,
+        COEFFICIENTS=6, WANTED=wanted,
     )  # fmt: skip
     assert usage(binary, tmp_path)[1:] == [0, 0]
     assert wide(binary, "ld") >= (2 if wanted < 4 else 8)

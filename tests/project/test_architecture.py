@@ -8,6 +8,7 @@ import pkgutil
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 
 import pytest
@@ -127,24 +128,47 @@ def test_report_names_every_backend():
         assert f"{name:10} {'ready' if reason is None else 'not here: ' + reason}" in report
 
 
-def wheel(tmp_path, **environment):
-    """The names in a wheel built in pip's isolated environment, where torch is not installed."""
+def source_of(tmp_path):
+    """A copy of the sources: setuptools leaves its own build folder beside them, and reuses it."""
     source = tmp_path / "source"
-    # Built elsewhere: setuptools leaves its own build folder beside the source, and reuses it.
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "out", "*.so", "*.egg-info"))
+    return source
+
+
+def wheel(tmp_path, source, **environment):
+    """A wheel built in pip's isolated environment, where torch is not installed, and the names in it."""
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(source)]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, **environment})
     (path,) = tmp_path.glob("*.whl")
     return path, zipfile.ZipFile(path).namelist()
 
 
-def test_wheel_without_torch(tmp_path):
-    _, names = wheel(tmp_path)
+def run_from(path, folder, program):
+    """What a program prints that has what is in a wheel before what is installed here."""
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(folder)
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=True).stdout
+
+
+def test_a_source_distribution_builds_the_core_without_torch(tmp_path):
+    source = source_of(tmp_path)
+    make = "import sys, setuptools.build_meta as backend; backend.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", make, str(tmp_path)], cwd=source, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    path, names = wheel(tmp_path, archive)
     assert [name for name in names if name.startswith("fused_opt/backends/_native")]
+    program = "import fused_opt; print(fused_opt.__file__, fused_opt.backends.available()['native'])"
+    assert run_from(path, tmp_path / "site", program).split() == [str(tmp_path / "site/fused_opt/__init__.py"), "None"]
 
 
 def test_wheel_without_a_compiler_runs_on_the_reference(tmp_path):
-    path, names = wheel(tmp_path, CXX="/nonexistent")
+    source = source_of(tmp_path)
+    folder = f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}/fused_opt/backends"
+    stale = source / "build" / folder / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("what a build with a compiler left")
+    path, names = wheel(tmp_path, source, CXX="/nonexistent")
     assert not [name for name in names if "_native" in name]
     program = (
         "import warnings, torch, fused_opt\n"
@@ -155,10 +179,6 @@ def test_wheel_without_a_compiler_runs_on_the_reference(tmp_path):
         "    optimizer.step(); optimizer.step()\n"
         "print(fused_opt.__file__, p.tolist(), len(caught), caught[0].message)\n"
     )
-    with zipfile.ZipFile(path) as archive:
-        archive.extractall(tmp_path / "site")
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path / "site", check=True
-    )
-    assert str(tmp_path) in result.stdout
-    assert "[0.0, 0.0] 1 fused_opt runs without its native backend: its compiled core is not installed" in result.stdout
+    printed = run_from(path, tmp_path / "site", program)
+    assert str(tmp_path) in printed
+    assert "[0.0, 0.0] 1 fused_opt runs without its native backend: its compiled core is not installed" in printed
