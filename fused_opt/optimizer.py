@@ -12,7 +12,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from . import backends
 from .checkpoint import Checkpoints
-from .extras import COUNTS, EXTRAS, Extras, check_extras, documentation
+from .extras import COUNTS, EXTRAS, FOLD, Extras, check_extras, documentation
 from .extras.averaging import finish, swapped_in
 from .groups import Groups, extras_of
 from .parts.microbatches import Microbatches
@@ -284,9 +284,9 @@ class FusedOptimizer(Checkpoints):
         self._plan = step.plan if step.plan.reusable else None
         self._last = step.plan
         if step.stepping:
-            for group, spec, (_, _, fold) in zip(self.param_groups, self._groups.specs, step.extras):
+            for group, spec, args in zip(self.param_groups, self._groups.specs, step.extras):
                 group["steps"] += 1
-                if fold is not None:
+                if (fold := args[FOLD]) is not None:
                     finish(group, self.state, fold, (*spec.rule.states, "step"))
         if self._parts is not None:
             self._parts.reset()

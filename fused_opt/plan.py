@@ -58,36 +58,10 @@ class Plan:
     ) -> None:
         self.specs = specs
         self.new_states = NewStates(state, state_dtype)
-        index, skipped = -1, False
-        entries: list[tuple[ParamEntry, str]] = []
-        written: list[list[Tensor]] = []
-        for g, (group, spec) in enumerate(zip(param_groups, specs)):
-            for i, p in enumerate(group["params"]):
-                index += 1
-                if p.grad is None and _has_no_elements_yet(p):
-                    skipped = True
-                    continue
-                name = name_of(group, g, i)
-                tensors = [local(tensor) for tensor in check_parameter(name, spec, p, state.get(p, {}))]
-                shard = Shard(name, p, spec.noisy) if is_spread(p) else None
-                of_p = _choose(name, spec, backend, tensors, shard is not None)
-                tensor = p if shard is None else shard.tensor
-                entry = ParamEntry(tensor, g, index, name, noisy=spec.noisy, shard=shard)
-                entry.lr_scale, entry.decay_scale = scales.get(p, (1.0, 1.0))
-                entries.append((entry, of_p))
-                written.append([tensor for tensor in tensors if tensor is not local(p.grad)])
-        chosen: dict[_Key, list[ParamEntry]] = {}
-        for (entry, of_p), turn in zip(entries, _turns(written)):
-            entry.exclusive = turn is None
-            on_device = backends.get(of_p).steps_on_device(entry.tensor)
-            device, wide = (entry.tensor.device, entry.tensor.dtype == torch.float64) if on_device else (None, False)
-            key = _Key(turn or 0, of_p, specs[entry.group].rule, device, wide)
-            chosen.setdefault(key, []).append(entry)
-        ordered = sorted(chosen.items(), key=lambda item: item[0].turn)
-
-        self.shards = [entry.shard for entry, _ in entries if entry.shard is not None]
+        chosen, skipped = _grouped(param_groups, state, specs, backend, scales)
+        self.shards = [entry.shard for members in chosen.values() for entry in members if entry.shard is not None]
         try:
-            for key, members in ordered:
+            for key, members in chosen.items():
                 for entry in members:
                     self.new_states.fill(
                         entry, specs[entry.group], param_groups[entry.group], count_on_device=key.device is not None
@@ -95,7 +69,8 @@ class Plan:
             for shard in self.shards:
                 shard.bind()
             self.buckets = [
-                backends.get(key.backend).bucket(key.rule, members, param_groups, state) for key, members in ordered
+                backends.get(key.backend).bucket(key.rule, members, param_groups, state)
+                for key, members in chosen.items()
             ]
         except BaseException:
             self.undo()
@@ -166,6 +141,40 @@ class Plan:
         for shard in self.shards:
             if shard.tensor.grad is not None:
                 shard.written()
+
+
+def _grouped(
+    param_groups: list[dict[str, Any]],
+    state: Mapping[Tensor, Any],
+    specs: Sequence[GroupSpec],
+    backend: str,
+    scales: Mapping[Tensor, tuple[float, float]],
+) -> tuple[dict[_Key, list[ParamEntry]], bool]:
+    """The parameters of each bucket, in the order of the buckets' turns, and whether any was left out."""
+    index, skipped = -1, False
+    entries: list[tuple[ParamEntry, str]] = []
+    written: list[list[Tensor]] = []
+    for g, (group, spec) in enumerate(zip(param_groups, specs)):
+        for i, p in enumerate(group["params"]):
+            index += 1
+            if p.grad is None and _has_no_elements_yet(p):
+                skipped = True
+                continue
+            name = name_of(group, g, i)
+            tensors = [local(tensor) for tensor in check_parameter(name, spec, p, state.get(p, {}))]
+            shard = Shard(name, p, spec.noisy) if is_spread(p) else None
+            of_p = _choose(name, spec, backend, tensors, shard is not None)
+            entry = ParamEntry(p if shard is None else shard.tensor, g, index, name, noisy=spec.noisy, shard=shard)
+            entry.lr_scale, entry.decay_scale = scales.get(p, (1.0, 1.0))
+            entries.append((entry, of_p))
+            written.append([tensor for tensor in tensors if tensor is not local(p.grad)])
+    chosen: dict[_Key, list[ParamEntry]] = {}
+    for (entry, of_p), turn in zip(entries, _turns(written)):
+        entry.exclusive = turn is None
+        on_device = backends.get(of_p).steps_on_device(entry.tensor)
+        device, wide = (entry.tensor.device, entry.tensor.dtype == torch.float64) if on_device else (None, False)
+        chosen.setdefault(_Key(turn or 0, of_p, specs[entry.group].rule, device, wide), []).append(entry)
+    return dict(sorted(chosen.items(), key=lambda item: item[0].turn)), skipped
 
 
 def _has_no_elements_yet(p: Tensor) -> bool:

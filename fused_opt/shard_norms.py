@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-from .backends.interface import Kind, NoiseArgs, Norm, Norms, PartNorms, RatioArgs, ShardBucket, StepArgs
+from .backends.interface import Kind, NoiseArgs, Norm, Norms, ParamEntry, PartNorms, RatioArgs, ShardBucket, StepArgs
 from .parts.tracker import PartTracker
 from .plan import Plan
 from .shards import add_up
@@ -28,6 +28,14 @@ def _needed(ratio: RatioArgs | None, noise: NoiseArgs | None, ndim: int, has_par
     return needed
 
 
+def _shards(buckets: Sequence[ShardBucket]) -> Iterator[tuple[int, int, ParamEntry]]:
+    """Every shard with the numbers of its bucket and of its place there."""
+    for b, bucket in enumerate(buckets):
+        for k, member in enumerate(bucket.members):
+            if member.shard is not None:
+                yield b, k, member
+
+
 def all_reduce_norms(
     plan: Plan,
     args: Sequence[Sequence[StepArgs]],
@@ -39,13 +47,8 @@ def all_reduce_norms(
 ) -> None:
     """Tell the backends the norms of whole tensors where they hold shards, after one all-reduce of what shards have.
 
-    Args:
-        plan: has collected this step's gradients.
-        args: as :meth:`Plan.run` takes them.
-        extras: every group's trust ratio, noise and average, as in the arguments.
-        parts: the parts of the gradients, where they are tracked.
-        among: which norms: not DIRECTION before the gradients' scale is known, and no others after that.
-        gradients: the norms of all gradients, not only those that trust ratios need.
+    ``among``: which norms: not DIRECTION before the gradients' scale is known, and no others after that. ``gradients``: the
+    norms of all gradients, not only those that trust ratios need. ``extras``: of every group, as in the arguments.
     """
     buckets = cast("list[ShardBucket]", plan.buckets)
     norms = [
@@ -54,20 +57,15 @@ def all_reduce_norms(
     ]
     sums: list[list[PartNorms | None]] = [[None] * len(bucket.members) for bucket in buckets]
     asked = []
-    for b, bucket in enumerate(buckets):
-        for k, member in enumerate(bucket.members):
-            if member.shard is not None:
-                ratio, noise, *_ = extras[member.group]
-                squares = parts.squares(member.parameter) if parts is not None and Norm.WEIGHT in among else []
-                needed = _needed(ratio, noise, member.tensor.ndim, bool(squares))
-                if gradients:
-                    needed |= Norm.GRADIENT
-                asked.append((member, b, k, [i for i, norm in enumerate(_FIELDS) if norm in needed & among], squares))
+    for b, k, member in _shards(buckets):
+        ratio, noise, *_ = extras[member.group]
+        squares = parts.squares(member.parameter) if parts is not None and Norm.WEIGHT in among else []
+        needed = _needed(ratio, noise, member.tensor.ndim, bool(squares)) | (Norm.GRADIENT if gradients else Norm(0))
+        asked.append((member, b, k, [i for i, norm in enumerate(_FIELDS) if norm in needed & among], squares))
     # What a process does not know, for want of a gradient or an element, it has nothing to add to.
     numbers = [[max(norms[b][k][i], 0.0) for i in which] + squares for _, b, k, which, squares in asked]
-    for (member, b, k, which, squares), whole in zip(
-        asked, add_up(numbers, [member.parameter for member, *_ in asked])
-    ):
+    wholes = add_up(numbers, [member.parameter for member, *_ in asked])
+    for (member, b, k, which, squares), whole in zip(asked, wholes):
         if member.tensor.grad is None:  # it takes no part in the step, and keeps what it carries: a shard's norm
             continue
         for i, norm2 in zip(which, whole):

@@ -37,6 +37,7 @@ EXTRAS = (TRUST_RATIO, NOISE, AVERAGING, MAX_GRAD_NORM, NONFINITE)
 #: Those that a step's arguments speak of, in the order of ``StepArgs``.
 IN_ARGS = tuple((extra, extra.args) for extra in EXTRAS if extra.args is not None)
 NO_ARGS = (None,) * len(IN_ARGS)
+FOLD = [extra.key for extra, _ in IN_ARGS].index("averaging")  # among them
 #: Plain numbers in the groups: load_state_dict would cast tensors in the state to the parameter's dtype.
 COUNTS = ("steps", *(count for extra in EXTRAS for count in extra.counts))
 _SETTINGS: dict[str, dict[str, type[Any]]] = {

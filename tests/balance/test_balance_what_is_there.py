@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from balance_models import multiplied, plain
+from support.models import multiplied, plain
 from torch import nn
 
 import fused_opt

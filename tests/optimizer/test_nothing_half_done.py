@@ -20,7 +20,7 @@ def pair_of(backend, **options):
 def test_states_of_a_step_that_raises_are_not_there(backend):
     p, optimizer = pair_of(backend, momentum=0.9, dampening=0.5, noise=fused_opt.WeightNoise(temperature=1.0))
     optimizer.param_groups[0]["lr"] = -1.0
-    with unchanged(optimizer), pytest.raises(ValueError, match="math domain error|expected a nonnegative"):
+    with unchanged(optimizer), pytest.raises(ValueError, match=r"math domain error|expected a nonnegative"):
         optimizer.step()
     optimizer.param_groups[0].update(lr=0.1, noise=None)
     optimizer.step()
@@ -70,7 +70,7 @@ def test_a_first_step_within_inference_mode(backend):
 
 
 def test_a_load_that_raises_changes_nothing(backend):
-    p, optimizer = pair_of(backend, momentum=0.9, averaging=fused_opt.EMA(0.5))
+    _, optimizer = pair_of(backend, momentum=0.9, averaging=fused_opt.EMA(0.5))
     optimizer.step()
     good = copy.deepcopy(optimizer.state_dict())
     for key, value, words in (
@@ -115,7 +115,7 @@ def test_where_the_program_asked_for_nothing_settings_come_along(backend):
 
 
 def test_averages_of_another_kind_begin_anew(backend):
-    p, saved = pair_of(backend, averaging=fused_opt.EMA(0.9))
+    _, saved = pair_of(backend, averaging=fused_opt.EMA(0.9))
     saved.step()
     q, optimizer = pair_of(backend, averaging=fused_opt.PSWA(period=3))
     optimizer.load_state_dict(saved.state_dict())

@@ -65,10 +65,26 @@ class Table:
         self.unknown = array("d", 2 * self.nothing).tobytes()
         self.nobody: list[int | None] = [None] * len(members)
 
+        columns, self.chunks = self._columns()
+        self.tensors = torch.tensor(columns, dtype=torch.int64, device="cpu").to(self.device)
+        # Of even width, so that every row is aligned to 16 bytes: Triton compiles a kernel anew for other alignments.
+        self.sums = torch.zeros(3, self.chunks + self.chunks % 2, dtype=torch.float64, device=self.device)
+        self.ratios = torch.ones(len(members), dtype=torch.float64, device=self.device)
+        self.turn = 0  # which of the first two rows of `sums` holds the carried sums of squares
+        self.versions = self.nobody  # of the weights whose sums those are; None: of none
+
+        self.function = getattr(rules, rule.name)
+        self.p_dtype = self.parameters[0].dtype
+        states = members[0].states or ()
+        self.types = tuple(TYPES[t.dtype] for t in (self.parameters[0], gradients[0], *states))
+        self.average_type = None if members[0].average is None else TYPES[members[0].average.dtype]
+        self.coefficients = rule.coefficient_count
+
+    def _columns(self) -> tuple[list[list[int]], int]:
+        """The table of what stays as it is from step to step, and the number of all chunks."""
+        members = self.members
         sizes = [kernel.chunk_size(p.numel()) for p in self.parameters]
-        *firsts, self.chunks = accumulate(
-            (max(1, -(-p.numel() // n)) for p, n in zip(self.parameters, sizes)), initial=0
-        )
+        *firsts, chunks = accumulate((max(1, -(-p.numel() // n)) for p, n in zip(self.parameters, sizes)), initial=0)
         addresses = [[s.data_ptr() for s in of_slot] for of_slot in zip(*(m.states or () for m in members))]
         columns: list[list[int]] = [
             firsts,
@@ -82,19 +98,7 @@ class Table:
             [0 if m.average is None else m.average.data_ptr() for m in members],
             *addresses,
         ]
-        self.tensors = torch.tensor(columns, dtype=torch.int64).to(self.device)
-        # Of even width, so that every row is aligned to 16 bytes: Triton compiles a kernel anew for other alignments.
-        self.sums = torch.zeros(3, self.chunks + self.chunks % 2, dtype=torch.float64, device=self.device)
-        self.ratios = torch.ones(len(members), dtype=torch.float64, device=self.device)
-        self.turn = 0  # which of the first two rows of `sums` holds the carried sums of squares
-        self.versions = self.nobody  # of the weights whose sums those are; None: of none
-
-        self.function = getattr(rules, rule.name)
-        self.p_dtype = self.parameters[0].dtype
-        states = members[0].states or ()
-        self.types = tuple(TYPES[t.dtype] for t in (self.parameters[0], gradients[0], *states))
-        self.average_type = None if members[0].average is None else TYPES[members[0].average.dtype]
-        self.coefficients = rule.coefficient_count
+        return columns, chunks
 
     @staticmethod
     def _layouts(gradients: Sequence[Tensor]) -> list[list[Any]]:
