@@ -254,27 +254,31 @@ class FusedOptimizer(Checkpoints):
                 plan.unbind()
             raise
 
-    @torch.inference_mode(False)  # states made within it could not be written outside of it
-    @torch.no_grad()
     def _planned(self, step: HostStep | DeviceStep) -> bool:
         """Make the plan where none fits; False: the step was only to create states."""
-        if step.plan is None:
-            for group, spec in zip(self.param_groups, self._groups.specs):
-                spec.rule.numbers(group, 1.0)  # raises, where it must, before any state is made
-            self._plan = None
-            if self._parts is None:
-                warn_without_parts(self.param_groups)
-            step.plan = plan = Plan(
-                self.param_groups, self.state, self._groups.specs, self.backend, self.state_dtype, self._multipliers()
-            )
-            if plan.new_states and not step.stepping and self._gradients_are_zero():
-                plan.new_states.keep()  # torch.distributed.checkpoint makes states so: as if it had never stepped
-                return False
-            keys = plan.collect_gradients(self.param_groups, self.state)
-            assert keys is not None
-            step.keys = keys
-        if step.plan.shards:
+        if step.plan is None and not self._make_plan(step):
+            return False
+        if step.plan is not None and step.plan.shards:
             self._plan = None  # until the step is made, the norms that it carries are those of whole tensors
+        return True
+
+    @torch.inference_mode(False)  # states made within it could not be written outside of it
+    @torch.no_grad()
+    def _make_plan(self, step: HostStep | DeviceStep) -> bool:
+        for group, spec in zip(self.param_groups, self._groups.specs):
+            spec.rule.numbers(group, 1.0)  # raises, where it must, before any state is made
+        self._plan = None
+        if self._parts is None:
+            warn_without_parts(self.param_groups)
+        step.plan = plan = Plan(
+            self.param_groups, self.state, self._groups.specs, self.backend, self.state_dtype, self._multipliers()
+        )
+        if plan.new_states and not step.stepping and self._gradients_are_zero():
+            plan.new_states.keep()  # torch.distributed.checkpoint makes states so: as if it had never stepped
+            return False
+        keys = plan.collect_gradients(self.param_groups, self.state)
+        assert keys is not None
+        step.keys = keys
         return True
 
     def _finish(self, step: HostStep | DeviceStep) -> None:
