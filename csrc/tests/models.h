@@ -123,8 +123,6 @@ const std::vector<Case> kNormed = {
     {"lamb", [](StepArgs& args) { args.kind = Kind::kLAMB, args.cap = INFINITY; }},
     {"relative noise", [](StepArgs& args) { args.sigma = 0.01, args.relative = true; }},
 };
-const char* const kRules[] = {"sgd", "momentum_sgd", "adam", "amsgrad"};
-const int kStates[] = {0, 1, 2, 3};
 const DType F32 = DType::kFloat32, F64 = DType::kFloat64, B16 = DType::kBFloat16, F16 = DType::kFloat16;
 const std::vector<Storage> kStorages = {
     {F32, F32, F32, F32, 0, false}, {B16, B16, B16, F32, 0, false}, {F16, F16, F32, F32, 0, false},

@@ -87,17 +87,17 @@ void vectors_begin_where_all_operands_are_aligned() {
 
 void an_update_has_the_bits_of_the_cpus() {
   const cpu::InstructionSet& set = *cpu::choose("baseline");
-  for (int r = 0; r < 4; ++r)
+  for (const RuleShape& rule : kRules)
     for (const Storage& kind : kStorages)
       for (const Case& some : kPlain) {
-        Model ours(kSizes, kStates[r], kind), theirs(kSizes, kStates[r], kind);
+        Model ours(kSizes, rule.states, kind), theirs(kSizes, rule.states, kind);
         for (Model* model : {&ours, &theirs}) {
-          model->table.args[0] = args_of(kRules[r]);
+          model->table.args[0] = args_of(rule.name);
           some.change(model->table.args[0]);
         }
-        step_as_gpu(ours, kRules[r], 2);
-        for (int k = 0; k < 2; ++k) cpu::step(kernel_of(set, kRules[r]), theirs.table, 1);
-        if (!same_memory(ours, theirs)) std::fprintf(stderr, "%s, %s\n", kRules[r], some.name.c_str());
+        step_as_gpu(ours, rule.name, 2);
+        for (int k = 0; k < 2; ++k) cpu::step(kernel_of(set, rule.name), theirs.table, 1);
+        if (!same_memory(ours, theirs)) std::fprintf(stderr, "%s, %s\n", rule.name, some.name.c_str());
         CHECK(same_memory(ours, theirs));
       }
 }
@@ -105,17 +105,17 @@ void an_update_has_the_bits_of_the_cpus() {
 // Of quarters of whole numbers, float64 sums every order the same: then ratios have the same bits, too.
 void norms_have_the_values_of_the_cpus() {
   const cpu::InstructionSet& set = *cpu::choose("baseline");
-  for (int r = 0; r < 4; ++r)
+  for (const RuleShape& rule : kRules)
     for (const Storage& kind : kStorages)
       for (const Case& some : kNormed) {
-        Model ours(kSizes, kStates[r], kind, true), theirs(kSizes, kStates[r], kind, true);
+        Model ours(kSizes, rule.states, kind, true), theirs(kSizes, rule.states, kind, true);
         const bool exact = some.name != "lamb";
         for (Model* model : {&ours, &theirs}) {
-          model->table.args[0] = args_of(kRules[r]);
+          model->table.args[0] = args_of(rule.name);
           some.change(model->table.args[0]);
         }
-        step_as_gpu(ours, kRules[r], 1);
-        cpu::step(kernel_of(set, kRules[r]), theirs.table, 1);
+        step_as_gpu(ours, rule.name, 1);
+        cpu::step(kernel_of(set, rule.name), theirs.table, 1);
         if (exact) CHECK(same_memory(ours, theirs));
         for (size_t t = 0; t < kSizes.size(); ++t) {
           const double ratio = theirs.table.layers[t].ratio;
@@ -123,11 +123,11 @@ void norms_have_the_values_of_the_cpus() {
         }
         if (!exact) continue;
         // The second step's weight norms are those that the first has carried, of numbers of every kind.
-        Model again(kSizes, kStates[r], kind, true);
+        Model again(kSizes, rule.states, kind, true);
         again.table.args[0] = theirs.table.args[0];
-        step_as_gpu(again, kRules[r], 2);
+        step_as_gpu(again, rule.name, 2);
         for (Layer& layer : theirs.table.layers) layer.grad_norm2 = -1;
-        cpu::step(kernel_of(set, kRules[r]), theirs.table, 1);
+        cpu::step(kernel_of(set, rule.name), theirs.table, 1);
         for (size_t t = 0; t < kSizes.size(); ++t) {
           const double ratio = theirs.table.layers[t].ratio;
           CHECK(std::fabs(again.table.layers[t].ratio - ratio) <= 1e-12 * ratio);

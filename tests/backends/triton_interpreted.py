@@ -155,7 +155,7 @@ def test_rows_of_sums_are_aligned_alike():
     set_gradients(parameters, 0)
     optimizer.step()
     (made,) = optimizer._plan.buckets[0].tables
-    assert made.pieces == 3
+    assert made.chunks == 3
     assert [row.data_ptr() % 16 for row in made.sums] == [0, 0, 0]
 
 
@@ -223,7 +223,7 @@ def test_accumulate(dtype):
 
 def test_pieces_cover_every_element_once_and_their_sums_are_cheap_to_add():
     for numel in (1, 4096, 2**22, 2**22 + 1, 2_359_296, 10**9, 2**33):
-        size = kernel.piece_size(numel)
+        size = kernel.chunk_size(numel)
         pieces = -(-numel // size)
         assert size % kernel.FULL.value == 0
         assert 8 * pieces <= 2 * size + 8

@@ -323,8 +323,8 @@ def norms(
 @triton.jit(do_not_specialize=["total", "part", "numel", "size"])
 def accumulate(
     sums,  # two columns, of a float64 for every chunk
-    total,  # an address
-    part,
+    total: tl.int64,  # an address; an empty tensor's is 0, which without a type would be an int32
+    part: tl.int64,
     numel,
     size,
     TOTAL_DTYPE: tl.constexpr,  # None: there is only a part
