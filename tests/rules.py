@@ -119,7 +119,8 @@ def written_out(step, **defaults):
     """The class of a formula that torch.optim has no class for."""
 
     def init(self, params, **options):
-        torch.optim.Optimizer.__init__(self, params, {**defaults, "maximize": False, **options})
+        switches = {"maximize": False, "foreach": None, "differentiable": False, "fused": None}
+        torch.optim.Optimizer.__init__(self, params, {**defaults, **switches, **options})
 
     return type(step.__name__, (WrittenOut, torch.optim.Optimizer), {"__init__": init, "formula": staticmethod(step)})
 

@@ -180,7 +180,8 @@ def test_the_empty_step_of_distributed_checkpoint(name, options, backend):
     """It steps with a learning rate and gradients of zero to make the state; that must not touch the weights."""
     from torch.distributed.checkpoint import state_dict as dcp
 
-    make, make_theirs = optimizers(name, {**options, "weight_decay": 0.5}, backend)
+    undampened = {"dampening": 0} if name == "SGD" else {}  # the first gradient after it would be: docs/numerics.md
+    make, make_theirs = optimizers(name, {**options, "weight_decay": 0.5, **undampened}, backend)
     model, oracle_model = model_of(), model_of()
     optimizer, oracle = make(model.parameters()), make_theirs(oracle_model.parameters())
     before = copy.deepcopy([list(model.parameters()), optimizer.param_groups])
