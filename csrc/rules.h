@@ -43,7 +43,7 @@ FUSED_OPT_FN double power(double x, double t) {
 
 // A rule has kStates, kCoefficients, which are all its members, kCountsSteps and, where it counts,
 // at_step(coefficients, t): what the coefficients of fused_opt/rules/ are in a parameter's step t, for devices that
-// keep the count. Python's Rule says the same numbers, and a bucket compares them.
+// keep the count. Python's Rule has the same numbers, and a bucket compares them.
 
 template <class T>
 struct SGD {
@@ -119,7 +119,7 @@ struct Lion {
   RULE("amsgrad", AMSGrad)          \
   RULE("lion", Lion)
 
-// What a rule promises.
+// What a rule declares.
 struct RuleShape {
   const char* name;
   int states, coefficients;

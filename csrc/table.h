@@ -1,5 +1,5 @@
-// What a step knows, in plain structs that mean the same on every device. Three tables, by how often they change:
-// tensors (when something moved), layers (when somebody writes to them), groups (every step).
+// The data of a step, in plain structs that are the same on every device. Three tables, by how often they change:
+// tensors (when something moved), layers (when a multiplier or norm is set), groups (every step).
 #pragma once
 #include <cstdint>
 
@@ -48,8 +48,8 @@ struct Tensor {
 // Where the elements of a shard are in the row-major order of the whole tensor, which keys the noise.
 struct ShardLayout {
   int64_t offset = 0;                // of the first
-  int64_t run = 1;                   // how many neighbours here are neighbours there
-  int64_t elsewhere = 0;             // how many elements of the whole are not here
+  int64_t run = 1;                   // consecutive elements that are so in the whole
+  int64_t elsewhere = 0;             // elements of the whole that it lacks
   const int64_t* strides = nullptr;  // of the whole, in elements
 };
 

@@ -1,4 +1,4 @@
-"""What travels with a checkpoint, a pickle or a copy, and what may come back in."""
+"""What a checkpoint, a pickle or a copy contains, and what of it is loaded."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Checkpoints(torch.optim.Optimizer):
 
         States, counts and hyper-parameters come from the state_dict, as in torch.optim. An extra (``averaging``, ``noise``,
         ``trust_ratio``, ``max_grad_norm``, ``nonfinite``) that this program asked for stays as it is; where it asked for
-        none, that of the state_dict comes along. One warning names all in which the two differ. What was averaged by
+        none, that of the state_dict is taken. One warning names all in which the two differ. What was averaged by
         another class than the group's begins anew. Tensors are copied.
 
         Raises:

@@ -133,7 +133,7 @@ class FusedOptimizer(Checkpoints):
     ) -> None:
         """Set multipliers of the learning rate or the weight decay for single parameters; no parameter groups needed.
 
-        They take effect at the next step, multiply whatever the groups say then, and stay until set again; parameters
+        They take effect at the next step, multiply the groups' values at that time, and stay until set again; parameters
         not named keep theirs, 1 at first. They travel with pickle and deepcopy but not in the state_dict.
 
         Args:

@@ -119,7 +119,7 @@ class Plan:
         return self._norm2
 
     def nonfinite(self) -> list[str]:
-        """The parameters whose gradient is not finite, in whatever process."""
+        """The parameters whose gradient is not finite in any process."""
         members, bad = [], []
         for member in (member for bucket in self.buckets for member in bucket.members):
             if (grad := member.tensor.grad) is not None:

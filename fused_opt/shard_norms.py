@@ -45,7 +45,7 @@ def all_reduce_norms(
     *,
     gradients: bool,
 ) -> None:
-    """Tell the backends the norms of whole tensors where they hold shards, after one all-reduce of what shards have.
+    """Give the backends the norms of whole tensors where they step shards, after one all-reduce of the shards' norms.
 
     ``among``: which norms: not DIRECTION before the gradients' scale is known, and no others after that. ``gradients``: the
     norms of all gradients, not only those that trust ratios need. ``extras``: of every group, as in the arguments.
@@ -62,11 +62,11 @@ def all_reduce_norms(
         squares = parts.squares(member.parameter) if parts is not None and Norm.WEIGHT in among else []
         needed = _needed(ratio, noise, member.tensor.ndim, bool(squares)) | (Norm.GRADIENT if gradients else Norm(0))
         asked.append((member, b, k, [i for i, norm in enumerate(_FIELDS) if norm in needed & among], squares))
-    # What a process does not know, for want of a gradient or an element, it has nothing to add to.
+    # A norm that a process does not know, without a gradient or elements, contributes 0.
     numbers = [[max(norms[b][k][i], 0.0) for i in which] + squares for _, b, k, which, squares in asked]
     wholes = add_up(numbers, [member.parameter for member, *_ in asked])
     for (member, b, k, which, squares), whole in zip(asked, wholes):
-        if member.tensor.grad is None:  # it takes no part in the step, and keeps what it carries: a shard's norm
+        if member.tensor.grad is None:  # it is not stepped, and keeps its carried norm: that of the shard
             continue
         for i, norm2 in zip(which, whole):
             norms[b][k][i] = norm2

@@ -1,4 +1,4 @@
-"""Parameters that are spread over processes (DTensor): the part that lies here, and sums over all parts."""
+"""Parameters that are sharded over processes (DTensor): the local part, and sums over all parts."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class ShardLayout(NamedTuple):
     """Where the elements of a shard are in the row-major order of the whole tensor, which keys the noise."""
 
     offset: int  # of the first
-    run: int  # how many neighbours here are neighbours there
-    elsewhere: int  # how many elements of the whole are not here
+    run: int  # how many consecutive elements of the shard are consecutive in the whole
+    elsewhere: int  # how many elements of the whole are not in the shard
     strides: tuple[int, ...]  # of the whole
 
     def elements(self, sizes: Sequence[int]) -> Tensor:
@@ -35,13 +35,13 @@ def is_spread(tensor: Any) -> bool:
 
 
 def local(tensor: Any) -> Tensor:
-    """What of a tensor lies in this process: all of it, unless it is a DTensor."""
+    """The part of a tensor that is in this process: all of it, unless it is a DTensor."""
     # Not to_local(): of a parameter it makes a new view every time, and whether it moved is asked every step.
     return tensor._local_tensor if is_spread(tensor) else tensor
 
 
 def like(tensor: Any, parameter: Any) -> Any:
-    """A gradient, laid out as its parameter: autograd hands over pending sums, and other cuts, too."""
+    """A gradient, laid out as its parameter: autograd may give it as a partial sum, or sharded differently."""
     if not is_spread(tensor) or tensor.placements == parameter.placements:
         return tensor
     with torch.no_grad():
@@ -49,7 +49,7 @@ def like(tensor: Any, parameter: Any) -> Any:
 
 
 def within_zero() -> bool:
-    """Whether ZeroRedundancyOptimizer is making an optimizer of this process's parameters; it tells only by calling."""
+    """Whether ZeroRedundancyOptimizer is making an optimizer of this process's parameters; only the stack tells."""
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     if module is None:
         return False
@@ -61,7 +61,7 @@ def within_zero() -> bool:
 
 
 def spread_of(parameter: Any) -> tuple[Any, tuple[int, ...]]:
-    """The mesh, and its dimensions over which the parameter is cut: a norm is a sum over these."""
+    """The mesh, and its dimensions over which the parameter is sharded: a norm is a sum over these."""
     cut = tuple(d for d, placement in enumerate(parameter.placements) if not placement.is_replicate())
     return parameter.device_mesh, cut
 
@@ -69,8 +69,8 @@ def spread_of(parameter: Any) -> tuple[Any, tuple[int, ...]]:
 def add_up(numbers: Sequence[Sequence[float]], parameters: Sequence[Any]) -> list[list[float]]:
     """Numbers that belong to parts of parameters, added up over the processes that hold the other parts.
 
-    One all-reduce for all parameters that are cut alike. A NaN comes back as an infinity, which no backend takes for a
-    norm that is not known.
+    One all-reduce for all parameters that are sharded alike. A NaN is returned as an infinity, which no backend confuses with
+    UNKNOWN.
     """
     together: dict[Any, list[int]] = {}
     for i, parameter in enumerate(parameters):
@@ -91,7 +91,7 @@ def add_up(numbers: Sequence[Sequence[float]], parameters: Sequence[Any]) -> lis
 
 @lru_cache(maxsize=4096)
 def layout_of(shape: torch.Size, mesh: Any, placements: tuple[Any, ...]) -> tuple[tuple[int, ...], ShardLayout | None]:
-    """Sizes of the part that lies here, and where it is; None where it is not one box, as uneven strided shards are not."""
+    """Sizes of the local part, and its place in the whole; None where it is not one box, as uneven strided shards are not."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     sizes, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
@@ -133,7 +133,7 @@ def check_alike(name: str, parameter: Any, what: str, found: Any) -> None:
 
 
 class Shard:
-    """A DTensor parameter as a backend sees it: ``tensor``, plain, in the memory of the part that lies here.
+    """A DTensor parameter as a backend sees it: ``tensor``, plain, in the memory of the local part.
 
     Attributes:
         tensor: what a backend steps; it has a gradient only between ``bind`` and ``unbind``.
@@ -164,16 +164,16 @@ class Shard:
             )
 
     def hold(self, state: Any) -> Tensor:
-        """The part of a state that lies here, from now on watched as the parameter is."""
+        """The local part of a state; ``bind`` checks from now on that it has not been replaced."""
         here = local(state)
         self._states.append((state, here))
         return here
 
     def bind(self) -> bool:
-        """Give ``tensor`` its part of this step's gradient; False where anything has another memory by now."""
+        """Give ``tensor`` its part of this step's gradient; False if a local part was replaced since."""
         if local(self.parameter) is not self._here or any(local(state) is not here for state, here in self._states):
             return False
-        if self.parameter._version != self._version:  # a write that the part's own version does not count
+        if self.parameter._version != self._version:  # a write that the local part's version does not count
             torch.autograd.graph.increment_version(self.tensor)
             self._version = self.parameter._version
         grad = self.parameter.grad
@@ -183,7 +183,7 @@ class Shard:
         return True
 
     def unbind(self) -> None:
-        """Let go of the gradient."""
+        """Remove the gradient from ``tensor``."""
         self.tensor.grad = self._bound = None
 
     def written(self) -> None:

@@ -33,7 +33,7 @@ def check_tensor(name: str, what: str, found: Tensor, p: Tensor) -> None:
 
 
 def check_parameter(name: str, spec: GroupSpec, p: Tensor, of_p: Mapping[str, Any]) -> list[Tensor]:
-    """The parameter, its gradient and its states, as far as they are there, found to fit each other.
+    """The parameter, its gradient and its states, as far as they exist, after checking that they fit each other.
 
     Raises:
         RuntimeError: where they do not.

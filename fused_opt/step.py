@@ -139,7 +139,7 @@ class HostStep(Step):
 
 
 class DeviceStep(Step):
-    """A step that nobody waits for: what a GPU has of its numbers is read there, the count of steps included."""
+    """A step that the host does not wait for: numbers that are on the GPU, such as the step count, are read there."""
 
     plan: Plan
 
@@ -156,7 +156,7 @@ class DeviceStep(Step):
         self.scalars = DeviceScalars(found_inf, grad_scale)
 
     def clip(self) -> bool:
-        """Leave on the GPU what the gradients are clipped by."""
+        """Have the GPU compute the norm and the factor that clips the gradients."""
         if self.groups.wants_norm:
             norm2 = self.plan.sum_gradients()
             self.scalars = self.scalars._replace(norm2=norm2, max_norm=self.param_groups[0]["max_grad_norm"])
@@ -172,7 +172,7 @@ class DeviceStep(Step):
 
 
 def host_decides(groups: Sequence[Mapping[str, Any]], found_inf: Tensor | None) -> bool:
-    """Whether the host must know what a GPU knows: to skip or raise, and to count steps for noise and averages."""
+    """Whether the host must read numbers from the GPU: to skip or raise, and to count steps for noise and averages."""
     counts = any(group["noise"] is not None or group["averaging"] is not None for group in groups)
     return groups[0]["nonfinite"] != PASS or (found_inf is not None and counts)
 

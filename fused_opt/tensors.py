@@ -9,7 +9,7 @@ from .shards import local
 
 
 def norm2(tensor: Tensor) -> float:
-    """Sum of squares, in float64; of a sparse tensor, of its values; of a DTensor, of the part that lies here."""
+    """Sum of squares, in float64; of a sparse tensor, of its values; of a DTensor, of the local part."""
     tensor = local(tensor)
     values = tensor.coalesce().values() if tensor.is_sparse else tensor
     # complex64 goes to complex128: its squares overflow in float32, too.
@@ -19,8 +19,8 @@ def norm2(tensor: Tensor) -> float:
 def overlaps(tensor: Tensor) -> bool:
     """Whether two elements of a strided tensor share memory; exact, and False for other layouts.
 
-    Elements are apart where every stride exceeds the largest offset that the smaller ones reach together, as in every dense
-    tensor and every slice of one. The few layouts that pass neither this test nor the opposite one (more elements than
+    Elements do not overlap where every stride exceeds the largest offset that the smaller ones reach together, as in every
+    dense tensor and every slice of one. The few layouts that pass neither this test nor the opposite one (more elements than
     memory, a stride of 0) have their offsets counted.
     """
     if tensor.layout != torch.strided or tensor.numel() < 2:

@@ -173,8 +173,8 @@ FUSED_OPT_FN void for_each_block(int64_t begin, int64_t end, const F& f) {
   if (begin < end) f(begin, end - begin);
 }
 
-// Asks for what the block that begins kAhead elements further will read. The processor's own prefetching stops while it
-// calculates, and starts too late.
+// Prefetches what the block that begins kAhead elements further will read. The processor's own prefetching stops while
+// it computes, and starts too late.
 template <class... Operands>
 FUSED_OPT_FN void prefetch(const Tensor& tensor, int64_t begin, const Operands&... operands) {
   if (!tensor.flat || begin + kAhead + kBlock > tensor.numel) return;
@@ -252,7 +252,7 @@ __attribute__((noinline)) double update_blocks(const Rule& rule, const Factors<T
 template <template <class> class Rule, class T, size_t... S>
 double update_as(const Tensor& tensor, const StepArgs& args, const Layer& layer, int64_t begin, int64_t end,
                  std::index_sequence<S...> states) {
-  // From here on what blocks fetch ahead is worth more than what they cost.
+  // From here on prefetching by blocks gains more than the blocks cost.
   constexpr int64_t kLong = 8192;
   const auto rule = make<Rule<T>, T>(args.coefficients);
   const auto by = factors<T>(args, args.lr, args.grad_scale, layer);

@@ -158,7 +158,7 @@ void step(const Kernel& kernel, Table& table, int threads) {
     carried |= carries_norm(table.tensors[t], args);
     table.layers[t].ratio = has_ratio(table.tensors[t], args) ? std::min(args.cap, 1.0) : 1;  // empty tensors keep it,
     if (!carries_norm(table.tensors[t], args))
-      table.layers[t].weight_norm2 = kUnknown;  // nobody sums what this step writes
+      table.layers[t].weight_norm2 = kUnknown;  // the norm of what this step writes is not summed
     table.layers[t].finite = true;
     if (!table.tensors[t].numel && table.layers[t].weight_norm2 > 0) {  // but for empty shards of others that are not
       table.layers[t].ratio = trust_ratio(args, args.grad_scale, table.layers[t]);

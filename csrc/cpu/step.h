@@ -13,7 +13,7 @@ constexpr int64_t kChunk = 16384;
 
 // The part of a step that is compiled once per instruction set (kernels.cpp). All work on elements [begin, end).
 struct Kernel {
-  // Writes the parameter and its states; returns the sum of squares of the new weights where somebody will want it.
+  // Writes the parameter and its states; returns the sum of squares of the new weights where a norm of them is carried.
   double (*update)(const Tensor&, const StepArgs&, const Layer&, int64_t begin, int64_t end);
   Norms (*norms)(const Tensor&, const StepArgs&, const Layer&, int64_t begin, int64_t end, Wanted);
 };

@@ -242,7 +242,7 @@ FUSED_OPT_FN void walk(const Where& where, const Launch& launch, Shared<Rule, T>
       shared.kept = keeps();
       shared.counts = shared.kept || shared.entry.step || launch.total;
     });
-    // What no sums are kept of goes in long runs, and no thread waits for another.
+    // Chunks without sums are processed in long runs, and no thread waits for another.
     const int64_t longest = shared.kept ? 1 : kLongest;
     FUSED_OPT_ROLLED
     for (int64_t k = begin; k < stop; k += longest) {

@@ -14,7 +14,7 @@ DeviceBuffer::DeviceBuffer(const Machine& machine, size_t bytes)
       staging_(machine.stage(bytes)) {}
 
 DeviceBuffer::~DeviceBuffer() {
-  if (captured_) return;  // the graph reads it for as long as it lives, and nobody says how long that is
+  if (captured_) return;  // never freed: the graph reads it, and its lifetime is not known
   machine_.release(device_);
   machine_.unstage(staging_);
 }
@@ -64,7 +64,7 @@ Bucket::Bucket(const Machine& machine, const char* rule, bool wide, const std::v
   for (const Tensor& tensor : tensors) first.push_back(first.back() + chunks_of(tensor.numel));
   chunks_ = first.back();
 
-  // Sizes and strides of those that are not flat go along: every operand has strides.
+  // Sizes and strides of those that are not flat are copied as well: every operand has strides.
   int64_t layout_words = 0;
   for (const Tensor& tensor : tensors)
     if (!tensor.flat) layout_words += (4 + kMaxStates) * tensor.ndim;

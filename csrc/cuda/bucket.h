@@ -7,13 +7,13 @@
 
 namespace fused_opt::cuda {
 
-// One stretch of device memory that follows the host's: only what has changed since the last time is copied.
+// A buffer in device memory that mirrors one of the host: sync() copies only what has changed since the last time.
 class DeviceBuffer {
  public:
   DeviceBuffer(const Machine&, size_t bytes);
   ~DeviceBuffer();
   DeviceBuffer(const DeviceBuffer&) = delete;
-  char* now() { return now_.data(); }  // write what shall be there, then sync()
+  char* now() { return now_.data(); }  // write the new contents, then sync()
   char* device() const { return device_; }
   void sync(size_t bytes, void* stream);
   bool captured() const { return captured_; }
@@ -23,12 +23,12 @@ class DeviceBuffer {
   std::vector<char> now_, last_;
   char* device_;
   Staging* staging_;
-  bool captured_ = false;  // a graph's replays write here, too: what is there is not known any more
+  bool captured_ = false;  // a graph's replays write it, too: its contents are no longer known
 };
 
 // The tensors and layers that the functions take are those of the constructor, as the step's host sees them: whether a
-// gradient is there and where, which row, and norms that are known. A `weight_norm2` of 0 says that the device knows
-// it.
+// gradient is there and where, which row, and norms that are known. A `weight_norm2` of 0 means that it is known on the
+// device.
 class Bucket {
  public:
   // steps: where the count of every tensor is, or null. All arithmetic is in float64 (`wide`) or in float32.

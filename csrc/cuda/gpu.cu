@@ -1,4 +1,4 @@
-// The kernels on a GPU, and the little that a plan asks of the CUDA runtime.
+// The kernels on a GPU, and the calls of the CUDA runtime that a bucket needs.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -16,12 +16,12 @@ namespace {
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // or the next one to ask is told of it
+  cudaGetLastError();  // clears it, or the next call that checks would report it
   if (error == cudaErrorMemoryAllocation) throw std::bad_alloc();
   throw std::runtime_error(std::string("CUDA could not ") + what + ": " + cudaGetErrorString(error));
 }
 
-// Memory may be had and given back while some stream is captured into a graph.
+// Memory may be allocated and freed while a stream is captured into a graph.
 struct Relaxed {
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
@@ -63,8 +63,8 @@ struct Block {
 #endif
 };
 
-// Blocks on a multiprocessor, at least: as many as leave every kernel its registers. With 16 warps of a momentum step
-// 48 KB are under way on each, twice what the memory needs.
+// Blocks on a multiprocessor, at least: as many as every kernel's registers allow. With 16 warps of a momentum step
+// 48 KB of loads are in flight on each, twice what full bandwidth needs.
 template <class Rule, class T>
 constexpr int kBlocks = sizeof(T) == 8      ? 2
                         : Rule::kStates < 2 ? 4
@@ -147,7 +147,7 @@ namespace {
 
 void upload(Staging* staging, void* to, const void* from, size_t bytes, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
-  if (capturing(stream)) {  // the graph reads the memory at every replay: it is given away
+  if (capturing(stream)) {  // the graph reads the memory at every replay: it is never freed
     void* const memory = staging->pin();
     std::memcpy(memory, from, bytes);
     return check(cudaMemcpyAsync(to, memory, bytes, cudaMemcpyHostToDevice, on), "copy to the GPU");

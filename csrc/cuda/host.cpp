@@ -100,7 +100,7 @@ std::string unavailable(int) {
   return "it was built without nvcc; reinstall where the CUDA toolkit's nvcc is on the PATH";
 }
 const Machine& gpu() {
-  return host();  // nobody gets here: see unavailable()
+  return host();  // never called: see unavailable()
 }
 void use(int) {}
 #endif

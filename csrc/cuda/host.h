@@ -1,4 +1,4 @@
-// How the host plays a GPU. Results must not depend on any of it.
+// How the host emulates a GPU. Results must not depend on these settings.
 #pragma once
 #include <atomic>
 #include <cstdint>

@@ -1,4 +1,4 @@
-// What a plan asks of the machine that its tensors are on: a GPU (gpu.cu), or for tests the host in its place
+// What a bucket needs of the device that its tensors are on: a GPU (gpu.cu), or for tests the host that emulates one
 // (host.cpp).
 #pragma once
 #include <cstddef>
@@ -21,7 +21,7 @@ struct Machine {
   void (*upload)(Staging*, void* to, const void* from, size_t bytes, void* stream);  // `from` may change at once
   void (*clear)(void* memory, size_t bytes, void* stream);
   void (*download)(void* to, const void* from, size_t bytes, void* stream);  // waits for the stream
-  bool (*capturing)(void* stream);  // into a graph, whose replays read the memory of today again
+  bool (*capturing)(void* stream);  // into a graph, whose replays read the same memory again
   void (*update)(int rule, bool wide, const Launch&, void* stream);
   void (*norms)(int rule, bool wide, const Launch&, void* stream);
   void (*accumulate)(bool wide, const Accumulation&, void* stream);

@@ -74,8 +74,8 @@ FUSED_OPT_FN void locate(const Tensor& x, int64_t i, int64_t (&at)[3 + sizeof...
   }
 }
 
-// V elements from offset i on: one, or a vector on a boundary of 16 bytes. `fetch_raw` only asks for them, so that the
-// loads of all operands are on their way before the first is converted.
+// V elements from offset i on: one, or a vector on a boundary of 16 bytes. `fetch_raw` only loads them, so that the
+// loads of all operands are in flight before the first is converted.
 template <int V>
 FUSED_OPT_FN void fetch_raw(const Operand& operand, int64_t i, Sixteen (&raw)[2]) {
   if constexpr (V > 1) {

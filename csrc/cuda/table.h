@@ -1,4 +1,4 @@
-// What a launch knows, and which block does what: plain structs and arithmetic, the same on the host and on a GPU.
+// The data of a launch, and which block does what: plain structs and arithmetic, the same on the host and on a GPU.
 #pragma once
 #include <cstdint>
 

@@ -11,7 +11,7 @@
 namespace fused_opt {
 namespace {
 
-// Where tensors are that the CPU's kernels do not step: on a GPU, or with number -1 on the host in its place.
+// The device of tensors that the CPU's kernels do not step: a GPU, or with number -1 the host that emulates one.
 class Device {
  public:
   explicit Device(int number) : number_(number) {
@@ -113,7 +113,7 @@ std::pair<double, double> accumulate(const py::object& total, const py::object& 
 }
 
 // The same on a GPU or the host in its place, where `scratch` holds as many zeros as `scratch_words` says; the sums
-// will be its first two numbers. False: they do not lie alike in memory, and nothing was done.
+// will be its first two numbers. False: their strides differ, and nothing was done.
 bool accumulate_on_device(int device, const py::object& total, const py::object& part, const py::object& scratch) {
   const Summand summand(total, part);
   if (!summand.tensor.flat) return false;

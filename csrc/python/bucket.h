@@ -1,4 +1,4 @@
-// A bucket keeps what a step needs to know of Python's tensors until something moves.
+// A bucket keeps what a step needs of Python's tensors until something moves.
 #pragma once
 #include <pybind11/stl.h>
 
@@ -42,7 +42,7 @@ struct Parameter {
   py::object tensor;
   int group;
   bool states_are_new;  // made for the coming step
-  bool exclusive;       // no other parameter lies in its memory
+  bool exclusive;       // no other parameter shares its memory
   bool noisy;           // noise counts its elements in row-major order, and so must a walk over them
   View p;
   std::vector<Held> states;
@@ -53,7 +53,7 @@ struct Parameter {
   int64_t version = -1;  // autograd's count of writes, as the last step left it
 };
 
-// What is alike wherever the tensors are.
+// What is the same on every device.
 class Bucket {
  public:
   // As in backends/interface.py.
@@ -156,7 +156,7 @@ class Bucket {
     return PyLong_AsLongLong(version_of(parameter.tensor.ptr()).ptr());
   }
 
-  // What the next step wants to know of a parameter that this one has stepped.
+  // Keeps what the next step needs of a parameter that this one has stepped.
   static void remember(Parameter& parameter, Layer& layer) {
     parameter.states_are_new = false;
     if (!parameter.exclusive) layer.weight_norm2 = kUnknown;
@@ -257,7 +257,7 @@ class CPUBucket : public Bucket {
   // Returns the places of the parameters whose trust ratio could not be formed, because a norm is not finite.
   std::vector<size_t> run(const py::sequence& args, int threads) {
     read_args(args);
-    for (size_t t = 0; t < parameters_.size(); ++t) {  // now, while the cache has them
+    for (size_t t = 0; t < parameters_.size(); ++t) {  // now, while they are in the cache
       Parameter& parameter = parameters_[t];
       if (!table_.tensors[t].active || !parameter.step) continue;
       const View& view = parameter.step->view;

@@ -33,7 +33,7 @@ void check_named_tuples(const py::object& interface) {
       throw py::import_error(std::string(name) + " is another kind here than in backends/interface.py");
 }
 
-// The place in kRules of Python's rule, whose promises are found to be the kernels'.
+// The place in kRules of Python's rule, after checking that it matches the kernels'.
 int check_rule(const py::object& rule) {
   const auto name = rule.attr("name").cast<std::string>();
   const int index = rule_index(name.c_str());
@@ -53,7 +53,7 @@ int check_rule(const py::object& rule) {
   return index;
 }
 
-// `lr`: where to say that the rate is a tensor, if it may be one.
+// `lr`: receives the rate if it is a tensor; null where it may not be one.
 StepArgs read_step_args(const py::handle& given, const RuleShape& rule, Operand* lr = nullptr) {
   const auto row = py::reinterpret_borrow<py::tuple>(given);
   StepArgs args;

@@ -1,4 +1,4 @@
-// Tensors as Python hands them over: read through DLPack's exchange API, and looked at again in every step.
+// Python's tensors: read through DLPack's exchange API, and read again in every step.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -41,7 +41,7 @@ class Attribute {
 Attribute grad_of, version_of;
 PyTypeObject* plain_types[2] = {};
 
-// Whether its pointer is its own: what that of a subclass means is the subclass's business.
+// Whether its data pointer is that of its elements; that of a subclass may not be.
 bool is_plain(PyObject* tensor) {
   return Py_IS_TYPE(tensor, plain_types[0]) || Py_IS_TYPE(tensor, plain_types[1]);
 }
@@ -115,7 +115,7 @@ class View {
     return matches(tensor, &where) && where == data;
   }
 
-  // Asks the cache for what a look at the tensor will read; an address that has become stale does no harm.
+  // Prefetches what reading the tensor will touch; a stale address does no harm.
   FUSED_OPT_FN void prefetch(PyObject* tensor) const {
     __builtin_prefetch(tensor);
     __builtin_prefetch(implementation_ - 8);
@@ -131,7 +131,7 @@ class View {
   }
   int64_t numel() const { return std::accumulate(sizes(), sizes() + ndim, int64_t{1}, std::multiplies<>()); }
 
-  // Whether the elements fill one stretch of memory: in row-major order, or in whatever order.
+  // Whether the elements fill one contiguous range of memory: in row-major order, or in any order.
   bool contiguous() const {
     int64_t expected = 1;
     for (int d = ndim; d-- > 0;) {
@@ -165,13 +165,13 @@ class View {
   static constexpr int kFew = 5;
 
   const int64_t* implementation_ = nullptr;  // where torch keeps the sizes, inside the tensor's implementation
-  // Sizes, then strides. Most tensors have few dimensions, and a look at one should cost one line of the cache.
+  // Sizes, then strides. Most tensors have few dimensions, and reading one should cost one cache line.
   int64_t few_[2 * kFew] = {};
   std::unique_ptr<int64_t[]> many_;
 };
 
 // A state tensor of a plan. It holds a second reference to the implementation: as long as Python's is the only one,
-// every look at a tensor takes it from there and gives it back, at three times the price.
+// every DLPack read moves it to C++ and back, at three times the cost.
 struct Held {
   explicit Held(const py::handle& tensor) : object(py::reinterpret_borrow<py::object>(tensor)), view(tensor) {
     dlpack::Managed* managed = nullptr;

@@ -1,4 +1,4 @@
-"""Who applies a rule to tensors: modules with the interface of interface.py, tried in this order by ``backend="auto"``."""
+"""What applies a rule to tensors: modules with the interface of interface.py, tried in this order by ``backend="auto"``."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What the optimizer and its backends say to each other: the numbers of a step, and the functions of a backend.
+"""The interface between the optimizer and its backends: the numbers of a step, and the functions of a backend.
 
 In a step the functions of a bucket are called in this order; where one raises, the step is over and nothing was stepped:
 
 1. ``collect_gradients``: finds this step's gradients, or says that the bucket has to be made anew;
 2. ``set_part_norms``: where the parts of the gradients are tracked;
-3. ``norms`` and ``set_norms``, of a bucket with shards: what the shards have, and what the whole tensors have;
+3. ``norms`` and ``set_norms``, of a bucket with shards: the norms of the shards, and those of the whole tensors;
 4. ``grad_norm2``, or of a device bucket ``sum_gradients``: where the norm of all gradients is wanted;
 5. for shards of tensors with LAMB's ratio ``norms`` and ``set_norms`` once more, now that the gradients' scale is known;
 6. ``run``: steps, and counts the step.
@@ -103,7 +103,7 @@ class PartNorms(NamedTuple):
 
 
 class DeviceScalars(NamedTuple):
-    """What of a step's scale is left on the device, for whoever steps there to read."""
+    """The numbers of a step's scale that stay on the device, where the kernels read them."""
 
     found_inf: Tensor | None = None  # not 0: nothing is stepped, nothing counted
     grad_scale: Tensor | None = None  # what the gradients were multiplied with
@@ -115,7 +115,7 @@ class DeviceScalars(NamedTuple):
 class ParamEntry:
     """One parameter of a bucket."""
 
-    tensor: Tensor  # what is stepped: of a DTensor the part that lies here
+    tensor: Tensor  # what is stepped: of a DTensor the local part
     group: int
     index: int  # in the optimizer: a key of its noise
     name: str
@@ -127,7 +127,7 @@ class ParamEntry:
     decay_scale: float = 1.0
     shard: Shard | None = None  # of a DTensor
     noisy: bool = False  # noise counts its elements in row-major order
-    exclusive: bool = True  # no other parameter lies in its memory, so that what is known of the weights stays true
+    exclusive: bool = True  # no other parameter shares its memory, so that a carried norm stays valid
 
     @property
     def parameter(self) -> Tensor:
@@ -176,7 +176,7 @@ class Bucket(Protocol):
         """
 
     def set_part_norms(self, norms: Sequence[PartNorms | None]) -> None:
-        """Say of every member what is known of its gradient's parts."""
+        """Set the norms of every member's gradient parts, None where they are not known."""
 
     def grad_norm2(self) -> float:
         """Sum of squares of all gradients, as they lie in memory."""
@@ -198,11 +198,11 @@ class ShardBucket(Bucket, Protocol):
         """
 
     def set_norms(self, norms: Sequence[Norms]) -> None:
-        """Say of every member the norms of the whole tensor of which it may be a shard."""
+        """Set the norms of every member's whole tensor, of which the member may be a shard."""
 
 
 class DeviceBucket(Bucket, Protocol):
-    """A bucket on one device that reads a step's numbers there: nobody waits for them."""
+    """A bucket on one device that reads a step's numbers there, so that the host does not wait for them."""
 
     def sum_gradients(self, norm2: Tensor, add: bool) -> None:
         """Put the sum of squares of all gradients into ``norm2``, or add it to what is there."""
@@ -216,11 +216,11 @@ class Backend(Protocol):
 
     @property
     def DEVICES(self) -> tuple[str, ...]:
-        """The types of device that it is for."""
+        """The device types that it supports."""
 
     @property
     def UNTESTED(self) -> tuple[str, ...]:
-        """Of these, where its kernels have not been seen to run yet: ``"auto"`` leaves them alone."""
+        """Those of them on which its kernels have not run yet: ``"auto"`` does not use it there."""
 
     @property
     def REUSABLE(self) -> bool:
@@ -235,13 +235,13 @@ class Backend(Protocol):
         """Why it cannot step a parameter, or None.
 
         Args:
-            rule: None: it is only asked to accumulate.
+            rule: None: only ``accumulate`` will be called.
             tensors: the parameter, then its gradient and states where it has them.
             noisy: noise is added to it.
             sharded: it is a shard of a DTensor.
 
         Raises:
-            RuntimeError: where the rule promises other states or coefficients than the backend's kernel takes.
+            RuntimeError: where the rule has other states or coefficients than the backend's kernel takes.
         """
 
     def steps_on_device(self, p: Tensor) -> bool:

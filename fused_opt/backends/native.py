@@ -29,7 +29,7 @@ except AttributeError:
 DEVICES = ("cpu", "cuda")
 UNTESTED = ("cuda",)
 REUSABLE = True
-#: For tests: what is on the CPU goes through the kernels for GPUs, run by the host.
+#: For tests: tensors on the CPU are stepped by the source of the GPU kernels, run by the host.
 EMULATE_GPU = os.environ.get("FUSED_OPT_EMULATE_GPU") == "1"
 #: The instruction set of the CPU's kernels; None: the widest that the processor has.
 INSTRUCTION_SET = os.environ.get("FUSED_OPT_CPU")
@@ -50,7 +50,7 @@ def gpu_unavailable(number: int = -1) -> str | None:
 
 
 def _device_number(tensor: Tensor) -> int | None:
-    """Of the GPU that steps a tensor, or of the host in its place; None: the CPU's own kernels do."""
+    """The number of the GPU that steps a tensor, or _HOST for the emulated one; None: the CPU's own kernels do."""
     if tensor.is_cuda:
         return tensor.device.index
     return _HOST if EMULATE_GPU else None
@@ -112,7 +112,7 @@ def _current(device: torch.device) -> Any:
 
 
 class _Bucket:
-    """What is alike wherever the parameters are.
+    """What is the same on every device.
 
     Args:
         core: the bucket in C++.
@@ -156,7 +156,7 @@ class CPUBucket(_Bucket):
 
     def run(self, args: Sequence[StepArgs]) -> None:
         """Step every parameter that has a gradient, on torch's threads."""
-        # Raw pointers tell autograd nothing; without this a backward through the old weights would pass unnoticed.
+        # Autograd sees no writes through pointers; without this a backward through the old weights would not be detected.
         torch.autograd.graph.increment_version(self.core.touched())
         for index in self.core.run(args, torch.get_num_threads()):
             self.members[index].warn_not_finite()
@@ -170,7 +170,7 @@ class GPUBucket(_Bucket):
     """Parameters on one GPU, all of them float64 or none.
 
     A step is queued on torch's current stream and never waited for, except where the host is asked for a number:
-    ``grad_norm2``, ``ratios``, and making the plan. For the same reason nobody warns of a ratio that cannot be formed.
+    ``grad_norm2``, ``ratios``, and making the plan. For the same reason a ratio that cannot be formed gives no warning.
     """
 
     device: torch.device

@@ -1,4 +1,4 @@
-"""Which tensors a raw pointer reaches: one answer for every backend that reads memory by itself."""
+"""Which tensors a kernel can read through their data pointer: the check for all backends that do so."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# What a subclass's data pointer means is its own business (DTensor, FakeTensor, a collective that is still under way).
+# The data pointer of a subclass may not be that of its elements (DTensor, FakeTensor, a collective not yet finished).
 _PLAIN = (Tensor, torch.nn.Parameter)
 _MOST_DIMENSIONS = 64  # of a strided walk
 

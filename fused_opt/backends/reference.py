@@ -20,7 +20,7 @@ REUSABLE = False  # it does not see what was replaced; a plan of nothing but its
 
 
 def unavailable() -> str | None:
-    """Nothing keeps plain PyTorch from running."""
+    """None: plain PyTorch always runs."""
     return None
 
 
@@ -30,7 +30,7 @@ def unsupported(rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = Fals
 
 
 def steps_on_device(p: Tensor) -> bool:
-    """It asks for every number."""
+    """No: the host reads every number."""
     return False
 
 
@@ -109,7 +109,7 @@ class Bucket:
         return [Norms(*self._norms[member.index]) for member in self.members]
 
     def set_norms(self, norms: Sequence[Norms]) -> None:
-        """What the norms of the whole tensors are, where the members are shards of them."""
+        """Set the norms of the whole tensors, where the members are shards of them."""
         self._norms = {member.index: list(of_member) for member, of_member in zip(self.members, norms)}
 
     def _norm2(self, member: ParamEntry, which: int, tensor: Tensor) -> float:

@@ -31,7 +31,7 @@ def layer_table(optimizer: torch.optim.Optimizer) -> LayerTable:
 
     Raises:
         TypeError: if it is neither a torch optimizer nor has a layer table.
-        ValueError: if it is ``torch.optim.LBFGS``, which knows one learning rate only.
+        ValueError: if it is ``torch.optim.LBFGS``, which has only one learning rate.
     """
     if hasattr(optimizer, "scale_layers"):
         return optimizer
@@ -53,9 +53,9 @@ class SplitGroups:
 
     A hook before the step replaces every parameter group by one for each multiplier, with ``lr`` and
     ``weight_decay`` multiplied, and a hook after it puts the groups back. So learning-rate schedulers,
-    checkpoints and whoever else reads ``param_groups`` between steps see the optimizer as it was built, in
-    any order of construction, and the state, which belongs to the parameters, is never touched. The price is
-    the host time of the additional groups.
+    checkpoints and other code that reads ``param_groups`` between steps see the optimizer as it was built, in
+    any order of construction, and the state, which belongs to the parameters, is never touched. The additional groups
+    cost host time.
 
     Example:
         >>> w, v = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))

@@ -1,4 +1,4 @@
-"""Processes that divide layers between them: whose weights are cut (DTensor), or copies of each other."""
+"""Processes that divide layers between them: whose weights are sharded (DTensor), or copies of each other."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Team:
         place: of this process, from 0.
         size: how many processes.
         device: on which sums are made.
-        cut: whether each has a part of a weight, and all must take part in gathering it.
+        cut: whether each has a shard of a weight, and all must take part in gathering it.
     """
 
     groups: tuple[Any, ...]
@@ -35,7 +35,7 @@ class Team:
     cut: bool
 
     def divide(self, costs: Sequence[float]) -> list[list[int]]:
-        """Which items each process takes: the dearest first, each to whoever has the least to do."""
+        """Which items each process takes: the most expensive first, each to the process with the least work so far."""
         shares: list[list[int]] = [[] for _ in range(self.size)]
         loads = [0.0] * self.size
         for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
@@ -45,7 +45,7 @@ class Team:
         return shares
 
     def exchange(self, numbers: Sequence[float]) -> list[float]:
-        """Everybody's numbers, each of which all processes but one have as 0."""
+        """The numbers of all processes, each of which all processes but one have as 0."""
         vector = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         for group in self.groups:
             torch.distributed.all_reduce(vector, group=group)
@@ -53,7 +53,7 @@ class Team:
 
 
 def team_of(layer: Layer, model: nn.Module) -> Team | None:
-    """Who divides work with this process over a layer; None: it works alone."""
+    """The processes that divide work on a layer with this one; None: it works alone."""
     source: Any
     for source in layer.sources():
         if is_spread(source):

@@ -190,7 +190,7 @@ class SWM(Averaging):
     beta: float
 
     def weight(self, t: int, count: int, periods: int) -> tuple[float, float, bool]:
-        """V lives on from period to period."""
+        """V is kept from period to period."""
         first = count == 1 and periods == 0
         return 1.0 if first else 1 - self.beta, 1.0, first
 

@@ -44,7 +44,7 @@ def wants_norm(groups: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a step needs the norm of all gradients.
 
     Raises:
-        ValueError: where the groups do not agree on what is about all of them together.
+        ValueError: where the groups differ in a setting that applies to all of them together.
     """
     if not groups:
         return False

@@ -115,7 +115,7 @@ def normal(seed: int, index: int, t: int, numel: int, device: torch.device | str
 
 
 def normal_at(seed: int, index: int, t: int, elements: Tensor) -> Tensor:
-    """The noise of these elements, int64, of a parameter of which only some are here."""
+    """The noise of these elements, int64, of a shard, by their place in the whole parameter."""
     return _fours(seed, index, t, elements // 4).gather(1, (elements % 4)[:, None])[:, 0]
 
 

@@ -67,7 +67,7 @@ def output_dim(module: nn.Module, k: int) -> int:
 
 
 class _Forward(nn.Module):
-    """A module's ``forward`` and what makes its weights; its other hooks have had their turn."""
+    """A module's ``forward`` and what makes its weights; its other hooks have run already."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

@@ -45,7 +45,7 @@ class Microbatches(PartTracker):
 
     Two hooks per parameter: one sets the gradient aside before autograd adds to it, so that autograd hands over the new part
     as it is; the other adds the part to what was set aside and sums both squares in the same pass. Between the
-    backwards ``p.grad`` is what it always is. Gradients that somebody has changed since (clipping, unscaling, zeroing) are
+    backwards ``p.grad`` is what it always is. Gradients that were changed since (clipping, unscaling, zeroing) are
     noticed by their version, and the parts' norms scaled as the gradient's norm was. Writes that do not count in the
     version (``p.grad.data.mul_``, numpy) are not: measuring every gradient again would cost as much as the step. Call
     :meth:`recheck` after them.
@@ -55,7 +55,7 @@ class Microbatches(PartTracker):
 
     In a model under DistributedDataParallel the parts are those of all processes: norms are taken before the gradients are
     averaged, divided by the number of processes as the gradients are, and added up by one all-reduce of a number per
-    parameter, on its way from the end of the backward that synchronizes to the step. Of the averaged gradients the norms
+    parameter, which runs from the end of the backward that synchronizes to the step. Of the averaged gradients the norms
     are taken too, since clipping and unscaling are noticed by them.
 
     Of a DTensor (FSDP2, tensor parallelism) a part is what one backward adds to it over all processes together; the
@@ -95,7 +95,7 @@ class Microbatches(PartTracker):
         self._handles.setdefault(id(owner), []).append(handle)
 
     def _find(self) -> bool:
-        """Hook the parameters that came since the last call, and let go of those that left; whether any did."""
+        """Hook the parameters that came since the last call, and remove the hooks of those that left; whether any did."""
         parameters = self._parameters()
         trainable = [id(p) for p in parameters if p.requires_grad]
         if trainable == self._trainable or not self.active:
@@ -205,7 +205,7 @@ class Microbatches(PartTracker):
         self._at_the_end(self._find)
 
     def _synchronized(self) -> None:
-        """The gradients have become means over processes; the norms of what they are means of are sent on their way."""
+        """The gradients have become means over processes; start the all-reduce of the norms of the terms."""
         for p in self._tracked:
             if p.grad is not None:
                 known = self._sums.get(p, _Sum(p.grad, 0, 0.0, 0.0, 0))  # only other processes had a gradient
@@ -235,7 +235,7 @@ class Microbatches(PartTracker):
     def _current(self, p: Tensor, grad: Tensor) -> _Sum:
         """What is known of a gradient, corrected for what has happened to it since."""
         known = self._sums.get(p)
-        if known is None:  # left by somebody else: one part, none if zeroed
+        if known is None:  # not made by a tracked backward: one part, none if zeroed
             grad2 = norm2(grad)
             # Of a shard even a zero is a part, or processes would have different numbers of them.
             squares: tuple[float, ...] = (grad2,) if is_spread(grad) else ()
@@ -260,7 +260,7 @@ class Microbatches(PartTracker):
         return PartNorms(known.norms if known.whole is None else known.whole, known.grad2)
 
     def squares(self, p: Tensor) -> list[float]:
-        """Of a DTensor every part's sum of squares, as far as it is here: these add up over processes, norms do not."""
+        """Of a DTensor every part's sum of squares, of its local part: these add up over processes, norms do not."""
         return list(self._current(p, p.grad).squares) if p.grad is not None and p in self._sums else []
 
     def _counts(self) -> dict[Tensor, int]:

@@ -49,7 +49,7 @@ class Probe(PartTracker):
         self._norms = dict(zip(norms, found))
 
     def share(self) -> None:
-        """Say once where a step has nothing to go by."""
+        """Warn once where no norms were set before a step."""
         if not self._norms:
             warn_once(
                 "track_parts('probe') without .set(): the whole gradient counts as one part until the tracker that it "

@@ -66,7 +66,7 @@ class Samples(Microbatches):
     Linear, Conv1d to 3d, Embedding, LayerNorm, GroupNorm, InstanceNorm and BatchNorm in evaluation mode have forms of
     their own, where what runs is torch's own code. Other modules are called again for their gradients by sample, with
     torch.func; so are those with weight_norm, parametrizations or prune. The first time, the sum over the samples is
-    compared with the gradient, which it must be: a form of which it is not is given up for a call, and a call refused.
+    compared with the gradient: where a form differs, the module is called again, and where that differs, it is refused.
     Inputs are kept until the backward, also through torch.utils.checkpoint. Code that was compiled before is compiled anew.
 
     Args:

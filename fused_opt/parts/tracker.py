@@ -62,7 +62,7 @@ def data_parallel(model: torch.nn.Module | None, parameters: Iterable[Tensor]) -
 class WeakHook:
     """A tracker's method as a hook that does not keep the tracker alive; copies of it, deep or pickled, do nothing.
 
-    Models keep their hooks, and copies of models copies of them; autograd's nodes keep theirs out of the collector's sight.
+    Models keep their hooks, and copies of models copies of them; the garbage collector cannot see those of autograd nodes.
 
     Args:
         method: of the tracker.
@@ -99,7 +99,7 @@ def _take_away(handles: dict[int, list[RemovableHandle]]) -> None:
 class PartTracker(ABC):
     """The norms of the parts that the gradients of an optimizer's parameters are sums of.
 
-    The optimizer is held weakly and asked for its parameters when they are needed. When it goes, the tracker's hooks go.
+    The optimizer is referenced weakly, and its parameters are read when needed. Its deletion removes the tracker's hooks.
 
     Args:
         optimizer: whose gradients; its groups name the parameters.
@@ -153,7 +153,7 @@ class PartTracker(ABC):
         """Of the parts of ``p.grad``; None: nothing is known."""
 
     def squares(self, p: Tensor) -> list[float]:
-        """Of a DTensor every part's sum of squares, as far as it is here: these add up over processes, norms do not."""
+        """Of a DTensor every part's sum of squares, of its local part: these add up over processes, norms do not."""
         return []
 
     @abstractmethod
@@ -170,7 +170,7 @@ class PartTracker(ABC):
         }
 
     def share(self) -> None:  # noqa: B027  # not all have to
-        """Wait for what other processes know, before a step."""
+        """Wait for the norms of other processes, before a step."""
 
     def recheck(self) -> None:  # noqa: B027
         """Measure every gradient anew at the step, after writes to ``p.grad`` that its version does not count."""
@@ -180,7 +180,7 @@ class PartTracker(ABC):
 
     @property
     def active(self) -> bool:
-        """Whether it tracks still: neither was it removed, nor has its optimizer gone."""
+        """Whether it still tracks: it was not removed, and its optimizer exists."""
         return self._active and self._optimizer() is not None
 
     def remove(self) -> None:

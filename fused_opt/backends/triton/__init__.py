@@ -51,12 +51,12 @@ def unavailable() -> str | None:
 
 
 def _strides(tensor: Tensor) -> list[tuple[int, int]]:
-    """Stride and size of the dimensions that have a stride worth the name."""
+    """Stride and size of the dimensions whose stride matters."""
     return [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size != 1 and tensor.numel()]
 
 
 def _dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory, in whatever order."""
+    """Whether the elements fill one contiguous range of memory, in any order."""
     expected = 1
     for stride, size in sorted(_strides(tensor)):
         if stride != expected:
@@ -102,7 +102,7 @@ def unsupported(rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = Fals
 
 
 def steps_on_device(p: Tensor) -> bool:
-    """The coefficients are the host's."""
+    """No: the host computes the coefficients."""
     return False
 
 

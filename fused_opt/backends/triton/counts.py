@@ -19,9 +19,9 @@ _CELLS: dict[torch.dtype, Any] = {torch.float32: ctypes.c_float, torch.float64: 
 class Counts:
     """Those of members whose counts are all of one kind.
 
-    On the CPU they are read and written where they lie, since torch's own ways cost a microsecond for each. Of counts on
-    the device, which torch's fused and capturable steps leave in checkpoints, a copy is kept here, and asked for again only
-    after a write of somebody else's. Where the rule counts nothing it is 0 before the first step and 1 after it.
+    On the CPU they are read and written through their addresses, since torch's own functions cost a microsecond each. Of
+    counts on the device, which torch's fused and capturable steps leave in checkpoints, the host keeps a copy, and reads
+    them again only after another write to them. Where the rule counts nothing it is 0 before the first step and 1 after it.
     """
 
     def __init__(self, members: Sequence[ParamEntry]) -> None:
@@ -31,13 +31,13 @@ class Counts:
             _CELLS[step.dtype].from_address(step.data_ptr()) for step in self.steps if step.device.type == "cpu"
         ]
         self.addresses = list(map(torch.Tensor.data_ptr, self.steps))
-        self.memory = [step.detach() for step in self.steps]  # kept, so that an address belongs to nothing else
+        self.memory = [step.detach() for step in self.steps]  # kept alive, so that no other tensor gets the address
         self.known: list[float] = []
         self.versions: list[int] = []
         self.any_new = any(m.states_are_new for m in members)
 
     def moved(self) -> bool:
-        """Whether one of them lies elsewhere; of a single element its address says all."""
+        """Whether one of them has moved; for a single element the address is enough."""
         return list(map(torch.Tensor.data_ptr, self.steps)) != self.addresses
 
     def read(self) -> list[float]:
@@ -51,7 +51,7 @@ class Counts:
         return self.known
 
     def advance(self, here: Sequence[bool] | None) -> None:
-        """One more for those that are here, None: for all; after ``read``."""
+        """Add one to those that are marked in ``here``, or to all for None; after ``read``."""
         here = here or [True] * len(self.members)
         if self.any_new:
             for member in compress(self.members, here):

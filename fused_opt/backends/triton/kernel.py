@@ -1,8 +1,8 @@
 """The loops of a step in Triton: one kernel that updates, one that sums squares first, one that accumulates.
 
-A tensor is cut into chunks, one program each. Sums of squares are kept as one float64 per chunk; whoever needs the norm of
-a tensor adds them up, always in the same order, so a carried norm costs no launch of its own. That the adding is cheap
-decides the size of a chunk: see ``chunk_size``.
+A tensor is cut into chunks, one program each. Sums of squares are kept as one float64 per chunk; a program that needs a
+tensor's norm adds them up, always in the same order, so a carried norm costs no launch of its own. The size of a chunk
+is chosen so that this adding is cheap: see ``chunk_size``.
 
 The tables, of 8-byte words, are stored column by column, one entry for every tensor:
 
@@ -26,7 +26,7 @@ from .rules import normal, trust_ratio
 # Elements that one program works on at once. A FULL block lies wholly within its chunk and is aligned: its loads are
 # unmasked and 128 bits wide, eight elements for each of 4 * 32 threads. What is left, and all of an unaligned tensor,
 # goes in TAIL blocks with masks: fewer elements, since masked ones take several times the registers, and a kernel takes
-# as many as the hungriest of its parts.
+# as many as the part that needs most.
 FULL, TAIL = tl.constexpr(1024), tl.constexpr(256)
 SUMS = tl.constexpr(512)  # partial sums that are added at once
 

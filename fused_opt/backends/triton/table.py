@@ -1,4 +1,4 @@
-"""What one launch knows of its tensors: made once, checked in every step, and made anew when something moved."""
+"""The tables of one launch: made once, checked in every step, and made anew when something moved."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Table:
         self.members, self.places = members, places
         self.parameters = [m.tensor for m in members]
         self.device = self.parameters[0].device
-        # Whoever moves one of these parts it from its alias, and the alias keeps its memory from being given to another.
+        # A tensor that is moved no longer has its alias's address, and the alias keeps that memory from being reused.
         self.held = [*self.parameters, *(s for m in members for s in m.states or ())]
         self.held += [m.average for m in members if m.average is not None]
         self.aliases = [tensor.detach() for tensor in self.held]
@@ -61,7 +61,7 @@ class Table:
         self.groups = [m.group for m in members]
         self.distinct_groups = list(dict.fromkeys(self.groups))
         self.counts = Counts(members)
-        self.nothing = [UNKNOWN] * len(members)  # what is known of norms where nobody said anything
+        self.nothing = [UNKNOWN] * len(members)  # norms that were not set
         self.unknown = array("d", 2 * self.nothing).tobytes()
         self.nobody: list[int | None] = [None] * len(members)
 
@@ -215,7 +215,7 @@ class Table:
         """Count the step, here and for autograd."""
         self.counts.advance(self.here)
         stepped = self.parameters if self.here is None else list(compress(self.parameters, self.here))
-        # Addresses tell autograd nothing; without this a backward through the old weights would pass unnoticed.
+        # Autograd sees no writes through addresses; without this a backward through the old weights would not be detected.
         torch.autograd.graph.increment_version(stepped)
         self.turn = 1 - self.turn
         self.versions = self.nobody
