@@ -173,11 +173,11 @@ FUSED_OPT_FN void for_each_block(int64_t begin, int64_t end, const F& f) {
   if (begin < end) f(begin, end - begin);
 }
 
-// Prefetches what the block that begins kAhead elements further will read. The processor's own prefetching stops while
-// it computes, and starts too late.
+// Prefetches what the block that begins kAhead elements further will read, where the processor's own prefetching stops
+// while it computes, and starts too late.
 template <class... Operands>
 FUSED_OPT_FN void prefetch(const Tensor& tensor, int64_t begin, const Operands&... operands) {
-  if (!tensor.flat || begin + kAhead + kBlock > tensor.numel) return;
+  if (!kPrefetches || !tensor.flat || begin + kAhead + kBlock > tensor.numel) return;
   const auto ask = [&](const Operand& operand) {
     const char* data = static_cast<const char*>(operand.data) + (begin + kAhead) * size_of(operand.dtype);
     for (int64_t byte = 0; byte < kBlock * size_of(operand.dtype); byte += 64) __builtin_prefetch(data + byte);
@@ -256,8 +256,8 @@ double update_as(const Tensor& tensor, const StepArgs& args, const Layer& layer,
   constexpr int64_t kLong = 8192;
   const auto rule = make<Rule<T>, T>(args.coefficients);
   const auto by = factors<T>(args, args.lr, args.grad_scale, layer);
-  bool in_one_go = end - begin < kLong && lies_ready<T>(tensor, tensor.p) && lies_ready<T>(tensor, tensor.g) &&
-                   !carries_norm(tensor, args) && !averages(args) && args.sigma == 0;
+  bool in_one_go = (end - begin < kLong || !kPrefetches) && lies_ready<T>(tensor, tensor.p) &&
+                   lies_ready<T>(tensor, tensor.g) && !carries_norm(tensor, args) && !averages(args) && args.sigma == 0;
   ((in_one_go &= lies_ready<T>(tensor, tensor.states[S])), ...);
   if (!in_one_go) return update_blocks<T>(rule, by, tensor, args, layer, begin, end, states);
   apply(rule, by, end - begin, static_cast<T*>(tensor.p.data) + begin, static_cast<const T*>(tensor.g.data) + begin,

@@ -16,6 +16,12 @@ InstructionSet instruction_set_avx2(bool (*)());
 InstructionSet instruction_set_avx512(bool (*)());
 #endif
 
+#ifdef FUSED_OPT_X86
+const bool kPrefetches = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
+#else
+const bool kPrefetches = false;
+#endif
+
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> sets = {
 #ifdef FUSED_OPT_X86

@@ -30,6 +30,10 @@ struct InstructionSet {
   void (*normal)(uint64_t seed, uint32_t index, uint32_t t, uint64_t begin, int64_t n, float* z);
 };
 
+// Whether loops ask for memory ahead of their reads. AMD Zen 4 is slowed down by it: without, a
+// step that memory limits takes 0.6 to 0.9 of the time. Intel's Xeons gain: docs/performance.md.
+extern const bool kPrefetches;
+
 // Fastest first. `choose` takes the first that runs here, or the named one, or null.
 const std::vector<InstructionSet>& instruction_sets();
 const InstructionSet* choose(const char* name = nullptr);
