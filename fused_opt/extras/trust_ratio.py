@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..backends.interface import Kind, RatioArgs
 from ..checks import real, whole
@@ -74,6 +75,7 @@ class TrustRatio:
             object.__setattr__(self, name, real(f"{name} of a trust ratio", value, lambda x: x >= 0, "at least 0"))
         object.__setattr__(self, "exempt", whole("exempt", self.exempt, -1))
 
+    @cached_property
     def args(self) -> RatioArgs:
         """The numbers that a backend needs."""
         assert self.coefficient is not None
@@ -87,5 +89,5 @@ TRUST_RATIO = Extra(
     check_setting("trust_ratio", TrustRatio),
     "a :class:`TrustRatio`, or None.",
     settings=(TrustRatio,),
-    args=lambda group, lr: group["trust_ratio"].args(),
+    args=lambda group, lr: group["trust_ratio"].args,
 )
