@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -44,6 +45,15 @@ def test_states_go_where_memory_ends_between_them(backend, monkeypatch):
     with unchanged(optimizer), pytest.raises(MemoryError):
         optimizer.step()
     monkeypatch.undo()
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
+def test_states_of_a_step_that_is_not_made_are_not_there(nonfinite, backend):
+    p, optimizer = pair_of(backend, momentum=0.9, nonfinite=nonfinite)
+    p.grad[0] = torch.nan
+    with nullcontext() if nonfinite == "skip" else pytest.raises(RuntimeError, match="parameter 0 of group 0"):
+        optimizer.step()
     assert not optimizer.state
 
 
