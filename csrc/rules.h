@@ -57,11 +57,12 @@ template <class T>
 struct MomentumSGD {
   static constexpr int kStates = 1, kCoefficients = 3;
   static constexpr bool kCountsSteps = false;
-  T momentum, keep, nesterov;  // keep: 1 - dampening, and 1 in the first step
+  // In the first step 0 and 1, else the momentum and 1 - dampening; the momentum with Nesterov's, else 0.
+  T momentum, keep, nesterov;
 
   FUSED_OPT_FN T operator()(T d, T& m) const {
     m = momentum * m + keep * d;
-    return nesterov != 0 ? d + momentum * m : m;
+    return nesterov != 0 ? d + nesterov * m : m;
   }
 };
 

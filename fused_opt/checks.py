@@ -61,11 +61,8 @@ def check_betas(options: Mapping[str, Any]) -> None:
 
 
 def check_switches(options: Mapping[str, Any]) -> None:
-    """Refuse the switches of torch.optim that would change what a step means."""
-    if options["differentiable"]:
-        raise RuntimeError(
-            "differentiable=True asks for a step that autograd can follow, and a fused step writes in place; "
-            "torch.optim's class of the same name takes differentiable=True"
-        )
+    """Raise, in torch.optim's words, where the switches contradict each other."""
+    if options["fused"] and options["differentiable"]:
+        raise RuntimeError("`fused` does not support `differentiable`")
     if options["fused"] and options["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")

@@ -26,6 +26,7 @@ class GroupSpec(NamedTuple):
     noisy: bool
     averaged: bool
     has_args: bool  # of extras
+    differentiable: bool  # autograd follows the step
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -69,6 +70,7 @@ class Groups:
                 group["noise"] is not None,
                 group["averaging"] is not None,
                 any(group[extra.key] is not None for extra, _ in IN_ARGS),
+                bool(group.get("differentiable")),
             )
             for group in groups
         ]

@@ -113,13 +113,6 @@ class FusedOptimizer(Checkpoints):
                 param_group.update({name: oldest[name] for name in (COUNTS if alike else ("steps", "skipped_steps"))})
             params = param_group["params"]
             params = [params] if isinstance(params, Tensor) else list(params)
-            tensors = [item[1] if isinstance(item, tuple) else item for item in params]
-            first = {id(p): i for i, p in reversed(list(enumerate(tensors)))}
-            if twice := [i for i, p in enumerate(tensors) if first[id(p)] != i]:
-                raise ValueError(
-                    f"parameter {twice[0]} of group {len(self.param_groups)} is a duplicate of one before it, and a step "
-                    f"takes each once; list it once"
-                )
             if not isinstance(param_group["params"], set):
                 param_group["params"] = params  # an iterator is spent now
         super().add_param_group(param_group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -153,6 +154,7 @@ def _grouped(
     """The parameters of each bucket, in the order of the buckets' turns, and whether any was left out."""
     index, skipped = -1, False
     entries: list[tuple[ParamEntry, str]] = []
+    seen: Counter[Tensor] = Counter()
     written: list[list[Tensor]] = []
     for g, (group, spec) in enumerate(zip(param_groups, specs)):
         for i, p in enumerate(group["params"]):
@@ -165,6 +167,9 @@ def _grouped(
             shard = Shard(name, p, spec.noisy) if is_spread(p) else None
             of_p = _choose(name, spec, backend, tensors, shard is not None)
             entry = ParamEntry(p if shard is None else shard.tensor, g, index, name, noisy=spec.noisy, shard=shard)
+            entry.differentiable = spec.differentiable
+            entry.earlier = seen[p]
+            seen[p] += 1
             entry.lr_scale, entry.decay_scale = scales.get(p, (1.0, 1.0))
             entries.append((entry, of_p))
             written.append([tensor for tensor in tensors if tensor is not local(p.grad)])
@@ -184,6 +189,14 @@ def _has_no_elements_yet(p: Tensor) -> bool:
 
 def _choose(name: str, spec: GroupSpec, backend: str, tensors: Sequence[Tensor], sharded: bool) -> str:
     """The backend of a parameter: the named one, or the first that can."""
+    if spec.differentiable:
+        if backend not in ("auto", "reference") or sharded:
+            what = "a DTensor" if sharded else f"backend {backend!r}"
+            raise RuntimeError(
+                f"differentiable=True was asked for parameter {name}, and autograd cannot follow the step of {what}; that of "
+                f"backend='reference', on a plain tensor, it can"
+            )
+        return "reference"
     if backend != "auto":
         module = backends.get(backend)
         if reason := module.unavailable() or module.unsupported(spec.rule, tensors, spec.noisy, sharded):

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
+Number: TypeAlias = float  # or, with differentiable=True, a tensor that autograd follows
+
 UNKNOWN = -1.0  # a count or a norm that is not known; true ones are not negative
+
+
+def number(group: Mapping[str, Any], value: Any) -> Number:
+    """A hyper-parameter as a float, or as it is where autograd is to follow it."""
+    return value if group.get("differentiable") else float(value)
+
+
+def square_root(x: Number) -> Number:
+    """Of a float, or of a tensor that autograd follows."""
+    return x.sqrt() if isinstance(x, Tensor) else math.sqrt(x)
 
 
 def _same_in_every_step(coefficients: Sequence[float], step: float) -> Sequence[float]:

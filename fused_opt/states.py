@@ -43,6 +43,11 @@ def check_parameter(name: str, spec: GroupSpec, p: Tensor, of_p: Mapping[str, An
             f"parameter {name} has elements that share memory (strides {p.stride()}), which cannot be written one by "
             f"one; clone() it before making it a parameter"
         )
+    if spec.differentiable and p.grad is not None and p.is_leaf and p.requires_grad:
+        raise RuntimeError(
+            f"parameter {name} is a leaf that requires grad, and differentiable=True writes it where autograd follows, which "
+            f"PyTorch does not allow; make the optimizer of what is computed from it, for instance p.clone()"
+        )
     step = of_p.get("step") if spec.rule.counts_steps else None
     if step is not None and not (
         isinstance(step, Tensor)
@@ -78,7 +83,7 @@ class NewStates:
     def __init__(self, state: dict[Tensor, Any], dtype: torch.dtype | None) -> None:
         self._state = state
         self._dtype = dtype
-        self._made: list[tuple[Tensor, str]] = []
+        self._made: set[tuple[Tensor, str]] = set()
 
     def __bool__(self) -> bool:
         return bool(self._made)
@@ -97,7 +102,7 @@ class NewStates:
 
     def _make(self, p: Tensor, slot: str, value: Tensor) -> None:
         self._state[p][slot] = value
-        self._made.append((p, slot))
+        self._made.add((p, slot))
 
     def fill(self, entry: ParamEntry, spec: GroupSpec, group: Mapping[str, Any], count_on_device: bool) -> None:
         """Point an entry at its parameter's states; one that has a gradient gets those it lacks."""
@@ -115,7 +120,7 @@ class NewStates:
                         p, memory_format=torch.preserve_format, dtype=dtype_or_none, requires_grad=False
                     )
                     self._make(p, slot, zeros)
-                    entry.states_are_new = True
+                entry.states_are_new |= (p, slot) in self._made
             if spec.averaged and of_p.get(AVERAGE) is None:
                 self._make(p, AVERAGE, initial(group, p))
             of_p = self._state.get(p, {})

@@ -16,6 +16,7 @@ from .extras.clipping import PASS, RAISE, allows, clip_factor
 from .groups import Groups
 from .parts.tracker import PartTracker
 from .plan import Plan
+from .rule import number
 from .shard_norms import all_reduce_norms
 
 
@@ -67,7 +68,7 @@ class Step:
         groups, specs = self.param_groups, self.groups.specs
         of_group = []
         for group, spec, lr in zip(groups, specs, self.lrs):
-            decay = float(group["weight_decay"])
+            decay = number(group, group["weight_decay"])
             scale = -self.scale if group["maximize"] else self.scale
             of_group.append((lr, scale, 0.0, decay) if spec.decouples else (lr, scale, decay, 0.0))
         return [
@@ -184,7 +185,7 @@ def rates(groups: Sequence[Mapping[str, Any]], device: torch.device | None) -> l
         ValueError: for one that is not a number, where the host looks at it.
     """
     if device is None:
-        lrs: list[float | Tensor] = [float(group["lr"]) for group in groups]
+        lrs: list[float | Tensor] = [number(group, group["lr"]) for group in groups]
     else:
         lrs = [lr if getattr(lr, "device", None) == device else float(lr) for lr in (group["lr"] for group in groups)]
     if any([lr != lr for lr in lrs if isinstance(lr, float)]):  # noqa: C419  # as in Step

@@ -25,6 +25,7 @@ struct Parameter {
         states_are_new(entry.attr("states_are_new").cast<bool>()),
         exclusive(entry.attr("exclusive").cast<bool>()),
         noisy(entry.attr("noisy").cast<bool>()),
+        earlier(entry.attr("earlier").cast<int>()),
         p(tensor) {
     if (const py::object given = entry.attr("states"); !given.is_none())
       for (const auto& state : given) states.emplace_back(state);
@@ -44,6 +45,7 @@ struct Parameter {
   bool states_are_new;  // made for the coming step
   bool exclusive;       // no other parameter shares its memory
   bool noisy;           // noise counts its elements in row-major order, and so must a walk over them
+  int earlier;          // how often its parameter is stepped before it in the same step
   View p;
   std::vector<Held> states;
   std::optional<Held> step, average;
@@ -175,8 +177,8 @@ class Bucket {
     if (!parameter.step->unmoved()) return false;
     const View& view = parameter.step->view;
     parameter.count = steps_on_device_                ? kUnknown
-                      : view.dtype == DType::kFloat64 ? *static_cast<double*>(view.data) + 1
-                                                      : *static_cast<float*>(view.data) + 1.0;
+                      : view.dtype == DType::kFloat64 ? *static_cast<double*>(view.data) + 1 + parameter.earlier
+                                                      : *static_cast<float*>(view.data) + 1.0 + parameter.earlier;
     return true;
   }
 

@@ -127,6 +127,8 @@ class ParamEntry:
     decay_scale: float = 1.0
     shard: Shard | None = None  # of a DTensor
     noisy: bool = False  # noise counts its elements in row-major order
+    earlier: int = 0  # how often its parameter is stepped before it in the same step
+    differentiable: bool = False  # autograd follows its step
     exclusive: bool = True  # no other parameter shares its memory, so that a carried norm stays valid
 
     @property
@@ -140,8 +142,8 @@ class ParamEntry:
         return None if self.shard is None else self.shard.layout
 
     def count(self) -> float:
-        """How many steps it has taken; 0 or 1 where torch.optim keeps no count."""
-        return self.step.item() if self.step is not None else float(not self.states_are_new)
+        """How many steps it has taken before this one; 0 or 1 where torch.optim keeps no count."""
+        return self.step.item() + self.earlier if self.step is not None else float(not self.states_are_new)
 
     def advance(self) -> None:
         """Count one more step."""

@@ -122,17 +122,19 @@ class Bucket:
         """Sum of squares of all gradients, as they lie in memory."""
         return sum(self._norm2(m, 1, m.tensor.grad) for m, _ in self.active if m.tensor.grad is not None)
 
-    @torch.no_grad()
     def run(self, args: Sequence[StepArgs]) -> None:
         """Step every parameter that has a gradient."""
         for member, row in self.active:
-            self._step(member, args[row])
-            member.advance()
+            with torch.set_grad_enabled(member.differentiable):
+                self._step(member, args[row])
+                member.advance()
 
     def _direct(self, member: ParamEntry, args: StepArgs) -> tuple[Tensor, ...]:
         """Parameter, gradient, direction and new states, real and dense, in the arithmetic's dtype."""
         assert member.tensor.grad is not None
         tensors = [member.tensor, member.tensor.grad, *(member.states or ())]
+        if member.differentiable:  # autograd keeps what is multiplied, and the step writes these
+            tensors = [tensor.clone() for tensor in tensors]
         if member.tensor.is_complex():
             tensors = [torch.view_as_real(tensor.resolve_conj()) for tensor in tensors]
         dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32

@@ -61,6 +61,14 @@ def check_extras(options: Mapping[str, Any]) -> None:
     """Raise where a value is none for its key."""
     for extra in EXTRAS:
         extra.check(options[extra.key])
+    if options.get("differentiable"):
+        noise = options["noise"]
+        asked = [key for key in ("trust_ratio", "max_grad_norm") if options[key] is not None]
+        if asked := asked + ["noise that is relative to the weights"] * (noise is not None and noise.relative):
+            raise ValueError(
+                f"differentiable=True, and {', '.join(asked)}: autograd would take the norms of a step for constants. Leave "
+                f"one of them out"
+            )
 
 
 def step_args(group: Mapping[str, Any], lr: Any) -> tuple[Any, ...]:

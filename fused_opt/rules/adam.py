@@ -12,7 +12,6 @@ r"""Adam, AMSGrad and AdamW, as torch.optim defines them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from typing_extensions import Unpack
 
 from ..checks import check_betas, check_decay, check_lr, check_number, check_switches
 from ..optimizer import Extras, FusedOptimizer, ParamsT
-from ..rule import Rule
+from ..rule import Rule, number, square_root
 
 
 def _adam(
@@ -60,13 +59,13 @@ def _amsgrad(
 
 
 def _coefficients(group: Mapping[str, Any]) -> tuple[float, ...]:
-    beta1, beta2 = map(float, group["betas"])
+    beta1, beta2 = (number(group, beta) for beta in group["betas"])
     return 1 - beta1, beta2, 1 - beta2, beta1, beta2, float(group["eps"])
 
 
 def _at_step(coefficients: Sequence[float], step: float) -> Sequence[float]:
     one_minus_beta1, beta2, one_minus_beta2, beta1, _, eps = coefficients
-    unbias1, unbias2 = 1 / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
+    unbias1, unbias2 = 1 / (1 - beta1**step), 1 / square_root(1 - beta2**step)
     return one_minus_beta1, beta2, one_minus_beta2, unbias1, unbias2, eps
 
 
@@ -93,7 +92,7 @@ class Adam(FusedOptimizer):
         maximize: ascend instead.
         capturable: accepted as torch.optim accepts it; changes nothing. On a GPU the native backend's steps can always be
             captured in a CUDA graph, and the others' never.
-        differentiable: only ``False``; a fused step cannot be differentiated through.
+        differentiable: as :class:`fused_opt.SGD`; ``betas`` can be tensors that require grad, too.
         fused: accepted as torch.optim accepts it; every step is fused. As there, ``False`` has torch.amp.GradScaler unscale
             the gradients before the step and not in it, which Lightning wants in mixed precision before it clips them.
         decoupled_weight_decay: AdamW's decay.

@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 
 from ..checks import check_betas, check_decay, check_lr, check_switches
 from ..optimizer import Extras, FusedOptimizer, ParamsT
-from ..rule import Rule
+from ..rule import Rule, number
 
 
 def _lion(g: Tensor, m: Tensor, one_minus_beta1: float, one_minus_beta2: float) -> tuple[Tensor, ...]:
@@ -24,7 +24,7 @@ def _lion(g: Tensor, m: Tensor, one_minus_beta1: float, one_minus_beta2: float) 
 
 
 def _coefficients(group: Mapping[str, Any]) -> tuple[float, ...]:
-    beta1, beta2 = map(float, group["betas"])
+    beta1, beta2 = (number(group, beta) for beta in group["betas"])
     return 1 - beta1, 1 - beta2
 
 

@@ -19,7 +19,7 @@ from typing_extensions import Unpack
 
 from ..checks import check_decay, check_lr, check_number, check_switches
 from ..optimizer import Extras, FusedOptimizer, ParamsT
-from ..rule import Rule
+from ..rule import Rule, number
 
 
 def _sgd(g: Tensor) -> tuple[Tensor, ...]:
@@ -28,16 +28,17 @@ def _sgd(g: Tensor) -> tuple[Tensor, ...]:
 
 def _momentum_sgd(d: Tensor, m: Tensor, momentum: float, keep: float, nesterov: float) -> tuple[Tensor, ...]:
     m = momentum * m + keep * d
-    return (d + momentum * m if nesterov else m), m
+    return (d + nesterov * m if nesterov else m), m
 
 
 def _momentum_sgd_coefficients(group: Mapping[str, Any]) -> tuple[float, ...]:
-    return float(group["momentum"]), 1.0 - group["dampening"], float(group["nesterov"])
+    momentum = number(group, group["momentum"])
+    return momentum, 1.0 - group["dampening"], momentum if group["nesterov"] else 0.0
 
 
 def _momentum_sgd_at_step(coefficients: Sequence[float], step: float) -> Sequence[float]:
     momentum, keep, nesterov = coefficients
-    return momentum, 1.0 if step == 1 else keep, nesterov
+    return (0.0, 1.0, nesterov) if step == 1 else (momentum, keep, nesterov)
 
 
 SGD_RULE = Rule("sgd", (), lambda group: (), _sgd)
@@ -62,7 +63,9 @@ class SGD(FusedOptimizer):
         nesterov: Nesterov's momentum; needs a momentum and no dampening.
         maximize: ascend instead.
         foreach: accepted as torch.optim accepts it; changes nothing, every step is fused.
-        differentiable: only ``False``; a fused step cannot be differentiated through.
+        differentiable: whether autograd follows the step, in plain PyTorch, to the weights before it, the gradients, and
+            an ``lr`` and ``weight_decay`` that are tensors. As in torch.optim, parameters are then tensors that may be
+            written in place (clones, no leaves). Trust ratios, clipping and relative noise are not followed, and refused.
         fused: accepted as torch.optim accepts it; every step is fused. As there, ``False`` has torch.amp.GradScaler unscale
             the gradients before the step and not in it, which Lightning wants in mixed precision before it clips them.
         **extras: see :class:`fused_opt.FusedOptimizer`.

@@ -104,13 +104,6 @@ def test_parameters_that_are_none_in_the_words_of_torch():
         assert str(ours.value) == str(theirs.value)
 
 
-def test_a_parameter_twice_in_a_group_is_refused():
-    """torch.optim warns that this will become an error, and steps it twice."""
-    p = torch.nn.Parameter(torch.ones(3))
-    with pytest.raises(ValueError, match=r"parameter 1 of group 0 .* duplicate"):
-        fused_opt.AdamW([p, p])
-
-
 @pytest.mark.parametrize("bad", [float("nan"), torch.tensor(float("nan"))], ids=["float", "tensor"])
 @whenever
 @both_kinds

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from rules import both_kinds
+from rules import both_kinds, every_rule_of_torch
+from support.compare import assert_close
 from support.threads import threads as threads_set_to
 
 import fused_opt
@@ -71,3 +72,18 @@ def test_a_parameter_whose_elements_share_memory_is_refused(backend):
         p.grad = torch.ones(p.shape)
         with pytest.raises(RuntimeError, match="elements that share memory"):
             fused_opt.SGD([p], lr=0.1, backend=backend).step()
+
+
+@every_rule_of_torch
+def test_a_parameter_twice_in_a_group_is_stepped_twice_as_torch_does(name, options, backend):
+    p, q = (torch.nn.Parameter(torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64)) for _ in range(2))
+    with pytest.warns(UserWarning, match="a parameter group with duplicate parameters"):
+        ours = getattr(fused_opt, name)([p, p], backend=backend, **options)
+    with pytest.warns(UserWarning, match="a parameter group with duplicate parameters"):
+        theirs = getattr(torch.optim, name)([q, q], foreach=False, **options)
+    for step in range(3):
+        for parameter, optimizer in ((p, ours), (q, theirs)):
+            parameter.grad = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64) * (step + 1)
+            optimizer.step()
+    assert_close(p, q)
+    assert_close(dict(ours.state[p]), dict(theirs.state[q]))

@@ -40,9 +40,9 @@ def sgd(g):
 
 @triton.jit
 def momentum_sgd(d, m, momentum, keep, nesterov):
-    """keep: 1 - dampening, and 1 in the first step."""
+    """In the first step 0 and 1, else the momentum and 1 - dampening; the momentum with Nesterov's, else 0."""
     m = momentum * m + keep * d
-    return tl.where(nesterov != 0, d + momentum * m, m), m
+    return tl.where(nesterov != 0, d + nesterov * m, m), m
 
 
 @triton.jit
