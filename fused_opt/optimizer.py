@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import backends
@@ -22,6 +24,8 @@ from .parts.tracker import PartTracker, wants_parts, warn_without_parts
 from .plan import Plan
 from .shards import within_zero
 from .step import DeviceStep, HostStep, host_decides
+from .tensors import buffers_restored
+from .warn import warn_once
 
 __all__ = ["Extras", "FusedOptimizer", "ParamsT"]
 
@@ -60,8 +64,12 @@ class FusedOptimizer(Checkpoints):
         backend: str = "auto",
         **extras: Any,
     ) -> None:
-        if unknown := extras.keys() - {extra.key for extra in EXTRAS}:
-            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {min(unknown)!r}")
+        keywords = [*defaults, *(extra.key for extra in EXTRAS), "state_dtype", "backend"]
+        if unknown := extras.keys() - set(keywords):
+            meant = [f". Did you mean {near!r}?" for near in get_close_matches(min(unknown), keywords, 1)]
+            raise TypeError(
+                f"{type(self).__name__}() got an unexpected keyword argument {min(unknown)!r}{''.join(meant)}"
+            )
         if backend != "auto" and (reason := backends.get(backend).unavailable()):
             raise RuntimeError(f"backend {backend!r} cannot run here: {reason}. backend='auto' takes one that can")
         if state_dtype not in (None, torch.float32, torch.float64):
@@ -106,6 +114,9 @@ class FusedOptimizer(Checkpoints):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch.optim does, after its hyper-parameters were found in range."""
         if isinstance(param_group, dict):
+            for key in param_group.keys() - self.defaults.keys() - {"params", "param_names"}:
+                for near in get_close_matches(key, self.defaults, 1, cutoff=0.8):
+                    warn_once(f"a parameter group has {key!r}, which nothing reads. Did you mean {near!r}?")
             self._check_all({**self.defaults, **param_group})
             if self.param_groups:  # it joins the others' count of steps
                 oldest = self.param_groups[0]
@@ -356,11 +367,15 @@ class FusedOptimizer(Checkpoints):
         return self._parts
 
     @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
+    def averaged_weights(self, model: torch.nn.Module | None = None) -> Iterator[None]:
         """Within the block the parameters hold their averages; afterwards what they held before, whatever happens.
 
         Parameters of which no sample was taken yet keep their weights. BatchNorm's running statistics belong to the
         weights they were made with: estimate them anew within the block with torch.optim.swa_utils.update_bn.
+
+        Args:
+            model: whose buffers, such as BatchNorm's running statistics, are swapped back with the weights. Without it they
+                stay as the block leaves them, with a warning where BatchNorm runs in training mode.
 
         Raises:
             RuntimeError: where no group has an averaging.
@@ -368,7 +383,7 @@ class FusedOptimizer(Checkpoints):
         averaged = [group for group in self.param_groups if group["averaging"] is not None]
         if not averaged:
             raise RuntimeError("no group of this optimizer has averaging=; fused_opt.EMA(beta) is one")
-        with swapped_in(averaged, self.state):
+        with swapped_in(averaged, self.state), _batch_norm_noticed() if model is None else buffers_restored(model):
             before, self._holds_averages = self._holds_averages, True
             try:
                 yield
@@ -377,6 +392,24 @@ class FusedOptimizer(Checkpoints):
 
 
 FusedOptimizer.__doc__ = (FusedOptimizer.__doc__ or "").replace("{extras}", documentation())
+
+
+@contextmanager
+def _batch_norm_noticed() -> Iterator[None]:
+    """Warn where a module changes its running statistics within the block."""
+
+    def notice(module: torch.nn.Module, _: Any) -> None:
+        if isinstance(module, _NormBase) and module.training and module.track_running_stats:
+            warn_once(
+                "BatchNorm runs in training mode within averaged_weights(), and its running statistics will stay as the "
+                "block leaves them; averaged_weights(model) swaps them back with the weights"
+            )
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(notice)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _evaluate(closure: Callable[[], Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -16,6 +17,7 @@ from .groups import GroupSpec, name_of
 from .rule import Rule
 from .shards import Shard, add_up, is_spread, local
 from .states import NewStates, check_parameter
+from .tensors import norm2
 from .warn import warn_once
 
 _captured: list[Tensor] = []  # what CUDA graphs refer to, which may outlive the plan
@@ -125,7 +127,7 @@ class Plan:
         for member in (member for bucket in self.buckets for member in bucket.members):
             if (grad := member.tensor.grad) is not None:
                 members.append(member)
-                bad.append(float(not grad.isfinite().all()))
+                bad.append(float(not math.isfinite(norm2(grad))))
         cut = [i for i, member in enumerate(members) if member.shard is not None]
         for i, (count,) in zip(cut, add_up([[bad[i]] for i in cut], [members[i].parameter for i in cut])):
             bad[i] = count
@@ -163,6 +165,11 @@ def _grouped(
                 skipped = True
                 continue
             name = name_of(group, g, i)
+            if p.grad is not None and p.device.type == "meta" and group.get("fused"):
+                raise RuntimeError(
+                    f"`fused=True` requires all the params to be floating point Tensors of supported devices: cpu, cuda, but "
+                    f"parameter {name} is {p.dtype} and {p.device.type}"
+                )
             tensors = [local(tensor) for tensor in check_parameter(name, spec, p, state.get(p, {}))]
             shard = Shard(name, p, spec.noisy) if is_spread(p) else None
             of_p = _choose(name, spec, backend, tensors, shard is not None)

@@ -1,9 +1,12 @@
-"""What is asked of tensors of any kind: their norm, and whether their elements share memory."""
+"""What is asked of tensors of any kind: their norm, whether their elements share memory, and to be as they were before."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .shards import local
 
@@ -38,3 +41,33 @@ def overlaps(tensor: Tensor) -> bool:
     for stride, size in dimensions:
         offsets = (offsets.unsqueeze(1) + stride * torch.arange(size, device="cpu")).flatten()
     return len(offsets.unique()) < len(offsets)
+
+
+@torch.no_grad()
+def restore(before: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy values back: all of them, also where one copy fails or is interrupted, and is then tried once more."""
+    failed: BaseException | None = None
+    for tensor, value in before:
+        for _ in range(2):
+            try:
+                tensor.copy_(value)
+                break
+            except BaseException as error:
+                failed = error
+    if failed is not None:
+        raise failed
+
+
+@contextmanager
+def buffers_restored(model: nn.Module) -> Iterator[None]:
+    """After the block the model's buffers are those that it had, and hold what they held."""
+    # By name, for a forward may put another tensor in a buffer's place, or write into it, or both.
+    registered = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for of_module, before in registered:
+            of_module.clear()
+            of_module.update(before)
+        restore(values)

@@ -129,6 +129,8 @@ class Bucket {
       if (!parameter.g || !is_plain(grad.ptr()) || !parameter.g->matches(grad.ptr(), &tensor.g.data) ||
           !parameter.p.unmoved(parameter.tensor.ptr()) || !collect_states(parameter))
         return py::none();
+      // Lazy negations are views of complex numbers, .conj().imag, whose elements have others between them.
+      if ((!tensor.flat || tensor.numel == 1) && is_negated(grad.ptr())) return py::none();
       const std::pair<int, double> key{parameter.group, parameter.count};
       size_t row = tensor.args;  // most often where it was
       if (row >= keys_.size() || keys_[row] != key) row = row_of(key);

@@ -46,6 +46,12 @@ bool is_plain(PyObject* tensor) {
   return Py_IS_TYPE(tensor, plain_types[0]) || Py_IS_TYPE(tensor, plain_types[1]);
 }
 
+// Whether its elements are the negatives of what lies in memory.
+bool is_negated(PyObject* tensor) {
+  static PyObject* const name = PyUnicode_InternFromString("is_neg");
+  return py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, name)).ptr() == Py_True;
+}
+
 void connect(const py::object& tensor_type) {
   exchange = static_cast<const dlpack::ExchangeAPI*>(
       PyCapsule_GetPointer(tensor_type.attr("__dlpack_c_exchange_api__").ptr(), "dlpack_exchange_api"));

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..backends.interface import Fold
 from ..checks import real, whole
+from ..tensors import restore
 from .extra import Extra, check_setting
 from .noise import uniform, uniforms
 
@@ -274,21 +275,6 @@ def swapped_in(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Any]) ->
         yield
     finally:
         restore(before)
-
-
-@torch.no_grad()
-def restore(before: list[tuple[Tensor, Tensor]]) -> None:
-    """Copy values back: all of them, also where one copy fails or is interrupted, and is then tried once more."""
-    failed: BaseException | None = None
-    for tensor, value in before:
-        for _ in range(2):
-            try:
-                tensor.copy_(value)
-                break
-            except BaseException as error:
-                failed = error
-    if failed is not None:
-        raise failed
 
 
 AVERAGING = Extra(

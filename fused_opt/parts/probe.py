@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.interface import PartNorms
-from ..tensors import norm2
+from ..tensors import buffers_restored, norm2
 from ..warn import warn_once
 from .tracker import PartTracker
 
@@ -132,24 +132,14 @@ def probe_parts(
         raise ValueError(f"Invalid count of batches: {count}; it must be at least 1")
     chosen = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
     devices = sorted({p.device.index for p in chosen if p.device.type == "cuda"})
-    # By name, for a forward may put another tensor in a buffer's place, or write into it, or both.
-    registered = [(module._buffers, dict(module._buffers)) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     sums, drawn = dict.fromkeys(chosen, 0.0), 0
-    try:
+    with buffers_restored(model):
         for batch in islice(batches, count):
             with torch.random.fork_rng(devices):
                 for p, gradient in zip(chosen, _differentiate(model, loss_fn, batch, chosen)):
                     if gradient is not None:
                         sums[p] += math.sqrt(norm2(gradient))
             drawn += 1
-    finally:
-        for of_module, before in registered:
-            of_module.clear()
-            of_module.update(before)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
     if drawn < count:
         raise ValueError(f"the probe takes {count} batches and was given {drawn}; give more, or a smaller count")
     return {p: total / count for p, total in sums.items()}

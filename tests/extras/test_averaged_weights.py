@@ -1,5 +1,7 @@
 """averaged_weights() shows the average within its block, and nothing of it afterwards."""
 
+import warnings
+
 import pytest
 import torch
 from support.averages import small
@@ -55,3 +57,22 @@ def test_without_averaging_there_is_nothing_to_swap():
     optimizer = SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
     with pytest.raises(RuntimeError, match=r"no group of this optimizer has averaging="), optimizer.averaged_weights():
         pass
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["model given", "not given"])
+def test_running_statistics_go_back_with_the_weights(given):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    optimizer = SGD(model.parameters(), lr=0.3, averaging=EMA(beta=0.5))
+    batch = torch.linspace(-1, 1, 12).view(4, 3)
+    model(batch).square().sum().backward()
+    optimizer.step()
+    kept = [buffer.clone() for buffer in model.buffers()]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with optimizer.averaged_weights(model if given else None):
+            torch.optim.swa_utils.update_bn([5 * batch], model)
+            assert not torch.equal(model[1].running_var, kept[1])
+    assert all(torch.equal(b, k) for b, k in zip(model.buffers(), kept)) == given
+    assert ["averaged_weights(model) swaps them back" in str(w.message) for w in caught] == [True] * (not given)
+    model(batch)  # nothing is watched any more
+    assert not torch.nn.modules.module._global_forward_pre_hooks
