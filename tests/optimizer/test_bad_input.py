@@ -104,6 +104,48 @@ def test_parameters_that_are_none_in_the_words_of_torch():
         assert str(ours.value) == str(theirs.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "meant"),
+    [("SGD", "momentun", "momentum"), ("LARS", "averagin", "averaging"), ("AdamW", "state_type", "state_dtype")],
+)
+def test_a_misspelled_keyword_names_the_nearest(name, given, meant):
+    p = torch.nn.Parameter(torch.ones(3))
+    words = rf"{name}\(\) got an unexpected keyword argument '{given}'. Did you mean '{meant}'\?"
+    with pytest.raises(TypeError, match=words):
+        getattr(fused_opt, name)([p], lr=0.1, **{given: None})
+
+
+def test_a_misspelled_key_of_a_group_is_noticed(monkeypatch):
+    monkeypatch.setattr(warn, "_said", set())
+    groups = [{"params": [torch.nn.Parameter(torch.ones(3))], "weightdecay": 0.1, "lr_scale": 2.0, "name": "encoder"}]
+    with pytest.warns(warn.FusedOptWarning) as caught:
+        fused_opt.SGD(groups, lr=0.1)
+    assert ["'weightdecay'" in str(w.message) and "'weight_decay'" in str(w.message) for w in caught] == [True]
+
+
+@both_kinds
+def test_fused_on_a_device_without_elements(name, options, backend):
+    """As torch.optim refuses it, in the step."""
+    p = torch.nn.Parameter(torch.empty(3, device="meta"))
+    p.grad = torch.empty(3, device="meta")
+    getattr(fused_opt, name)([p], **options).step()
+    for make in (getattr(fused_opt, name), getattr(torch.optim, name)):
+        with pytest.raises(RuntimeError, match="`fused=True` requires all the params to be floating point Tensors"):
+            make([p], **options, fused=True).step()
+
+
+def test_sparse_gradients_that_are_not_finite_are_named():
+    embedding = torch.nn.Embedding(5, 3, sparse=True)
+    optimizer = fused_opt.SGD([("table", embedding.weight)], lr=0.1, momentum=0.9, nonfinite="raise")
+    embedding(torch.tensor([1, 2])).sum().backward()
+    embedding.weight.grad = embedding.weight.grad * float("inf")
+    before = embedding.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="the gradient of parameter table is not finite"):
+        optimizer.step()
+    assert torch.equal(embedding.weight, before)
+    assert not optimizer.state
+
+
 @pytest.mark.parametrize("bad", [float("nan"), torch.tensor(float("nan"))], ids=["float", "tensor"])
 @whenever
 @both_kinds

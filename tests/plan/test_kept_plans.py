@@ -64,6 +64,7 @@ def test_a_sparse_gradient_is_of_one_step_only():
 
 def test_rows_of_a_sparse_gradient_alone_are_stepped():
     table = torch.nn.Embedding(1000, 4, sparse=True)
+    torch.nn.init.ones_(table.weight)  # so that two subtractions round as one
     before = table.weight.detach().clone()
     optimizer, calls = fused_opt.SGD(table.parameters(), lr=0.5), []
     table(torch.tensor([3, 3, 7])).sum().backward()
@@ -100,3 +101,14 @@ def test_only_noise_asks_for_row_major_order(noise):
     weight.grad, other.grad = torch.ones_like(weight), torch.ones(4)
     optimizer.step()
     assert [member.noisy for member in optimizer._last.buckets[0].members] == [noise is not None, False]
+
+
+@pytest.mark.parametrize("n", [4, 1])
+def test_a_gradient_that_becomes_lazily_negated(n):
+    p = torch.nn.Parameter(torch.zeros(n))
+    optimizer = fused_opt.SGD([p], lr=1.0)
+    z = torch.complex(torch.zeros(n), torch.ones(n))
+    for gradient, value in ((z.imag, -1.0), (z.conj().imag, 0.0), (z.imag, -1.0)):
+        p.grad = gradient
+        optimizer.step()
+        assert_close(p, torch.full((n,), value))
