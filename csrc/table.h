@@ -64,7 +64,8 @@ struct Layer {
   double part_norms = kUnknown;       // sum of the norms (not squared) of the parts that the gradient is a sum of
   double direction_norm2 = kUnknown;  // LAMB's; of one step only
   double ratio = 1;
-  bool finite = true;  // whether the norms that the ratio needs are numbers
+  bool finite = true;   // whether the norms that the ratio needs are numbers
+  bool carries = true;  // until the weights were found to be others than those whose norm was carried
 
   const ShardLayout* shard = nullptr;  // of a shard
 };

@@ -208,14 +208,14 @@ __attribute__((noinline)) void draw(const Tensor& tensor, const StepArgs& args, 
 
 // Block by block, for what is not done in one go. Not inlined: its frame would cost every small tensor.
 template <class T, size_t... S, class Rule>
-__attribute__((noinline)) double update_blocks(const Rule& rule, const Factors<T>& by, const Tensor& tensor,
-                                               const StepArgs& args, const Layer& layer, int64_t begin, int64_t end,
-                                               std::index_sequence<S...>) {
+__attribute__((noinline)) Squares update_blocks(const Rule& rule, const Factors<T>& by, const Tensor& tensor,
+                                                const StepArgs& args, const Layer& layer, int64_t begin, int64_t end,
+                                                std::index_sequence<S...>) {
   const bool carries = carries_norm(tensor, args), averages = fused_opt::averages(args);
   const T sigma = static_cast<T>(fused_opt::sigma(tensor, args, layer));
   alignas(64) T buffers[3 + sizeof...(S)][kBlock];
   alignas(64) float z[kDraw];
-  SumOfSquares weight2;
+  SumOfSquares found, left;
   const auto ahead = [&](int64_t begin) {
     prefetch(tensor, begin, tensor.p, tensor.g, tensor.states[S]...);
     if (averages) prefetch(tensor, begin, tensor.average);
@@ -228,6 +228,7 @@ __attribute__((noinline)) double update_blocks(const Rule& rule, const Factors<T
     T* p = load(tensor, tensor.p, begin, n, buffers[0]);
     const T* g = load(tensor, tensor.g, begin, n, buffers[1]);
     T* states[] = {load(tensor, tensor.states[S], begin, n, buffers[2 + S])..., nullptr};
+    if (carries) found.add(p, n);
     apply(rule, by, n, p, g, states[S]...);
     (store(tensor, tensor.states[S], begin, n, states[S]), ...);
     if (args.sigma != 0)
@@ -244,14 +245,14 @@ __attribute__((noinline)) double update_blocks(const Rule& rule, const Factors<T
         p = load(tensor, tensor.p, begin, n, buffers[0]);
       }
     }
-    if (carries) weight2.add(p, n);
+    if (carries) left.add(p, n);
   });
-  return carries ? weight2.total() : -1;
+  return carries ? Squares{found.total(), left.total()} : Squares{};
 }
 
 template <template <class> class Rule, class T, size_t... S>
-double update_as(const Tensor& tensor, const StepArgs& args, const Layer& layer, int64_t begin, int64_t end,
-                 std::index_sequence<S...> states) {
+Squares update_as(const Tensor& tensor, const StepArgs& args, const Layer& layer, int64_t begin, int64_t end,
+                  std::index_sequence<S...> states) {
   // From here on prefetching by blocks gains more than the blocks cost.
   constexpr int64_t kLong = 8192;
   const auto rule = make<Rule<T>, T>(args.coefficients);
@@ -262,7 +263,7 @@ double update_as(const Tensor& tensor, const StepArgs& args, const Layer& layer,
   if (!in_one_go) return update_blocks<T>(rule, by, tensor, args, layer, begin, end, states);
   apply(rule, by, end - begin, static_cast<T*>(tensor.p.data) + begin, static_cast<const T*>(tensor.g.data) + begin,
         static_cast<T*>(tensor.states[S].data) + begin...);
-  return -1;
+  return {};
 }
 
 template <template <class> class Rule, class T, size_t... S>
@@ -295,7 +296,7 @@ Norms norms_as(const Tensor& tensor, const StepArgs& args, const Layer& layer, i
 
 // Arithmetic in float32 whatever the storage, in float64 for float64 parameters.
 template <template <class> class Rule>
-double update(const Tensor& tensor, const StepArgs& args, const Layer& layer, int64_t begin, int64_t end) {
+Squares update(const Tensor& tensor, const StepArgs& args, const Layer& layer, int64_t begin, int64_t end) {
   constexpr auto states = std::make_index_sequence<Rule<float>::kStates>();
   return tensor.p.dtype == DType::kFloat64 ? update_as<Rule, double>(tensor, args, layer, begin, end, states)
                                            : update_as<Rule, float>(tensor, args, layer, begin, end, states);

@@ -3,6 +3,7 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "parallel.h"
@@ -173,7 +174,7 @@ void step(const Kernel& kernel, Table& table, int threads) {
   }
 
   std::vector<Norms> partial(any ? chunks : 0);
-  std::vector<double> weight2(carried ? chunks : 0);
+  std::vector<Squares> squares(carried ? chunks : 0);
   const auto update = [&](size_t first, size_t last) {
     for (size_t c = first; carried && c < last; ++c) {
       const int32_t t = table.chunks[c].tensor;
@@ -184,8 +185,8 @@ void step(const Kernel& kernel, Table& table, int threads) {
     }
     for_each_chunk(table, first, last, threads, [&](size_t c, int32_t t, int64_t begin, int64_t end) {
       const Tensor& tensor = table.tensors[t];
-      const double sum = kernel.update(tensor, table.args[tensor.args], table.layers[t], begin, end);
-      if (carried) weight2[c] = sum;
+      const Squares sums = kernel.update(tensor, table.args[tensor.args], table.layers[t], begin, end);
+      if (carried) squares[c] = sums;
     });
   };
   if (!any) {
@@ -200,11 +201,22 @@ void step(const Kernel& kernel, Table& table, int threads) {
       if (wants[t] & kDirection) table.layers[t].direction_norm2 = kUnknown;
   }
   if (!carried) return;
+  std::vector<Squares> of_tensor(count);
   in_order(table, 0, chunks, [&](int32_t t, size_t c) {
-    if (!carries_norm(table.tensors[t], table.args[table.tensors[t].args])) return;
-    if (table.chunks[c].begin == 0) table.layers[t].weight_norm2 = 0;
-    table.layers[t].weight_norm2 += weight2[c];
+    of_tensor[t].found += squares[c].found;
+    of_tensor[t].left += squares[c].left;
   });
+  for (size_t t = 0; t < count; ++t) {
+    Layer& layer = table.layers[t];
+    if (!table.tensors[t].active || !table.tensors[t].numel ||
+        !carries_norm(table.tensors[t], table.args[table.tensors[t].args]))
+      continue;
+    // A write that no version shows: the ratio of this step was that of other weights. (What a shard was told is the
+    // norm of the whole tensor.)
+    const double found = of_tensor[t].found;
+    if (!layer.shard && !(std::abs(layer.weight_norm2 - found) <= 1e-12 * found)) layer.carries = false;
+    layer.weight_norm2 = layer.carries ? of_tensor[t].left : kUnknown;
+  }
 }
 
 Sums accumulate(const InstructionSet& set, const Tensor& tensor, int threads) {

@@ -11,10 +11,15 @@ namespace fused_opt::cpu {
 // so their bits depend on this number and not on which thread computed which chunk.
 constexpr int64_t kChunk = 16384;
 
+// Sums of squares of the weights as a step found and left them, where a norm of them is carried.
+struct Squares {
+  double found = 0, left = 0;
+};
+
 // The part of a step that is compiled once per instruction set (kernels.cpp). All work on elements [begin, end).
 struct Kernel {
-  // Writes the parameter and its states; returns the sum of squares of the new weights where a norm of them is carried.
-  double (*update)(const Tensor&, const StepArgs&, const Layer&, int64_t begin, int64_t end);
+  // Writes the parameter and its states.
+  Squares (*update)(const Tensor&, const StepArgs&, const Layer&, int64_t begin, int64_t end);
   Norms (*norms)(const Tensor&, const StepArgs&, const Layer&, int64_t begin, int64_t end, Wanted);
 };
 struct Sums {

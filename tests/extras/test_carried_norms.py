@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.kernels import as_on_a_gpu
 from support.parameters import clones, layouts, set_gradients
 from support.ratios import BOUND, lars, randn, ratios_of
 from support.threads import threads as threads_set_to
@@ -113,6 +114,28 @@ def test_an_invisible_write_is_missed_for_one_step_at_most(every, backend):
         if step % every == 0 and optimizer.trust_ratios()["p"] != pytest.approx(lars(p, gradient, 0.0, 0.1), rel=1e-9):
             missed.append(step)
     assert missed in ([], [next(step for step in range(7, 24) if step % every == 0)])
+
+
+@pytest.mark.parametrize("name", ["LARS", "LAMB"])
+def test_invisible_writes_after_every_step_are_noticed(name, every_kernel):
+    """The step that finds other weights than those whose norm it was given is the last that is given one."""
+    if as_on_a_gpu():
+        pytest.skip("on GPUs the norm is not checked: docs/numerics.md")
+    p, q = (torch.nn.Parameter(randn(70, 300).float()) for _ in range(2))
+    ours, theirs = (
+        getattr(fused_opt, name)([("p", parameter)], lr=0.5, coefficient=0.1, backend=backend)
+        for parameter, backend in ((p, every_kernel), (q, "reference"))
+    )
+    wrong = []
+    for step in range(6):
+        for parameter, optimizer in ((p, ours), (q, theirs)):
+            set_gradients([parameter], step)
+            optimizer.step()
+            parameter.data.clamp_(-0.01, 0.01)
+        if ours.trust_ratios()["p"] != pytest.approx(theirs.trust_ratios()["p"], rel=1e-4):
+            wrong.append(step)
+        q.data.copy_(p.data)
+    assert wrong == ([] if every_kernel == "reference" else [1])
 
 
 def test_noise_and_averages_leave_the_norm_of_what_was_stored(every_kernel):
