@@ -97,8 +97,11 @@ class FusedOptimizer(Checkpoints):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether torch.amp.GradScaler leaves gradients scaled; Lightning does not clip them then in mixed precision."""
-        return self.defaults.get("fused") is not False
+        """Whether torch.amp.GradScaler leaves gradients scaled; Lightning does not clip them then in mixed precision.
+
+        Where parts are tracked it does, so that the step knows whether it has unscaled the gradient and not its parts.
+        """
+        return self.defaults.get("fused") is True or self._parts is not None
 
     def _check(self, options: Mapping[str, Any]) -> None:
         """Raise if a hyper-parameter of the rule is out of its range."""

@@ -93,8 +93,8 @@ class Adam(FusedOptimizer):
         capturable: accepted as torch.optim accepts it; changes nothing. On a GPU the native backend's steps can always be
             captured in a CUDA graph, and the others' never.
         differentiable: as :class:`fused_opt.SGD`; ``betas`` can be tensors that require grad, too.
-        fused: accepted as torch.optim accepts it; every step is fused. As there, ``False`` has torch.amp.GradScaler unscale
-            the gradients before the step and not in it, which Lightning wants in mixed precision before it clips them.
+        fused: accepted as torch.optim accepts it; every step is fused. As there, ``True`` has torch.amp.GradScaler leave the
+            unscaling of gradients to the step, which saves a pass over them; Lightning does not clip such gradients.
         decoupled_weight_decay: AdamW's decay.
         **extras: see :class:`fused_opt.FusedOptimizer`.
 

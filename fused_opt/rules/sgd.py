@@ -66,8 +66,8 @@ class SGD(FusedOptimizer):
         differentiable: whether autograd follows the step, in plain PyTorch, to the weights before it, the gradients, and
             an ``lr`` and ``weight_decay`` that are tensors. As in torch.optim, parameters are then tensors that may be
             written in place (clones, no leaves). Trust ratios, clipping and relative noise are not followed, and refused.
-        fused: accepted as torch.optim accepts it; every step is fused. As there, ``False`` has torch.amp.GradScaler unscale
-            the gradients before the step and not in it, which Lightning wants in mixed precision before it clips them.
+        fused: accepted as torch.optim accepts it; every step is fused. As there, ``True`` has torch.amp.GradScaler leave the
+            unscaling of gradients to the step, which saves a pass over them; Lightning does not clip such gradients.
         **extras: see :class:`fused_opt.FusedOptimizer`.
 
     Raises:

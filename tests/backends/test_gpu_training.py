@@ -105,7 +105,11 @@ def test_goes_on_from_torchs_own_state(name, backend):
 @pytest.mark.parametrize("name", ["SGD", "AdamW", "LARS"])
 def test_overflows_change_nothing_and_count_for_nothing(name, overflows, backend):
     """By torch.amp.GradScaler, which says so in a tensor on the device."""
-    options = {"SGD": {"momentum": 0.9, "dampening": 0.5}, "AdamW": {}, "LARS": {"exempt": -1, "averaging": EMA(0.9)}}
+    options = {
+        "SGD": {"momentum": 0.9, "dampening": 0.5, "fused": True},
+        "AdamW": {"fused": True},
+        "LARS": {"exempt": -1, "averaging": EMA(0.9)},
+    }
 
     def run(which):
         optimizer, parameters = make(name, {"lr": 0.1, **options[name]}, which, [torch.ones(300), torch.ones(7, 5)])

@@ -82,7 +82,7 @@ def test_bfloat16_as_with_torch(name, tmp_path):
     options = {"lr": 0.1, "momentum": 0.9} if name == "SGD" else {"lr": 0.01, "eps": 1e-3}
     found = []
     for library in (fused_opt, torch.optim):
-        module = Module(lambda parameters, library=library: getattr(library, name)(parameters, fused=False, **options))
+        module = Module(lambda parameters, library=library: getattr(library, name)(parameters, **options))
         trainer = trainer_of(tmp_path, precision="bf16-mixed", accumulate_grad_batches=4, gradient_clip_val=0.5)
         trainer.fit(module)
         assert trainer.global_step == 6  # of six batches the last two make a step
@@ -124,7 +124,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(epochs, tmp_path):
             SnapshotsCallback(fused_opt.CyclicalBatchSize(16, levels=1, width=1), folder / "snapshots"),
             lightning.callbacks.ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1),
         ]
-        module = Module(lambda parameters: fused_opt.SGD(parameters, lr=0.1, momentum=0.9, fused=False, **FEATURES))
+        module = Module(lambda parameters: fused_opt.SGD(parameters, lr=0.1, momentum=0.9, **FEATURES))
         trainer = trainer_of(
             folder, max_epochs=max_epochs, accumulate_grad_batches=2, precision="bf16-mixed", gradient_clip_val=1.0,
             callbacks=callbacks, enable_checkpointing=True,
