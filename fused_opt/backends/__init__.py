@@ -11,11 +11,11 @@ from torch import Tensor
 from .interface import Backend
 
 if TYPE_CHECKING:
-    from . import native, reference, triton
+    from . import foreach, native, reference, triton
 
-    _: tuple[Backend, ...] = (native, triton, reference)
+    _: tuple[Backend, ...] = (native, triton, foreach, reference)
 
-BACKENDS = ("native", "triton", "reference")
+BACKENDS = ("native", "triton", "foreach", "reference")
 
 
 @lru_cache

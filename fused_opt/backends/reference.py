@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,6 +63,10 @@ def trust_ratio(member: ParamEntry, args: StepArgs, norms: Norms, sum_of_norms: 
     return min(cap, coefficient * weight / denominator if weight > 0 and denominator > 0 else 1.0)
 
 
+def _unknown() -> list[float]:
+    return list(Norms())
+
+
 class Bucket:
     """Parameters that are stepped one by one."""
 
@@ -72,7 +77,7 @@ class Bucket:
         self.members = members
         self.active: list[tuple[ParamEntry, int]] = []
         self._layouts = [None if m.tensor.grad is None else m.tensor.grad.layout for m in members]
-        self._norms: dict[int, list[float]] = {}  # by index: of weights, gradient, direction
+        self._norms: dict[int, list[float]] = defaultdict(_unknown)  # by index: of weights, gradient, direction
         self._parts: dict[int, float] = {}
         self._ratios = dict.fromkeys((member.index for member in members), 1.0)
 
@@ -81,7 +86,7 @@ class Bucket:
     ) -> list[tuple[int, float]] | None:
         """Find this step's gradients: the (group, step) pairs that ``run`` needs arguments for, or None: plan anew."""
         self.active = []
-        self._norms = {member.index: list(Norms()) for member in self.members}
+        self._norms.clear()
         self._parts = {}
         keys: dict[tuple[int, float], int] = {}
         for member, layout in zip(self.members, self._layouts):
@@ -110,7 +115,7 @@ class Bucket:
 
     def set_norms(self, norms: Sequence[Norms]) -> None:
         """Set the norms of the whole tensors, where the members are shards of them."""
-        self._norms = {member.index: list(of_member) for member, of_member in zip(self.members, norms)}
+        self._norms.update({member.index: list(of_member) for member, of_member in zip(self.members, norms)})
 
     def _norm2(self, member: ParamEntry, which: int, tensor: Tensor) -> float:
         known = self._norms[member.index]

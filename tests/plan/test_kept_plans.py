@@ -48,7 +48,7 @@ def test_a_gradient_that_becomes_a_subclass():
     assert type(optimizer._last.buckets[0]).__name__ == "CPUBucket"
     p.grad = torch.ones(3).as_subclass(Wrapped)
     optimizer.step()
-    assert type(optimizer._last.buckets[0]).__module__ == "fused_opt.backends.reference"
+    assert type(optimizer._last.buckets[0]).__module__ == "fused_opt.backends.foreach"
     assert_close(p, torch.full((3,), -1.0))
 
 
