@@ -6,6 +6,7 @@ the reference does it, tensor by tensor. 16-bit parameters are stepped in float3
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import is_
 from typing import Any
@@ -96,11 +97,12 @@ class Bucket(reference.Bucket):
     def run(self, args: Sequence[StepArgs]) -> None:
         """Step every parameter that has a gradient."""
         together: dict[tuple[Any, ...], list[ParamEntry]] = {}
-        able = [self.function and of_row.ratio is None and of_row.noise is None for of_row in args]
+        able = [self.function and not (of_row.noise and of_row.noise.sigma) for of_row in args]
+        exempt = [math.inf if of_row.ratio is None else of_row.ratio.exempt for of_row in args]
         for member, row in self.active:
             p, g = member.tensor, member.tensor.grad
             assert g is not None
-            if able[row] and g.layout == torch.strided:
+            if able[row] and p.ndim <= exempt[row] and g.layout == torch.strided:
                 alike = (
                     row,
                     member.lr_scale,
@@ -130,7 +132,8 @@ class Bucket(reference.Bucket):
             of_kind if all([t.dtype == dtype for t in of_kind]) else [t.to(dtype) for t in of_kind]  # noqa: C419
             for of_kind in given
         ]
-        if abs(args.grad_scale) != 1.0:
+        nesterov = self.groups[first.group].get("nesterov")  # torch adds the momentum to the gradients themselves
+        if abs(args.grad_scale) != 1.0 or nesterov:
             tensors[1] = list(torch._foreach_mul(tensors[1], abs(args.grad_scale)))
         decay: dict[str, Any] = {"weight_decay": (args.coupled_decay + args.decoupled_decay) * first.decay_scale}
         if self.function is _adam:

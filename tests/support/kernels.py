@@ -12,7 +12,9 @@ INTERPRETED = (
 _native = ["native", f"native-{GPU}"] if INSTRUCTION_SETS else []
 BACKENDS = ["triton"] if INTERPRETED else ["reference", *_native]
 # Once more with every instruction set of this processor. Plain "native" is the first of them.
-EVERY_KERNEL = ["triton"] if INTERPRETED else ["reference", "foreach", *(f"native-{s}" for s in INSTRUCTION_SETS), *_native[1:]]
+EVERY_KERNEL = (
+    ["triton"] if INTERPRETED else ["reference", "foreach", *(f"native-{s}" for s in INSTRUCTION_SETS), *_native[1:]]
+)
 
 
 def run_with(kernels, monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
-from rules import BY_NAME, every_rule
+from rules import BY_NAME, OF_TORCH, every_rule, every_rule_of_torch
 from rules import oracle as oracle_of
 from support.compare import distance
 from support.parameters import clones, layouts, set_gradients
@@ -48,7 +48,10 @@ def test_no_worse_than_pytorch(name, options, dtype, every_kernel):
 
     def run(dtype_of_run, backend_of_run):
         parameters = clones(layouts(dtype), dtype_of_run)
-        optimizer = getattr(fused_opt, name)(parameters, backend=backend_of_run, **options)
+        if backend_of_run == "torch.optim":
+            optimizer = oracle_of(name)(parameters, foreach=True, **options)
+        else:
+            optimizer = getattr(fused_opt, name)(parameters, backend=backend_of_run, **options)
         for step in range(4):
             generator = torch.Generator().manual_seed(step)
             for p in parameters:
@@ -58,7 +61,8 @@ def test_no_worse_than_pytorch(name, options, dtype, every_kernel):
         return parameters
 
     truth = run(torch.float64, "reference")
-    baseline = distance(run(dtype, "reference"), truth)
+    torchs_own = every_kernel == "foreach" and name in OF_TORCH and dtype == torch.float32
+    baseline = distance(run(dtype, "torch.optim" if torchs_own else "reference"), truth)
     assert distance(run(dtype, every_kernel), truth) <= 1.1 * baseline + torch.finfo(dtype).eps
     assert baseline < (1e-6 if dtype == torch.float32 else 3e-2)
 
@@ -138,3 +142,17 @@ def test_non_finite_gradients_stay_in_their_element(every_kernel):
         optimizer.step()
         assert not p[42].isfinite()
         assert p.isfinite().sum() == 99
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@every_rule_of_torch
+def test_without_a_compiled_backend_the_bits_are_torchs(name, options, dtype):
+    ours = layouts(dtype, chunk=20_000)  # one tensor of those that are large
+    theirs = clones(ours)
+    optimizer = getattr(fused_opt, name)(ours, backend="foreach", **options)
+    oracle = oracle_of(name)(theirs, foreach=True, **options)
+    train(optimizer, ours)
+    train(oracle, theirs)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+    set_gradients(theirs, 3)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours, theirs))  # torch's own adds to them
