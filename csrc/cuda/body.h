@@ -118,7 +118,7 @@ FUSED_OPT_FN void prepare(const Launch& launch, int64_t t, Shared<Rule, T>& shar
   layer.part_norms = shared.now.part_norms;
   layer.ratio = has_ratio(tensor, args) ? trust_ratio(args, grad_scale, layer) : 1;
   double lr[1] = {args.lr};
-  if (shared.row.lr.data) load(shared.row.lr, 0, lr);
+  if (shared.row.lr.data) convert(shared.row.lr, 0, {}, lr);
   shared.by = factors<T>(args, lr[0], grad_scale, layer);
   shared.sigma = static_cast<T>(sigma(tensor, args, layer));
   shared.noisy = args.sigma != 0;
@@ -129,40 +129,40 @@ FUSED_OPT_FN void prepare(const Launch& launch, int64_t t, Shared<Rule, T>& shar
   for (int s = 0; s < Rule::kStates; ++s) operands[2 + s] = tensor.states[s];
   if (shared.averages) operands[2 + Rule::kStates] = tensor.average;
   shared.head = peel<T>(operands, tensor.flat);
-  if (shared.noisy && shared.head % 4) shared.head = -1;  // four neighbours draw together, from a multiple of 4 on
+  if (shared.noisy && shared.head) shared.head = -1;  // four neighbours draw together, from a multiple of 4 on
 }
 
+// A counter gives four numbers: a group of four takes all of them, a group of two one pair, a single element one.
 template <int V, class T>
 FUSED_OPT_FN void add_noise(const StepArgs& args, const Layer& layer, T sigma, int64_t i, T (&p)[V]) {
+  const uint64_t counter = static_cast<uint64_t>(i) / 4;
+  uint64_t c0 = counter & 0xFFFFFFFF, c1 = counter >> 32, c2 = layer.index, c3 = args.noise_step;
+  philox<OneLane>(c0, c1, c2, c3, static_cast<uint32_t>(args.seed), static_cast<uint32_t>(args.seed >> 32));
+  float z[4];
+  const bool upper = V < 4 && i & 2;
+  box_muller(static_cast<uint32_t>(upper ? c2 : c0), static_cast<uint32_t>(upper ? c3 : c1), z[0], z[1]);
+  if constexpr (V == 4) box_muller(static_cast<uint32_t>(c2), static_cast<uint32_t>(c3), z[2], z[3]);
+  if (V == 1 && i & 1) z[0] = z[1];
   FUSED_OPT_UNROLL
-  for (int k = 0; k < V; k += 4) {
-    const uint64_t counter = static_cast<uint64_t>(i + k) / 4;
-    uint64_t c0 = counter & 0xFFFFFFFF, c1 = counter >> 32, c2 = layer.index, c3 = args.noise_step;
-    philox<OneLane>(c0, c1, c2, c3, static_cast<uint32_t>(args.seed), static_cast<uint32_t>(args.seed >> 32));
-    float z[4];
-    box_muller(static_cast<uint32_t>(c0), static_cast<uint32_t>(c1), z[0], z[1]);
-    box_muller(static_cast<uint32_t>(c2), static_cast<uint32_t>(c3), z[2], z[3]);
-    if constexpr (V == 1) {
-      const int lane = i % 4;
-      p[0] += sigma * static_cast<T>(lane == 0 ? z[0] : lane == 1 ? z[1] : lane == 2 ? z[2] : z[3]);
-    } else {
-      FUSED_OPT_UNROLL
-      for (int lane = 0; lane < 4; ++lane) p[k + lane] += sigma * static_cast<T>(z[lane]);
-    }
-  }
+  for (int k = 0; k < V; ++k) p[k] += sigma * static_cast<T>(z[k]);
+}
+
+// Requests a group of every operand that the wanted norms need; a step needs those of its direction.
+template <int V, size_t... S>
+FUSED_OPT_FN void fetch_some(const Tensor& tensor, Wanted wanted, int64_t i, Raw<16>* raw, std::index_sequence<S...>) {
+  if (wanted & (kWeight | kDirection)) fetch_raw<V>(tensor.p, i, raw[0]);
+  if (wanted & (kGradient | kDirection)) fetch_raw<V>(tensor.g, i, raw[1]);
+  if (wanted & kDirection) (fetch_raw<V>(tensor.states[S], i, raw[2 + S]), ...);
 }
 
 template <int V, class Rule, class T, size_t... S>
-FUSED_OPT_FN void step_some(const Shared<Rule, T>& shared, int64_t i, Norms& sums, std::index_sequence<S...> slots) {
+FUSED_OPT_FN void step_some(const Shared<Rule, T>& shared, int64_t i, const Raw<16>* raw, Norms& sums,
+                            std::index_sequence<S...> slots) {
   constexpr int kAverage = 2 + sizeof...(S);
   const Tensor& tensor = shared.entry.tensor;
   int64_t at[kAverage + 1];
   locate<V>(tensor, i, at, slots);
-  Sixteen raw[kAverage][2];
   T p[V], g[V], states[sizeof...(S) + 1][V];
-  fetch_raw<V>(tensor.p, i, raw[0]);
-  fetch_raw<V>(tensor.g, i, raw[1]);
-  (fetch_raw<V>(tensor.states[S], i, raw[2 + S]), ...);
   convert(tensor.p, at[0], raw[0], p);
   convert(tensor.g, at[1], raw[1], g);
   (convert(tensor.states[S], at[2 + S], raw[2 + S], states[S]), ...);
@@ -173,7 +173,7 @@ FUSED_OPT_FN void step_some(const Shared<Rule, T>& shared, int64_t i, Norms& sum
   store(tensor.p, at[0], p);
   if (shared.averages) {
     T v[V];
-    load(tensor.average, at[kAverage], v);
+    convert(tensor.average, at[kAverage], raw[kAverage], v);
     fold(shared.row.args, V, v, p);
     store(tensor.average, at[kAverage], v);
     if (shared.row.args.write_back) store(tensor.p, at[0], p);
@@ -182,33 +182,53 @@ FUSED_OPT_FN void step_some(const Shared<Rule, T>& shared, int64_t i, Norms& sum
 }
 
 template <int V, class Rule, class T, size_t... S>
-FUSED_OPT_FN void sum_some(const Shared<Rule, T>& shared, int64_t i, Norms& sums, std::index_sequence<S...> slots) {
+FUSED_OPT_FN void sum_some(const Shared<Rule, T>& shared, int64_t i, const Raw<16>* raw, Norms& sums,
+                           std::index_sequence<S...> slots) {
   const Tensor& tensor = shared.entry.tensor;
   int64_t at[3 + sizeof...(S)];
   locate<V>(tensor, i, at, slots);
   T p[V], g[V];
-  if (shared.now.wanted & (kWeight | kDirection)) load(tensor.p, at[0], p);
-  if (shared.now.wanted & (kGradient | kDirection)) load(tensor.g, at[1], g);
+  if (shared.now.wanted & (kWeight | kDirection)) convert(tensor.p, at[0], raw[0], p);
+  if (shared.now.wanted & (kGradient | kDirection)) convert(tensor.g, at[1], raw[1], g);
   if (shared.now.wanted & kWeight) add_squares(p, sums.weight2);
   if (shared.now.wanted & kGradient) add_squares(g, sums.grad2);
   if (shared.now.wanted & kDirection) {
     T states[sizeof...(S) + 1][V];
-    (load(tensor.states[S], at[2 + S], states[S]), ...);
+    (convert(tensor.states[S], at[2 + S], raw[2 + S], states[S]), ...);
     FUSED_OPT_UNROLL
     for (int k = 0; k < V; ++k) p[k] = direction(shared.rule, shared.by, p[k], g[k], states[S][k]...);
     add_squares(p, sums.direction2);
   }
 }
 
-// One thread's share of n elements from `begin` on: `vector(i)` where kVector lie together, `scalar(i)` otherwise.
-template <class T, class Vector, class Scalar>
-FUSED_OPT_FN void for_each(int64_t begin, int32_t n, int head, int thread, const Vector& vector, const Scalar& scalar) {
+template <int V>
+using Count = std::integral_constant<int, V>;
+
+// One thread's share of n elements from `begin` on: `work(Count<V>, i, raw)` does V elements, a group whose N operands
+// `fetch(i, raw)` has requested, or one. Both groups that a thread takes at once are requested before it works on the
+// first; of all that the block takes at once, or of what is left in the end, the second ones are the second half.
+template <class T, int N, class Fetch, class Work>
+FUSED_OPT_FN void for_each(int64_t begin, int32_t n, int head, int thread, const Fetch& fetch, const Work& work) {
+  constexpr int32_t kMost = kThreads * kGroup<T>;
   const Span s = span<T>(n, head);
+  Raw<16> raw[N], second[N];
   FUSED_OPT_ROLLED
-  for (int32_t k = s.first + thread * kVector<T>; k < s.last; k += kThreads * kVector<T>) vector(begin + k);
+  for (int32_t k = s.first; k < s.last; k += 2 * kMost) {
+    const int32_t left = (s.last - k) / 2, half = left < kMost ? left : kMost;
+    if (thread * kGroup<T> >= half) break;
+    int64_t i = begin + k + thread * kGroup<T>;
+    fetch(i, raw);
+    fetch(i + half, second);
+    // One copy of the work for both takes a quarter fewer registers than two.
+    FUSED_OPT_ROLLED
+    for (int u = 0; u < 2; ++u, i += half) {
+      work(Count<kGroup<T>>(), i, raw);
+      std::memcpy(raw, second, sizeof raw);
+    }
+  }
   FUSED_OPT_ROLLED
   for (int32_t k = thread; k < s.first + n - s.last; k += kThreads)
-    scalar(begin + (k < s.first ? k : s.last + k - s.first));
+    work(Count<1>(), begin + (k < s.first ? k : s.last + k - s.first), raw);
 }
 
 // How many elements lie in `chunks` chunks from element `begin` on.
@@ -273,9 +293,16 @@ FUSED_OPT_FN void update(const Where& where, const Launch& launch, Shared<Rule<T
   walk(
       where, launch, shared, [&] { return shared.carries; },
       [&](int64_t begin, int32_t n, int thread, Norms& sums) {
-        for_each<T>(
-            begin, n, shared.head, thread, [&](int64_t i) { step_some<kVector<T>>(shared, i, sums, states); },
-            [&](int64_t i) { step_some<1>(shared, i, sums, states); });
+        const Tensor& tensor = shared.entry.tensor;
+        for_each<T, 3 + Rule<T>::kStates>(
+            begin, n, shared.head, thread,
+            [&](int64_t i, Raw<16>* raw) {
+              fetch_some<kGroup<T>>(tensor, kDirection, i, raw, states);
+              if (shared.averages) fetch_raw<kGroup<T>>(tensor.average, i, raw[2 + Rule<T>::kStates]);
+            },
+            [&](auto count, int64_t i, const Raw<16>* raw) {
+              step_some<decltype(count)::value>(shared, i, raw, sums, states);
+            });
       },
       [&](int64_t t) {
         where.one_thread([&] {
@@ -292,9 +319,14 @@ FUSED_OPT_FN void norms(const Where& where, const Launch& launch, Shared<Rule<T>
       where, launch, shared, [&] { return shared.now.wanted != 0; },
       [&](int64_t begin, int32_t n, int thread, Norms& sums) {
         if (!shared.now.wanted) return;
-        for_each<T>(
-            begin, n, shared.head, thread, [&](int64_t i) { sum_some<kVector<T>>(shared, i, sums, states); },
-            [&](int64_t i) { sum_some<1>(shared, i, sums, states); });
+        for_each<T, 2 + Rule<T>::kStates>(
+            begin, n, shared.head, thread,
+            [&](int64_t i, Raw<16>* raw) {
+              fetch_some<kGroup<T>>(shared.entry.tensor, shared.now.wanted, i, raw, states);
+            },
+            [&](auto count, int64_t i, const Raw<16>* raw) {
+              sum_some<decltype(count)::value>(shared, i, raw, sums, states);
+            });
       },
       [&](int64_t t) {
         where.one_thread([&] {
@@ -317,6 +349,19 @@ FUSED_OPT_FN void norms(const Where& where, const Launch& launch, Shared<Rule<T>
       });
 }
 
+template <int V, class T>
+FUSED_OPT_FN void add_some(const Tensor& tensor, int64_t i, const Raw<16>* raw, Norms& sums) {
+  T p[V], g[V];
+  convert(tensor.g, i, raw[1], g);
+  add_squares(g, sums.grad2);
+  if (!tensor.p.data) return;
+  convert(tensor.p, i, raw[0], p);
+  FUSED_OPT_UNROLL
+  for (int k = 0; k < V; ++k) p[k] += g[k];
+  store(tensor.p, i, p);
+  add_squares(p, sums.weight2);
+}
+
 template <class T, class Where>
 FUSED_OPT_FN void accumulate(const Where& where, const Accumulation& work, Norms* lanes, bool& last) {
   const Tensor& tensor = work.tensor;
@@ -324,29 +369,18 @@ FUSED_OPT_FN void accumulate(const Where& where, const Accumulation& work, Norms
   const int head = peel<T>(operands, tensor.flat);
   const int64_t begin = first_chunk(work.chunks, where.block(), where.blocks());
   const int64_t end = first_chunk(work.chunks, where.block() + 1, where.blocks());
-  const auto add = [&](int64_t i, auto& p, auto& g, Norms& sums) {
-    load(tensor.g, i, g);
-    add_squares(g, sums.grad2);
-    if (!tensor.p.data) return;
-    load(tensor.p, i, p);
-    FUSED_OPT_UNROLL
-    for (size_t k = 0; k < sizeof p / sizeof(T); ++k) p[k] += g[k];
-    store(tensor.p, i, p);
-    add_squares(p, sums.weight2);
-  };
   FUSED_OPT_ROLLED
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     where.all_threads([&](int thread) {
       Norms sums;
-      for_each<T>(
+      for_each<T, 2>(
           chunk * kChunk, elements(tensor, chunk * kChunk, 1), head, thread,
-          [&](int64_t i) {
-            T p[kVector<T>], g[kVector<T>];
-            add(i, p, g, sums);
+          [&](int64_t i, Raw<16>* raw) {
+            fetch_raw<kGroup<T>>(tensor.g, i, raw[1]);
+            if (tensor.p.data) fetch_raw<kGroup<T>>(tensor.p, i, raw[0]);
           },
-          [&](int64_t i) {
-            T p[1], g[1];
-            add(i, p, g, sums);
+          [&](auto count, int64_t i, const Raw<16>* raw) {
+            add_some<decltype(count)::value, T>(tensor, i, raw, sums);
           });
       lanes[thread] = sums;
     });

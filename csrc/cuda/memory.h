@@ -52,11 +52,13 @@ FUSED_OPT_FN void put(T* at, T value) {
 #endif
 }
 
-struct alignas(16) Sixteen {
-  uint32_t words[4];
+// A group of elements as it is stored, in the lower bytes of a Raw<16>.
+template <int bytes>
+struct alignas(bytes) Raw {
+  uint32_t words[bytes / 4];
 };
 
-// Where element i of every operand is: of p, g, the states, the average. Vectors are of flat tensors.
+// Where element i of every operand is: of p, g, the states, the average. Groups are of flat tensors.
 template <int V, size_t... S>
 FUSED_OPT_FN void locate(const Tensor& x, int64_t i, int64_t (&at)[3 + sizeof...(S)], std::index_sequence<S...>) {
   FUSED_OPT_UNROLL
@@ -74,20 +76,30 @@ FUSED_OPT_FN void locate(const Tensor& x, int64_t i, int64_t (&at)[3 + sizeof...
   }
 }
 
-// V elements from offset i on: one, or a vector on a boundary of 16 bytes. `fetch_raw` only loads them, so that the
-// loads of all operands are in flight before the first is converted.
+template <int bytes>
+FUSED_OPT_FN void fetch_as(const char* at, Raw<16>& raw) {
+  const auto stored = fetch(reinterpret_cast<const Raw<bytes>*>(at));
+  std::memcpy(&raw, &stored, bytes);
+}
+
+// V elements from offset i on: a group, or one. `fetch_raw` only loads a group, so that the loads of all operands are
+// in flight before the first is converted; a single element is loaded where it is converted.
 template <int V>
-FUSED_OPT_FN void fetch_raw(const Operand& operand, int64_t i, Sixteen (&raw)[2]) {
+FUSED_OPT_FN void fetch_raw(const Operand& operand, int64_t i, Raw<16>& raw) {
   if constexpr (V > 1) {
     const int64_t size = size_of(operand.dtype);
-    const auto* at = reinterpret_cast<const Sixteen*>(static_cast<const char*>(operand.data) + i * size);
-    raw[0] = fetch(at);
-    if (size * V > 16) raw[1] = fetch(at + 1);
+    const char* at = static_cast<const char*>(operand.data) + i * size;
+    if (size * V == 16)
+      fetch_as<16>(at, raw);
+    else if (size * V == 8)
+      fetch_as<8>(at, raw);
+    else if constexpr (V == 2)
+      fetch_as<4>(at, raw);
   }
 }
 
 template <int V, class T>
-FUSED_OPT_FN void convert(const Operand& operand, int64_t i, const Sixteen (&raw)[2], T (&x)[V]) {
+FUSED_OPT_FN void convert(const Operand& operand, int64_t i, const Raw<16>& raw, T (&x)[V]) {
   with_type(operand.dtype, [&](auto* type) {
     using Element = std::remove_pointer_t<decltype(type)>;
     if constexpr (V == 1) {
@@ -99,13 +111,6 @@ FUSED_OPT_FN void convert(const Operand& operand, int64_t i, const Sixteen (&raw
       for (int k = 0; k < V; ++k) x[k] = static_cast<T>(widen(elements[k]));
     }
   });
-}
-
-template <int V, class T>
-FUSED_OPT_FN void load(const Operand& operand, int64_t i, T (&x)[V]) {
-  Sixteen raw[2];
-  fetch_raw<V>(operand, i, raw);
-  convert(operand, i, raw, x);
 }
 
 // Leaves in x what was stored.
@@ -122,11 +127,10 @@ FUSED_OPT_FN void store(const Operand& operand, int64_t i, T (&x)[V]) {
     auto* data = static_cast<Element*>(operand.data);
     if constexpr (V == 1) {
       put(data + i, elements[0]);
-    } else if constexpr (sizeof elements == 16 || sizeof elements == 32) {
-      Sixteen raw[sizeof elements / 16];
+    } else if constexpr (sizeof elements <= 16) {
+      Raw<sizeof elements> raw;
       std::memcpy(&raw, &elements, sizeof elements);
-      FUSED_OPT_UNROLL
-      for (size_t k = 0; k < sizeof elements / 16; ++k) put(reinterpret_cast<Sixteen*>(data + i) + k, raw[k]);
+      put(reinterpret_cast<Raw<sizeof elements>*>(data + i), raw);
     }
   });
 }

@@ -38,34 +38,36 @@ FUSED_OPT_FN int64_t find(const int64_t* first, int64_t count, int64_t chunk) {
   return low;
 }
 
-// Elements that a thread takes at once: 32 bytes in the arithmetic's type, 16 or 32 as they are stored.
+// Elements of one access to memory: 16 bytes in the arithmetic's type; 16, 8 or 4 as they are stored. A thread takes
+// two such groups at once. Neighbouring threads take neighbouring groups, so that the accesses of a warp have no gaps.
 template <class T>
-constexpr int kVector = 32 / sizeof(T);
+constexpr int kGroup = 16 / sizeof(T);
 
-// How many elements to leave before all operands lie on a boundary of 16 bytes, or -1: they never do together.
+// How many elements to leave before a group of every operand is aligned to its size, or -1: they never are together.
 template <class T, int N>
 FUSED_OPT_FN int peel(const Operand (&operands)[N], bool flat) {
   FUSED_OPT_ROLLED
-  for (int head = 0; flat && head < kVector<T>; ++head) {
+  for (int head = 0; flat && head < kGroup<T>; ++head) {
     bool aligned = true;
     for (const Operand& operand : operands) {
       if (!operand.data) continue;
-      const int64_t size = size_of(operand.dtype), bytes = size * kVector<T>;
-      aligned &= (bytes == 16 || bytes == 32) && (reinterpret_cast<uintptr_t>(operand.data) + head * size) % 16 == 0;
+      const int64_t size = size_of(operand.dtype), bytes = size * kGroup<T>;
+      aligned &= bytes <= 16 && (reinterpret_cast<uintptr_t>(operand.data) + head * size) % bytes == 0;
     }
     if (aligned) return head;
   }
   return -1;
 }
 
-// Of n elements, [first, last) go by the vector, those before and after one by one.
+// Of n elements, [first, last) go by two groups, those before and after one by one.
 struct Span {
   int32_t first, last;
 };
 template <class T>
 FUSED_OPT_FN Span span(int32_t n, int head) {
   if (head < 0 || n < head) return {0, 0};
-  return {head, head + (n - head) / kVector<T> * kVector<T>};
+  constexpr int32_t kTwo = 2 * kGroup<T>;
+  return {head, head + (n - head) / kTwo * kTwo};
 }
 
 // A tensor, made when something moved. Its `g`, `args` and `active` are in Now, its layer's norms in Norms.

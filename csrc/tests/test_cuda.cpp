@@ -4,6 +4,7 @@
 #include <cstring>
 #include <string>
 
+#include "../cuda/body.h"
 #include "../cuda/bucket.h"
 #include "../cuda/host.h"
 #include "models.h"
@@ -56,7 +57,7 @@ void every_chunk_is_taken_once_and_belongs_to_its_tensor() {
     CHECK(cuda::find(first.data(), 5000, static_cast<int64_t>(chunk)) == owner[chunk]);
 }
 
-void vectors_begin_where_all_operands_are_aligned() {
+void groups_begin_where_those_of_all_operands_are_aligned() {
   alignas(16) char memory[64];
   const DType dtypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64};
   for (const DType a : dtypes)
@@ -66,9 +67,9 @@ void vectors_begin_where_all_operands_are_aligned() {
           const Operand operands[] = {{memory + at_a, a, nullptr}, {memory + at_b, b, nullptr}, {}};
           const int head = cuda::peel<float>(operands, true);
           CHECK(cuda::peel<float>(operands, false) == -1);
-          int expected = -1;  // the first of eight elements where both are, and no float64 among them
-          for (int h = 7; h >= 0; --h)
-            if ((at_a + h * size_of(a)) % 16 == 0 && (at_b + h * size_of(b)) % 16 == 0) expected = h;
+          int expected = -1;  // the first of four elements where both are, and no float64 among them
+          for (int h = 3; h >= 0; --h)
+            if ((at_a / size_of(a) + h) % 4 == 0 && (at_b / size_of(b) + h) % 4 == 0) expected = h;
           if (a == DType::kFloat64 || b == DType::kFloat64) expected = -1;
           CHECK(head == expected);
           for (int32_t n = 0; n < 40; ++n) {
@@ -80,7 +81,38 @@ void vectors_begin_where_all_operands_are_aligned() {
           }
         }
   const Operand wide[] = {{memory + 8, DType::kFloat64, nullptr}, {memory + 4, DType::kFloat32, nullptr}};
-  CHECK(cuda::peel<double>(wide, true) == 3);
+  CHECK(cuda::peel<double>(wide, true) == 1);
+}
+
+// A warp's request has no gaps where each lane's group begins where its neighbour's ends.
+template <class T>
+void taken_once_and_by_neighbours(int32_t n, int head) {
+  constexpr int kGroup = cuda::kGroup<T>;
+  std::vector<int> taken(n, 0);
+  std::vector<int64_t> before, groups;  // of the thread before, in its order, and of this one
+  for (int thread = 0; thread < cuda::kThreads; ++thread) {
+    const auto fetch = [&](int64_t i, cuda::Raw<16>*) { groups.push_back(i - 100); };
+    const auto work = [&](auto count, int64_t i, const cuda::Raw<16>*) {
+      for (int k = 0; k < count; ++k) ++taken.at(i - 100 + k);
+    };
+    groups.clear();
+    cuda::for_each<T, 1>(100, n, head, thread, fetch, work);
+    CHECK(groups.size() % 2 == 0);
+    for (size_t k = 0; k < groups.size(); ++k) {
+      CHECK(groups[k] % kGroup == head);
+      CHECK(thread == 0 || groups[k] == before.at(k) + kGroup);
+    }
+    before = groups;
+  }
+  CHECK(taken == std::vector<int>(n, 1));
+}
+
+void every_element_is_taken_once_and_neighbours_by_neighbours() {
+  for (const int32_t n : {0, 1, 3, 4, 7, 8, 9, 127, 1020, 1023, 1024, 1025, 4095, 4096, 10000})
+    for (int head = -1; head < 4; ++head) {
+      taken_once_and_by_neighbours<float>(n, head);
+      if (head < 2) taken_once_and_by_neighbours<double>(n, head);
+    }
 }
 
 // ---- a step
@@ -294,7 +326,8 @@ void accumulate_adds_and_sums_both_squares() {
 
 int main() {
   every_chunk_is_taken_once_and_belongs_to_its_tensor();
-  vectors_begin_where_all_operands_are_aligned();
+  groups_begin_where_those_of_all_operands_are_aligned();
+  every_element_is_taken_once_and_neighbours_by_neighbours();
   an_update_has_the_bits_of_the_cpus();
   norms_have_the_values_of_the_cpus();
   carried_norms_are_those_of_what_was_stored();
