@@ -39,13 +39,21 @@ FUSED_OPT_FN void sum_lanes(const Where& where, Norms* lanes) {
     });
 }
 
-// Sums n partial sums in lanes[0], in an order that only n decides.
+// Sums n partial sums in lanes[0], in an order that only n decides. A thread requests several before it adds the first.
 template <class Where, class At>
 FUSED_OPT_FN void sum_all(const Where& where, Norms* lanes, int64_t n, const At& at) {
   where.all_threads([&](int thread) {
+    constexpr int kInFlight = 8;
     Norms sum;
     FUSED_OPT_ROLLED
-    for (int64_t k = thread; k < n; k += kThreads) sum += at(k);
+    for (int64_t k = thread; k < n; k += kInFlight * kThreads) {
+      Norms next[kInFlight];
+      FUSED_OPT_UNROLL
+      for (int j = 0; j < kInFlight; ++j)
+        if (k + j * kThreads < n) next[j] = at(k + j * kThreads);
+      FUSED_OPT_UNROLL
+      for (int j = 0; j < kInFlight; ++j) sum += next[j];
+    }
     lanes[thread] = sum;
   });
   sum_lanes(where, lanes);

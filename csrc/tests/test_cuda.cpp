@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <string>
 
 #include "../cuda/body.h"
@@ -113,6 +114,26 @@ void every_element_is_taken_once_and_neighbours_by_neighbours() {
       taken_once_and_by_neighbours<float>(n, head);
       if (head < 2) taken_once_and_by_neighbours<double>(n, head);
     }
+}
+
+void many_partial_sums_are_added_in_an_order_that_only_their_number_decides() {
+  struct {
+    void all_threads(const std::function<void(int)>& f) const {
+      for (int thread = 0; thread < cuda::kThreads; ++thread) f(thread);
+    }
+  } block;
+  for (const int64_t n : {0, 1, 127, 128, 129, 1023, 1024, 1025, 5000}) {
+    std::vector<double> values;
+    for (const float x : randn(static_cast<size_t>(n), 0)) values.push_back(x / 3.0);  // sums of them round
+    std::vector<double> expected(cuda::kThreads, 0);
+    for (int64_t k = 0; k < n; ++k) expected[k % cuda::kThreads] += values[k];
+    for (int width = cuda::kThreads / 2; width; width /= 2)
+      for (int k = 0; k < width; ++k) expected[k] += expected[k + width];
+    Norms lanes[cuda::kThreads];
+    cuda::sum_all(block, lanes, n, [&](int64_t k) { return Norms{values.at(k), -values.at(k), 1}; });
+    CHECK(lanes[0].weight2 == expected[0] && lanes[0].grad2 == -expected[0]);
+    CHECK(lanes[0].direction2 == static_cast<double>(n));
+  }
 }
 
 // ---- a step
@@ -328,6 +349,7 @@ int main() {
   every_chunk_is_taken_once_and_belongs_to_its_tensor();
   groups_begin_where_those_of_all_operands_are_aligned();
   every_element_is_taken_once_and_neighbours_by_neighbours();
+  many_partial_sums_are_added_in_an_order_that_only_their_number_decides();
   an_update_has_the_bits_of_the_cpus();
   norms_have_the_values_of_the_cpus();
   carried_norms_are_those_of_what_was_stored();
