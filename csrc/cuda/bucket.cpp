@@ -10,13 +10,13 @@ DeviceBuffer::DeviceBuffer(const Machine& machine, size_t bytes)
     : machine_(machine),
       now_(bytes),
       last_(bytes),
-      device_(static_cast<char*>(machine.allocate(bytes))),
-      staging_(machine.stage(bytes)) {}
+      device_(static_cast<char*>(machine.allocate(bytes)), {&machine}),
+      staging_(machine.stage(bytes), {&machine}) {}
 
 DeviceBuffer::~DeviceBuffer() {
-  if (captured_) return;  // never freed: the graph reads it, and its lifetime is not known
-  machine_.release(device_);
-  machine_.unstage(staging_);
+  if (!captured_) return;
+  device_.release();  // never freed: the graph reads it, and its lifetime is not known
+  staging_.release();
 }
 
 void DeviceBuffer::sync(size_t bytes, void* stream) {
@@ -28,7 +28,7 @@ void DeviceBuffer::sync(size_t bytes, void* stream) {
     while (last > first && same(last - 8)) last -= 8;
   }
   if (first == last) return;
-  machine_.upload(staging_, device_ + first, &now_[first], last - first, stream);
+  machine_.upload(staging_.get(), device() + first, &now_[first], last - first, stream);
   std::memcpy(&last_[first], &now_[first], last - first);
 }
 
@@ -58,6 +58,7 @@ Bucket::Bucket(const Machine& machine, const char* rule, bool wide, const std::v
       rule_(rule_index(rule)),
       wide_(wide),
       count_(static_cast<int64_t>(tensors.size())),
+      memory_(nullptr, {&machine}),
       sums_(machine, step_bytes(tensors.size())),
       step_(machine, step_bytes(tensors.size())) {
   std::vector<int64_t> first(1, 0);
@@ -83,8 +84,8 @@ Bucket::Bucket(const Machine& machine, const char* rule, bool wide, const std::v
     norm2_ = layout.take<double>(1);
   };
   lay_out();
-  memory_ = static_cast<char*>(machine.allocate(layout.bytes));
-  layout.base = memory_;
+  memory_.reset(static_cast<char*>(machine.allocate(layout.bytes)));
+  layout.base = memory_.get();
   lay_out();
   fixed_.entries = entries;
   fixed_.first = firsts;
@@ -96,6 +97,7 @@ Bucket::Bucket(const Machine& machine, const char* rule, bool wide, const std::v
   for (size_t t = 0; t < tensors.size(); ++t) {
     Entry& entry = filled[t];
     entry = {tensors[t], layers[t], steps[t]};
+    entry.layer.shard = nullptr;  // in the host's memory
     if (tensors[t].flat) continue;
     const auto relocate = [&](const int64_t*& from) {
       if (!from) return;
@@ -110,11 +112,10 @@ Bucket::Bucket(const Machine& machine, const char* rule, bool wide, const std::v
   const auto copy = [&](const auto& from, void* to) {
     if (from.empty()) return;
     const size_t bytes = from.size() * sizeof from[0];
-    Staging* staging = machine.stage(bytes);
-    machine.upload(staging, to, from.data(), bytes, nullptr);
+    const Owned<Staging> staging(machine.stage(bytes), {&machine});
+    machine.upload(staging.get(), to, from.data(), bytes, nullptr);
     double done;
     machine.download(&done, norm2_, sizeof done, nullptr);  // the stream of the steps may be another one
-    machine.unstage(staging);
   };
   copy(filled, entries);
   copy(first, firsts);
@@ -123,7 +124,7 @@ Bucket::Bucket(const Machine& machine, const char* rule, bool wide, const std::v
 }
 
 Bucket::~Bucket() {
-  if (!sums_.captured() && !step_.captured()) machine_.release(memory_);
+  if (sums_.captured() || step_.captured()) memory_.release();
 }
 
 Launch Bucket::launch(DeviceBuffer& buffer, const std::vector<Tensor>& tensors, const std::vector<Layer>& layers,
@@ -147,9 +148,10 @@ Launch Bucket::launch(DeviceBuffer& buffer, const std::vector<Tensor>& tensors, 
         gradients ? (is_known(layer.grad_norm2) ? 0 : kGradient) : wanted(tensors[t], rows[now[t].row].args, layer);
     *any |= now[t].wanted != 0;
   }
+  if (!launch.active) return launch;
   char* of_rows = buffer.now() + tensors.size() * sizeof(Now);
   std::memcpy(of_rows, rows.data(), rows.size() * sizeof(Row));
-  if (launch.active) buffer.sync(tensors.size() * sizeof(Now) + rows.size() * sizeof(Row), stream);
+  buffer.sync(tensors.size() * sizeof(Now) + rows.size() * sizeof(Row), stream);
   launch.now = reinterpret_cast<const Now*>(buffer.device());
   launch.rows = reinterpret_cast<const Row*>(buffer.device() + tensors.size() * sizeof(Now));
   return launch;

@@ -14,15 +14,15 @@ class DeviceBuffer {
   ~DeviceBuffer();
   DeviceBuffer(const DeviceBuffer&) = delete;
   char* now() { return now_.data(); }  // write the new contents, then sync()
-  char* device() const { return device_; }
+  char* device() const { return device_.get(); }
   void sync(size_t bytes, void* stream);
   bool captured() const { return captured_; }
 
  private:
   const Machine& machine_;
   std::vector<char> now_, last_;
-  char* device_;
-  Staging* staging_;
+  Owned<char> device_;
+  Owned<Staging> staging_;
   bool captured_ = false;  // a graph's replays write it, too: its contents are no longer known
 };
 
@@ -54,7 +54,7 @@ class Bucket {
   const bool wide_;
   const int64_t count_;
   int64_t chunks_ = 0;
-  char* memory_;
+  Owned<char> memory_;
   Launch fixed_{};  // the addresses of the tables
   double* norm2_;
   DeviceBuffer sums_, step_;  // Now and Row of every tensor: for the sums of gradients alone, and for a step

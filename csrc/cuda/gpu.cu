@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -168,9 +169,10 @@ void* allocate(size_t bytes) {
   const Relaxed relaxed;
   void* memory = nullptr;
   check(cudaMalloc(&memory, std::max<size_t>(bytes, 1)), "allocate memory");
+  std::unique_ptr<void, cudaError_t (*)(void*)> owned(memory, cudaFree);
   check(cudaMemset(memory, 0, bytes), "clear memory");
   check(cudaStreamSynchronize(nullptr), "clear memory");
-  return memory;
+  return owned.release();
 }
 
 }  // namespace
@@ -216,12 +218,9 @@ std::string unavailable(int device) {
   int count = 0;
   cudaError_t error = cudaGetDeviceCount(&count);
   if (error == cudaSuccess && device >= 0) {
-    int before = 0;
     cudaFuncAttributes attributes;
-    cudaGetDevice(&before);
     error = cudaSetDevice(device);
     if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, update_kernel<SGD, float>);
-    cudaSetDevice(before);
   }
   cudaGetLastError();
   switch (error) {

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 
 #include "table.h"
@@ -27,9 +28,19 @@ struct Machine {
   void (*accumulate)(bool wide, const Accumulation&, void* stream);
 };
 
+// Memory that ends with its owner.
+struct Release {
+  const Machine* machine;
+  void operator()(char* memory) const { machine->release(memory); }
+  void operator()(Staging* staging) const { machine->unstage(staging); }
+};
+template <class T>
+using Owned = std::unique_ptr<T, Release>;
+
 const Machine& host();
-const Machine& gpu();                 // once unavailable() is empty
-void use(int device);                 // makes a GPU the one that `gpu` is
-std::string unavailable(int device);  // why the GPU of that number cannot be used, or nothing; -1: any
+const Machine& gpu();  // once unavailable() is empty
+void use(int device);  // makes a GPU the one that `gpu` is
+// Why the GPU of that number, or any for -1, cannot be used, or nothing. Leaves it the one that `gpu` is.
+std::string unavailable(int device);
 
 }  // namespace fused_opt::cuda

@@ -45,6 +45,66 @@ void only_what_changed_is_copied_until_a_graph_writes_too() {
   CHECK(buffer.captured());
 }
 
+void what_a_layer_refers_to_on_the_host_stays_there() {
+  cuda::Machine machine = recording();
+  machine.upload = [](cuda::Staging*, void* to, const void* from, size_t bytes, void*) {
+    copied.push_back(bytes);
+    std::memcpy(to, from, bytes);
+    const auto& entry = *static_cast<const cuda::Entry*>(from);
+    if (copied.size() == 1) CHECK(entry.layer.index == 5 && !entry.layer.shard);
+  };
+  copied.clear();
+  Model model({7}, 0, kStorages[0]);
+  const ShardLayout shard;
+  model.table.layers[0].index = 5;
+  model.table.layers[0].shard = &shard;
+  const cuda::Bucket plan(machine, "sgd", false, model.table.tensors, model.table.layers, {nullptr});
+  CHECK(copied[0] == sizeof(cuda::Entry));
+}
+
+// ---- what fails
+
+int live = 0, until_failure = 0;
+
+void may_fail() {
+  if (until_failure-- == 0) throw std::runtime_error("refused");
+}
+
+void a_bucket_that_cannot_be_made_keeps_no_memory() {
+  cuda::Machine machine = recording();
+  machine.allocate = [](size_t bytes) {
+    may_fail();
+    ++live;
+    return recording().allocate(bytes);
+  };
+  machine.release = [](void*) { --live; };
+  machine.stage = [](size_t) {
+    may_fail();
+    return reinterpret_cast<cuda::Staging*>(&++live);
+  };
+  machine.unstage = [](cuda::Staging*) { --live; };
+  machine.upload = [](cuda::Staging*, void* to, const void* from, size_t bytes, void*) {
+    may_fail();
+    std::memcpy(to, from, bytes);
+  };
+  const Model model(kSizes, 1, kStorages[8]);
+  bool made = false;
+  int failures = 0;
+  while (!made) {
+    until_failure = failures;
+    try {
+      const cuda::Bucket plan(machine, "momentum_sgd", false, model.table.tensors, model.table.layers,
+                              std::vector<float*>(kSizes.size(), nullptr));
+      made = true;
+      CHECK(live == 5);  // the tables; two buffers and what their copies are staged in
+    } catch (const std::runtime_error&) {
+      ++failures;
+    }
+    CHECK(live == 0);
+  }
+  CHECK(failures == 3 + 2 + 4 * 2);  // allocations, buffers' staging, and four tables staged and copied
+}
+
 // ---- what is launched
 
 int updates = 0, sums = 0;
@@ -91,6 +151,7 @@ void a_step_is_one_launch_where_norms_are_carried() {
     plan.sum_gradients(model.table.tensors, model.table.layers, scalars, false, nullptr);
     CHECK(norm2 == 0);
     plan.run(model.table.tensors, model.table.layers, {{args, {}}}, scalars, nullptr);
+    plan.run(model.table.tensors, model.table.layers, {}, scalars, nullptr);
     CHECK(updates == 1);  // still of the last one: nothing to step is no launch
     in_capture = true;
     for (Tensor& tensor : model.table.tensors) tensor.active = true;
@@ -116,6 +177,8 @@ void a_step_is_one_launch_where_norms_are_carried() {
 
 int main() {
   only_what_changed_is_copied_until_a_graph_writes_too();
+  what_a_layer_refers_to_on_the_host_stays_there();
+  a_bucket_that_cannot_be_made_keeps_no_memory();
   a_step_is_one_launch_where_norms_are_carried();
   std::puts("all C++ tests of plans for GPUs hold");
 }
