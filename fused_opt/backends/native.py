@@ -46,7 +46,10 @@ def unavailable() -> str | None:
 @lru_cache
 def gpu_unavailable(number: int = -1) -> str | None:
     """Why the GPU of that number cannot be used, or any for -1, or None."""
-    return _reason or _native.unavailable(number) or None
+    # Asked about a GPU, the core makes it the current one. It is torch that goes back to the one before, since it starts no
+    # context where this process has none, which would take some hundred MB of that GPU's memory.
+    with nullcontext() if number < 0 else _current(torch.device("cuda", number)):
+        return _reason or _native.unavailable(number) or None
 
 
 def _device_number(tensor: Tensor) -> int | None:

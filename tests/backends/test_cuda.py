@@ -78,6 +78,23 @@ def test_the_report_says_why_there_is_no_gpu():
     assert re.search("nvcc|driver|GPU|CUDA", native.gpu_unavailable())
 
 
+def test_whether_a_gpu_can_be_used_is_asked_with_that_gpu_as_torchs_current_one(monkeypatch):
+    """CUDA itself would go back to GPU 0, and start a context there in a process that uses another GPU alone."""
+    current, asked = [], []
+
+    @contextmanager
+    def device(given):
+        current.append(given)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(native._native, "unavailable", lambda number: asked.append((number, *current)))
+    for number in (3, -1):
+        native.gpu_unavailable.__wrapped__(number)
+    assert asked == [(3, torch.device("cuda", 3)), (-1,)]
+
+
 def test_auto_leaves_alone_what_was_not_seen_to_run(monkeypatch):
     assert "cuda" in native.UNTESTED
     optimizers = {}
