@@ -41,7 +41,7 @@ def compiled(function, architecture, arguments, **constants):
     source = triton.compiler.ASTSource(fn=function, signature=signature, constexprs=constants)
     maker = ("cuda", architecture, 32) if isinstance(architecture, int) else ("hip", architecture, 64)
     target = triton.backends.compiler.GPUTarget(*maker)
-    return triton.compile(source, target=target, options={"num_warps": 4})
+    return triton.compile(source, target=target, options={"num_warps": 4, **backend.table.OPTIONS})
 
 
 def update(architecture, rule, dtypes, average=None, noisy=False, norms=False):
@@ -60,6 +60,12 @@ def usage(binary, tmp_path):
     command = [TOOLS / "cuobjdump", "-res-usage", tmp_path / "kernel.cubin"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return [int(re.search(rf"{what}:(\d+)", text)[1]) for what in ("REG", "STACK", "LOCAL")]
+
+
+def sass(tmp_path):
+    """What ``usage`` has looked at, in the GPU's own instructions."""
+    command = [TOOLS / "cuobjdump", "-sass", tmp_path / "kernel.cubin"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def wide(binary, what):
@@ -83,6 +89,11 @@ def test_compiles_to_wide_accesses_without_spills(name, architecture, tmp_path):
     assert wide(binary, "st") == loads - 8 * dtypes[1].primitive_bitwidth // 128
     # What keeps enough threads on a multiprocessor of 65536 registers to hide the latency of its memory.
     assert registers <= (40 if rule in ("sgd", "momentum_sgd") and not extras else 128)
+    # Fused to one rounding the bits would be others than the native backend's. Divisions and square roots are made of such
+    # instructions, and are rounded as they should be.
+    assert not re.search(r"\b(fma|mad)\.\S*f(32|64)", binary.asm["ptx"])
+    if not re.search(r"\b(div|sqrt)\.", binary.asm["ptx"]):
+        assert not re.search(r"\b[FD]FMA\b", sass(tmp_path))
 
 
 @needs_tools
@@ -145,6 +156,22 @@ def test_counts_that_are_not_on_the_cpu_are_asked_for_once():
     assert counts.read() == [1.0, 7.0, 3.0]
     counts.advance(None)
     assert [m.step.item() for m in members] == counts.read() == [2.0, 8.0, 4.0]
+
+
+def test_tables_are_kept_for_every_stream_that_reads_them(monkeypatch):
+    """Or torch's allocator would give their memory away when a plan ends, while a step on another stream still runs."""
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    made = backend.table.Table(all_rules.kernels()["sgd"], [ParamEntry(p, 0, 0, "")], [0])
+    recorded = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: recorded.append((tensor, stream)))
+    for stream in (None, "side", "side", None):
+        monkeypatch.setattr(made, "_stream", lambda stream=stream: stream)
+        assert made.collect_gradients({})
+        made._upload([0], ())
+    tables = (made.tensors, made.sums, made.ratios)
+    expected = [(table, stream) for stream in ("side", None) for table in tables]
+    assert [(id(table), stream) for table, stream in recorded] == [(id(table), stream) for table, stream in expected]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

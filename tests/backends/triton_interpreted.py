@@ -7,9 +7,10 @@ import math
 
 import pytest
 import torch
-from rules import every_rule
+from rules import every_elementwise_rule, every_rule
 from support.interpreted import DTYPES, STATES, assert_alike, both, contiguous, few, train
-from support.parameters import set_gradients
+from support.kernels import run_with
+from support.parameters import clones, set_gradients
 from triton import language as tl
 
 import fused_opt
@@ -26,6 +27,24 @@ def test_every_rule(name, options, dtype):
     runs = both(name, options, dtype=dtype)
     train(*runs, steps=2)
     assert_alike(*runs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_elementwise_rule
+def test_the_bits_are_the_native_backends(name, options, dtype, monkeypatch):
+    """Where a multiplication and an addition are two roundings, as on a GPU. Norms are summed in another order."""
+    run_with("baseline", monkeypatch)
+    ours = contiguous(dtype)
+    theirs = clones(ours)
+    options = {**options, "noise": fused_opt.WeightNoise(std=0.01, seed=5), "averaging": fused_opt.EMA(0.9)}
+    a, b = (
+        getattr(fused_opt, name)(p, backend=which, **options) for p, which in ((ours, "triton"), (theirs, "native"))
+    )
+    train(a, b, ours, theirs, steps=2)
+    for p, q in zip(ours, theirs):
+        assert torch.equal(p, q)
+        for slot, state in b.state[q].items():
+            assert torch.equal(torch.as_tensor(a.state[p][slot]), torch.as_tensor(state)), slot
 
 
 @pytest.mark.parametrize(("parameter", "gradient"), [(torch.float16, torch.float32), (torch.float64, torch.float16)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import accumulate, compress
 from operator import attrgetter
 from typing import Any
@@ -20,6 +21,8 @@ from .counts import Counts
 
 INTERPRETED = not isinstance(kernel.update, triton.JITFunction)  # decided from the environment when Triton was imported
 TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+#: As nvcc compiles csrc/cuda/: a multiplication and an addition are two roundings, so the bits are the native backend's.
+OPTIONS = {"enable_fp_fusion": False}
 NO_RATIO, NO_NOISE, NO_FOLD = (0, 1.0, 0.0, 0.0, 0), NoiseArgs(0.0, False, 0, 0), Fold(0.0, 0.0, False, False)
 
 _grad, _dtype, _shape, _version = map(attrgetter, ("grad", "dtype", "shape", "_version"))
@@ -32,11 +35,8 @@ def arithmetic(dtype: torch.dtype) -> Any:
 
 def launch(function: Any, device: torch.device, programs: int, *arguments: Any) -> None:
     """Run that many programs on the device, on torch's current stream there."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            function[(programs,)](*arguments)
-    else:
-        function[(programs,)](*arguments)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        function[(programs,)](*arguments, **OPTIONS)
 
 
 class Table:
@@ -70,6 +70,7 @@ class Table:
         # Of even width, so that every row is aligned to 16 bytes: Triton compiles a kernel anew for other alignments.
         self.sums = torch.zeros(3, self.chunks + self.chunks % 2, dtype=torch.float64, device=self.device)
         self.ratios = torch.ones(len(members), dtype=torch.float64, device=self.device)
+        self.stream = self._stream()
         self.turn = 0  # which of the first two rows of `sums` holds the carried sums of squares
         self.versions = self.nobody  # of the weights whose sums those are; None: of none
 
@@ -140,8 +141,20 @@ class Table:
             if known is not None:
                 self.parts[i], self.grad2[i] = known
 
+    def _stream(self) -> Any:
+        """Torch's current one."""
+        return torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+
     def _upload(self, wanted: list[int], args: Sequence[StepArgs]) -> None:
         """Tell the device what is new in this step."""
+        if (stream := self._stream()) != self.stream:
+            self.stream = stream
+            for made_on_another in (
+                self.tensors,
+                self.sums,
+                self.ratios,
+            ):  # or they might be freed while this one reads them
+                made_on_another.record_stream(stream)
         words = array("q", self.gradients + self.rows + wanted).tobytes()
         numbers = self.unknown if self.parts is self.nothing else array("d", self.parts + self.grad2).tobytes()
         host = torch.frombuffer(bytearray(b"".join((words, numbers, *map(pack, args)))), dtype=torch.int64)
