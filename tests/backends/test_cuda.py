@@ -65,7 +65,8 @@ def test_compiled_kernels_spill_nothing_and_move_16_bytes(architecture, tmp_path
     assert len(kernels) == KERNELS
     for kernel in kernels:
         assert "ld.global.cg.v4.u32" in kernel
-        assert ("st.global.cg.v4.u32" in kernel) == ("norms_kernel" not in kernel.split("(")[0])
+        writes = "norms_kernel" not in kernel.split("(")[0]
+        assert ("st.global.cg.v4.u32" in kernel) == ("cvt.rn.bf16.f32" in kernel) == writes
         assert not re.search(r"\b(atom|red)\.\S*\.f(32|64)", kernel)
         assert not re.search(r"\bfma\.rn\.f(32|64)", kernel)
 
