@@ -17,6 +17,8 @@ struct BFloat16 {
 };
 #ifdef __CUDACC__
 using Float16 = __half;
+#elif defined(__aarch64__)
+using Float16 = __fp16;  // g++ 12 has no _Float16 there; the same bits
 #else
 using Float16 = _Float16;
 #endif

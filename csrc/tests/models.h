@@ -75,9 +75,8 @@ struct Model {
       } else {
         uint32_t bits;
         std::memcpy(&bits, &value, 4);
-        const uint16_t half = dtype == DType::kBFloat16
-                                  ? static_cast<uint16_t>(bits >> 16)
-                                  : static_cast<uint16_t>(__builtin_bit_cast(uint16_t, static_cast<_Float16>(value)));
+        const uint16_t half = dtype == DType::kBFloat16 ? static_cast<uint16_t>(bits >> 16)
+                                                        : __builtin_bit_cast(uint16_t, static_cast<Float16>(value));
         std::memcpy(data + 2 * i, &half, 2);
       }
     }
