@@ -6,6 +6,7 @@
 #endif
 
 #include <cstdint>
+#include <cstring>
 
 #include "../rules.h"
 
@@ -59,8 +60,9 @@ FUSED_OPT_FN Halves evens(Words a, Words b) {
 }
 #endif
 FUSED_OPT_FN Doubles widened(const double* x) {
-  using Loose = double __attribute__((vector_size(kRegister), aligned(8), may_alias));
-  return *reinterpret_cast<const Loose*>(x);
+  Doubles some;
+  std::memcpy(&some, x, sizeof some);  // wherever x lies
+  return some;
 }
 
 }  // namespace
