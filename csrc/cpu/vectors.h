@@ -3,6 +3,8 @@
 #pragma once
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include <cstdint>
@@ -49,12 +51,21 @@ FUSED_OPT_FN Halves evens(Words a, Words b) {
   return __builtin_shufflevector((Halves)a, (Halves)b, 0, 2, 4, 6, 8, 10, 12, 14);
 }
 #else
+#if defined(__aarch64__)
+FUSED_OPT_FN Doubles widened(const float* x) {
+  return (Doubles)vcvt_f64_f32(vld1_f32(x));
+}
+FUSED_OPT_FN Words multiply32(Words a, Words b) {
+  return (Words)vmull_u32(vmovn_u64((uint64x2_t)a), vmovn_u64((uint64x2_t)b));
+}
+#else
 FUSED_OPT_FN Doubles widened(const float* x) {
   return Doubles{x[0], x[1]};
 }
 FUSED_OPT_FN Words multiply32(Words a, Words b) {
   return (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF);
 }
+#endif
 FUSED_OPT_FN Halves evens(Words a, Words b) {
   return __builtin_shufflevector((Halves)a, (Halves)b, 0, 2, 4, 6);
 }
