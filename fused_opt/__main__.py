@@ -1,4 +1,9 @@
-"""``python -m fused_opt``: which backends run on this machine, and in words why the others do not."""
+"""``python -m fused_opt``: which backends run on this machine, and in words why the others do not.
+
+``python -m fused_opt native`` fails if that backend does not.
+"""
+
+import sys
 
 from . import __version__, backends
 from .backends import native
@@ -20,3 +25,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    for name in sys.argv[1:]:
+        if reason := backends.get(name).unavailable():
+            sys.exit(f"fused_opt: {name} is not ready: {reason}")

@@ -129,6 +129,17 @@ def test_report_names_every_backend():
         assert f"{name:10} {'ready' if reason is None else 'not here: ' + reason}" in report
 
 
+def test_report_fails_where_a_named_backend_is_not_ready():
+    def report(*names):
+        command, environment = [sys.executable, "-m", "fused_opt", *names], {**os.environ, "FUSED_OPT_CPU": "abacus"}
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    assert report("reference").returncode == 0
+    failed = report("reference", "native")
+    assert failed.returncode == 1
+    assert "fused_opt: native is not ready: " in failed.stderr
+
+
 def source_of(tmp_path):
     """A copy of the sources: setuptools leaves its own build folder beside them, and reuses it."""
     source = tmp_path / "source"
