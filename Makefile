@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CXX_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
-.PHONY: demo test lint aarch64 bench microbench gpu clean
+.PHONY: demo test lint matrix aarch64 bench microbench gpu clean
 
 # Train on real images with torch.optim and with fused_opt, side by side.
 demo: $(VENV)/installed
@@ -18,6 +18,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
+
+# Other versions of Python and torch, each in a new environment: docs/versions.md. MATRIX="--python 3.12 --torch 2.13.0" takes one.
+matrix:
+	$(PYTHON) tests/matrix.py $(MATRIX)
 
 # The C++ tests as compiled for 64-bit ARM, run by qemu: needs Debian's g++-aarch64-linux-gnu and qemu-user, a few minutes.
 aarch64: $(VENV)/installed
