@@ -47,7 +47,7 @@ def overlaps(tensor: Tensor) -> bool:
 def restore(before: list[tuple[Tensor, Tensor]]) -> None:
     """Copy values back: all of them, also where one copy fails or is interrupted, and is then tried once more."""
     failed: BaseException | None = None
-    for tensor, value in before:
+    for tensor, value in reversed(before):  # of two in the same memory the first was looked at before both were written
         for _ in range(2):
             try:
                 tensor.copy_(value)

@@ -76,3 +76,15 @@ def test_running_statistics_go_back_with_the_weights(given):
     assert ["averaged_weights(model) swaps them back" in str(w.message) for w in caught] == [True] * (not given)
     model(batch)  # nothing is watched any more
     assert not torch.nn.modules.module._global_forward_pre_hooks
+
+
+def test_weights_that_share_memory_are_back_after_the_block(backend):
+    p, q = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    q.data = p.data
+    optimizer = SGD([p, q], lr=0.5, averaging=EMA(beta=0.5), backend=backend)
+    for _ in range(2):
+        p.grad, q.grad = torch.ones(3), torch.ones(3)
+        optimizer.step()
+    with optimizer.averaged_weights():
+        assert not torch.equal(p, torch.full((3,), -1.0))
+    assert p.tolist() == q.tolist() == [-1.0] * 3
