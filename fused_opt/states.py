@@ -83,26 +83,29 @@ class NewStates:
     def __init__(self, state: dict[Tensor, Any], dtype: torch.dtype | None) -> None:
         self._state = state
         self._dtype = dtype
-        self._made: set[tuple[Tensor, str]] = set()
+        self._before: dict[Tensor, dict[str, Any] | None] = {}  # the entries to which something was added
 
     def __bool__(self) -> bool:
-        return bool(self._made)
+        return bool(self._before)
 
     def keep(self) -> None:
         """They stay."""
-        self._made.clear()
+        self._before.clear()
 
     def take_back(self) -> None:
         """Delete them."""
-        for p, slot in self._made:
-            del self._state[p][slot]
-            if not self._state[p]:
-                del self._state[p]
-        self._made.clear()
+        for p, before in self._before.items():
+            if before is None:
+                self._state.pop(p, None)
+            else:
+                self._state[p].clear()
+                self._state[p].update(before)
+        self._before.clear()
 
     def _make(self, p: Tensor, slot: str, value: Tensor) -> None:
+        if p not in self._before:
+            self._before[p] = dict(self._state[p]) if p in self._state else None
         self._state[p][slot] = value
-        self._made.add((p, slot))
 
     def fill(self, entry: ParamEntry, spec: GroupSpec, group: Mapping[str, Any], count_on_device: bool) -> None:
         """Point an entry at its parameter's states; one that has a gradient gets those it lacks."""
@@ -120,7 +123,7 @@ class NewStates:
                         p, memory_format=torch.preserve_format, dtype=dtype_or_none, requires_grad=False
                     )
                     self._make(p, slot, zeros)
-                entry.states_are_new |= (p, slot) in self._made
+                entry.states_are_new |= p in self._before and (self._before[p] or {}).get(slot) is None
             if spec.averaged and of_p.get(AVERAGE) is None:
                 self._make(p, AVERAGE, initial(group, p))
             of_p = self._state.get(p, {})

@@ -48,6 +48,16 @@ def test_states_go_where_memory_ends_between_them(backend, monkeypatch):
     assert not optimizer.state
 
 
+@pytest.mark.parametrize("entry", [{}, {"momentum_buffer": None}, {"mine": 1}], ids=str)
+def test_an_entry_that_was_there_stays(entry, backend):
+    p, optimizer = pair_of(backend, momentum=0.9, nonfinite="raise")
+    optimizer.state[p] = entry
+    p.grad[0] = torch.nan
+    with unchanged(optimizer), pytest.raises(RuntimeError, match="parameter 0 of group 0"):
+        optimizer.step()
+    assert optimizer.state[p] is entry
+
+
 @pytest.mark.parametrize("nonfinite", ["skip", "raise"])
 def test_states_of_a_step_that_is_not_made_are_not_there(nonfinite, backend):
     p, optimizer = pair_of(backend, momentum=0.9, nonfinite=nonfinite)
