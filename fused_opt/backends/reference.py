@@ -44,6 +44,11 @@ def accumulate(total: Tensor | None, part: Tensor) -> tuple[float, float]:
     return norm2(part), norm2(total)
 
 
+def _kind(grad: Tensor | None) -> tuple[Any, ...] | None:
+    """What may be the reason why another backend does not step a gradient."""
+    return None if grad is None else (type(grad), grad.layout, grad.is_neg(), grad._is_zerotensor())
+
+
 def trust_ratio(member: ParamEntry, args: StepArgs, norms: Norms, sum_of_norms: float, decay: float) -> float:
     """The ratio of fused_opt.extras.trust_ratio; ``sum_of_norms``: of the gradient's parts, where known."""
     assert args.ratio is not None
@@ -76,7 +81,7 @@ class Bucket:
         self.rule = rule
         self.members = members
         self.active: list[tuple[ParamEntry, int]] = []
-        self._layouts = [None if m.tensor.grad is None else m.tensor.grad.layout for m in members]
+        self._kinds = [_kind(m.tensor.grad) for m in members]
         self._norms: dict[int, list[float]] = defaultdict(_unknown)  # by index: of weights, gradient, direction
         self._parts: dict[int, float] = {}
         self._ratios = dict.fromkeys((member.index for member in members), 1.0)
@@ -89,10 +94,10 @@ class Bucket:
         self._norms.clear()
         self._parts = {}
         keys: dict[tuple[int, float], int] = {}
-        for member, layout in zip(self.members, self._layouts):
+        for member, kind in zip(self.members, self._kinds):
             if member.tensor.grad is None:
                 continue
-            if member.states is None or member.tensor.grad.layout != layout:  # another backend may be able to
+            if member.states is None or _kind(member.tensor.grad) != kind:  # another backend may be able to
                 return None
             key = (member.group, member.count() + 1)
             self.active.append((member, keys.setdefault(key, len(keys))))

@@ -52,14 +52,26 @@ def test_a_gradient_that_becomes_a_subclass():
     assert_close(p, torch.full((3,), -1.0))
 
 
-def test_a_sparse_gradient_is_of_one_step_only():
-    p = torch.nn.Parameter(torch.zeros(4, 2))
-    optimizer = optimizer_of(p, "auto", momentum=0.9)
-    for gradient, kind in ((torch.ones(4, 2).to_sparse(), "Bucket"), (torch.ones(4, 2), "CPUBucket")):
-        p.grad = gradient
+ODD = {
+    "sparse": lambda g: g.to_sparse(),
+    "subclass": lambda g: g.as_subclass(Wrapped),
+    "zeros": lambda g: torch._efficientzerotensor(g.shape),
+    "negated": lambda g: torch._neg_view(-g),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_gradient_that_only_the_reference_steps_is_of_one_step_only(odd):
+    """Or a run that is resumed later would give other bits."""
+    p, q = torch.nn.Parameter(torch.zeros(4, 2)), torch.nn.Parameter(torch.zeros(2))
+    optimizer = fused_opt.SGD([p, q], lr=0.5, momentum=0.9)
+    for gradient, kinds in ((ODD[odd](torch.ones(4, 2)), {"Bucket", "CPUBucket"}), (torch.ones(4, 2), {"CPUBucket"})):
+        p.grad, q.grad = gradient, torch.ones(2)
         optimizer.step()
-        assert type(optimizer._last.buckets[0]).__name__ == kind
-    assert_close(p, torch.full((4, 2), -0.5 * (1 + 1.9 + 2.71)), 1e-6)
+        assert {type(bucket).__name__ for bucket in optimizer._last.buckets} == kinds
+        p.grad = None
+    expected = -0.5 if odd == "zeros" else -0.5 * (1 + 1.9)
+    assert_close(p, torch.full((4, 2), expected), 1e-6)
 
 
 def test_rows_of_a_sparse_gradient_alone_are_stepped():
