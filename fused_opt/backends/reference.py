@@ -148,6 +148,8 @@ class Bucket:
         if member.tensor.is_complex():
             tensors = [torch.view_as_real(tensor.resolve_conj()) for tensor in tensors]
         dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+        if tensors[1]._is_zerotensor():  # one without dimensions times a number would be float64
+            tensors[1] = tensors[1].clone()
         p, g, *states = ((tensor.to_dense() if tensor.is_sparse else tensor).to(dtype) for tensor in tensors)
         coupled, decoupled = args.coupled_decay * member.decay_scale, args.decoupled_decay * member.decay_scale
         update, *new = self.rule.update(args.grad_scale * g + coupled * p, *states, *args.coefficients)
