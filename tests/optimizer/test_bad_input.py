@@ -296,16 +296,23 @@ BAD_STATES = {
     "bool": (lambda s: s > 0, r"parameter '?bias'? is torch.float64 and its state '\w+' torch.bool"),
     "complex": (lambda s: s.to(torch.complex128), r"parameter '?bias'? is torch.float64 .* '\w+' torch.complex128"),
 }
+# What a checkpoint holds is copied when it is loaded.
+UNWRITABLE_STATES = {
+    "expanded": (lambda s: s[:1].expand_as(s), r"parameter '?bias'? has a state '\w+' whose elements share memory"),
+    "zeros": (lambda s: torch._efficientzerotensor(s.shape, dtype=s.dtype), r"whose elements share memory or have none"),
+    "list": (lambda s: s.tolist(), r"parameter '?bias'? has a list as its state '\w+'; it must be a tensor of shape \(5,\)"),
+    "array": (lambda s: s.numpy(), r"parameter '?bias'? has a ndarray as its state '\w+'; it must be a tensor"),
+}
 
 
 def named(parameters):
     return list(zip(("weight", "bias", "scale"), parameters))
 
 
-@pytest.mark.parametrize("what", BAD_STATES)
+@pytest.mark.parametrize("what", [*BAD_STATES, *UNWRITABLE_STATES])
 @both_kinds
 def test_a_bad_state_at_the_step(name, options, what, backend):
-    spoil, message = BAD_STATES[what]
+    spoil, message = {**BAD_STATES, **UNWRITABLE_STATES}[what]
     optimizer, oracle = pair(name, options, backend, arrange=named)
     train_both(optimizer, oracle, 2)
     bias = parameters_of(optimizer)[1]
