@@ -1,12 +1,26 @@
 """Fixtures, and nothing else; what tests import lies in tests/support."""
 
 import pytest
+from hypothesis import HealthCheck, settings
 from support import kernels
 
 # Names that were defined here.
 from support.compare import assert_close, assert_same, unchanged, without_extras  # noqa: F401
 from support.kernels import INSTRUCTION_SETS, as_on_a_gpu  # noqa: F401
 from support.parameters import clones, layouts, pair, parameters_of, set_gradients, train_both  # noqa: F401
+
+# The same few examples in every run; `make fuzz` draws others, by seeds that it prints.
+settings.register_profile(
+    "few",
+    max_examples=30,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+)
+settings.register_profile("fuzz", settings.get_profile("few"), max_examples=500, derandomize=False)
+settings.load_profile("few")
 
 
 @pytest.fixture(params=kernels.BACKENDS)

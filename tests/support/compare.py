@@ -9,21 +9,21 @@ import fused_opt
 from .parameters import parameters_of
 
 
-def assert_close(ours, theirs, bound=1e-12):
-    """Two values alike in structure and dtype, and tensors up to `bound` relative to their largest value."""
+def assert_close(ours, theirs, bound=1e-12, least=1e-30):
+    """Two values alike in structure and dtype, and tensors up to `bound` relative to their largest value, or to `least`."""
     if isinstance(theirs, torch.Tensor):
         assert ours.dtype == theirs.dtype
         assert ours.shape == theirs.shape
-        scale = max(theirs.detach().abs().max().item(), 1e-30) if theirs.numel() else 0.0
+        scale = max(theirs.detach().abs().max().item(), least) if theirs.numel() else 0.0
         torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=0, atol=bound * scale)
     elif isinstance(theirs, dict):
         assert ours.keys() == theirs.keys()
         for key in theirs:
-            assert_close(ours[key], theirs[key], bound)
+            assert_close(ours[key], theirs[key], bound, least)
     elif isinstance(theirs, (list, tuple)):
         assert len(ours) == len(theirs)
         for a, b in zip(ours, theirs):
-            assert_close(a, b, bound)
+            assert_close(a, b, bound, least)
     else:
         assert ours == theirs
 
