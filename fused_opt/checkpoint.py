@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -78,6 +79,7 @@ class Checkpoints(torch.optim.Optimizer):
         loaded: list[dict[str, Any]] = []
 
         def adapt(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            _check_form(given)
             adapted = {**given, "param_groups": self._adapted_groups(given["param_groups"])}
             adapted["state"] = self._adapted_state(adapted, given["state"])
             loaded.append(adapted)
@@ -139,16 +141,35 @@ class Checkpoints(torch.optim.Optimizer):
                 of_p = state.get(index, {})
                 if AVERAGE in of_p and stale:
                     result[index] = of_p = {slot: value for slot, value in of_p.items() if slot != AVERAGE}
+                if rule.counts_steps:
+                    _check_count(f"step count of parameter {name_of(group, g, i)}", of_p.get("step"))
                 for slot in (*rule.states, AVERAGE):
                     if isinstance(of_p.get(slot), Tensor):
                         _check_state(f"state {slot!r} of parameter {name_of(group, g, i)}", of_p[slot], p)
         return result
 
 
+def _check_form(state_dict: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless all is there that torch.optim puts into a state_dict, as mappings."""
+    groups, state = state_dict.get("param_groups"), state_dict.get("state")
+    if not (isinstance(groups, list | tuple) and all(isinstance(group, Mapping) and "params" in group for group in groups)):
+        raise ValueError("Invalid state_dict: its 'param_groups' must be a list of dicts that have 'params'")
+    if not (isinstance(state, Mapping) and all(isinstance(of_p, Mapping) for of_p in state.values())):
+        raise ValueError("Invalid state_dict: its 'state' must be a dict of the states of each parameter, by its number")
+
+
 def _by_parameter(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
     ids = [index for group in state_dict["param_groups"] for index in group["params"]]
     parameters = [p for group in groups for p in group["params"]]
     return [(p, state_dict["state"].get(index, {})) for p, index in zip(parameters, ids)]
+
+
+def _check_count(what: str, value: Any) -> None:
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta else value
+    if number is None or (isinstance(number, dict) and not number):  # it has not been stepped, to torch.optim or to torch.distributed.checkpoint
+        return
+    if not isinstance(number, Real) or not 0 <= number < float("inf"):
+        raise ValueError(f"Invalid {what} in the state_dict: {value!r:.60}; it must be a number, at least 0")
 
 
 def _check_state(what: str, value: Any, p: Any) -> None:

@@ -135,7 +135,7 @@ class NewStates:
             if spec.averaged and of_p.get(AVERAGE) is None:
                 self._make(p, AVERAGE, initial(group, p))
             of_p = self._state.get(p, {})
-        for slot in rule.states:
+        for slot in spec.slots:
             if of_p.get(slot) is not None and of_p[slot].is_sparse:  # torch.optim.SGD's, after sparse gradients
                 of_p[slot] = of_p[slot].to_dense()
         if count_on_device and of_p.get("step") is not None:
