@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CXX_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
-.PHONY: demo test lint matrix aarch64 bench microbench gpu clean
+.PHONY: demo test lint fuzz long matrix aarch64 bench microbench gpu clean
 
 # Train on real images with torch.optim and with fused_opt, side by side.
 demo: $(VENV)/installed
@@ -18,6 +18,20 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
+
+# Other random cases than those of `make test`, for SECONDS, until one fails; SEED=n repeats those of a seed that was printed.
+SECONDS = 3600
+fuzz: $(VENV)/installed
+	@end=$$(($$(date +%s) + $(SECONDS))); seed=$(or $(SEED),$$(date +%s)); while [ $$(date +%s) -lt $$end ]; do \
+	  echo "SEED=$$seed"; \
+	  $(BIN)/python -m pytest tests/fuzz --ignore tests/fuzz/test_hostile_checkpoints.py \
+	    --hypothesis-profile=fuzz --hypothesis-seed=$$seed || exit 1; \
+	  seed=$$((seed + 1)); \
+	done
+
+# A million steps, 10^5 parameters, 10^4 groups, more than 2^31 elements: minutes, and 9 GB.
+long: $(VENV)/installed
+	$(BIN)/python -m pytest -m long
 
 # Other versions of Python and torch, each in a new environment: docs/versions.md. MATRIX="--python 3.12 --torch 2.13.0" takes one.
 matrix:

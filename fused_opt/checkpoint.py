@@ -152,10 +152,14 @@ class Checkpoints(torch.optim.Optimizer):
 def _check_form(state_dict: Mapping[str, Any]) -> None:
     """Raise a ValueError unless all is there that torch.optim puts into a state_dict, as mappings."""
     groups, state = state_dict.get("param_groups"), state_dict.get("state")
-    if not (isinstance(groups, list | tuple) and all(isinstance(group, Mapping) and "params" in group for group in groups)):
+    if not (
+        isinstance(groups, list | tuple) and all(isinstance(group, Mapping) and "params" in group for group in groups)
+    ):
         raise ValueError("Invalid state_dict: its 'param_groups' must be a list of dicts that have 'params'")
     if not (isinstance(state, Mapping) and all(isinstance(of_p, Mapping) for of_p in state.values())):
-        raise ValueError("Invalid state_dict: its 'state' must be a dict of the states of each parameter, by its number")
+        raise ValueError(
+            "Invalid state_dict: its 'state' must be a dict of the states of each parameter, by its number"
+        )
 
 
 def _by_parameter(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
@@ -166,7 +170,7 @@ def _by_parameter(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> l
 
 def _check_count(what: str, value: Any) -> None:
     number = value.item() if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta else value
-    if number is None or (isinstance(number, dict) and not number):  # it has not been stepped, to torch.optim or to torch.distributed.checkpoint
+    if number is None or (isinstance(number, dict) and not number):  # of torch.distributed.checkpoint: none
         return
     if not isinstance(number, Real) or not 0 <= number < float("inf"):
         raise ValueError(f"Invalid {what} in the state_dict: {value!r:.60}; it must be a number, at least 0")

@@ -19,7 +19,9 @@ def check_tensor(name: str, what: str, found: Tensor, p: Tensor) -> None:
     """Raise where a gradient or a state does not fit its parameter."""
     if not isinstance(found, Tensor):
         kind = type(found).__name__
-        raise RuntimeError(f"parameter {name} has a {kind} as its {what}; it must be a tensor of shape {tuple(p.shape)}")
+        raise RuntimeError(
+            f"parameter {name} has a {kind} as its {what}; it must be a tensor of shape {tuple(p.shape)}"
+        )
     check_alike(name, p, what, found)
     if found.shape != p.shape:
         raise RuntimeError(
@@ -73,8 +75,8 @@ def check_parameter(name: str, spec: GroupSpec, p: Tensor, of_p: Mapping[str, An
             check_tensor(name, f"state {slot!r}", of_p[slot], p)
             if overlaps(of_p[slot]) or of_p[slot]._is_zerotensor():
                 raise RuntimeError(
-                    f"parameter {name} has a state {slot!r} whose elements share memory or have none, which cannot be written "
-                    f"one by one; clone() it"
+                    f"parameter {name} has a state {slot!r} whose elements share memory or have none, which cannot be "
+                    f"written one by one; clone() it"
                 )
             tensors.append(of_p[slot])
     return tensors

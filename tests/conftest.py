@@ -12,14 +12,14 @@ from support.parameters import clones, layouts, pair, parameters_of, set_gradien
 # The same few examples in every run; `make fuzz` draws others, by seeds that it prints.
 settings.register_profile(
     "few",
-    max_examples=30,
+    max_examples=25,
     derandomize=True,
     deadline=None,
     database=None,
     report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
 )
-settings.register_profile("fuzz", settings.get_profile("few"), max_examples=500, derandomize=False)
+settings.register_profile("fuzz", settings.get_profile("few"), max_examples=300, derandomize=False)
 settings.load_profile("few")
 
 

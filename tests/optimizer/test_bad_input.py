@@ -299,8 +299,14 @@ BAD_STATES = {
 # What a checkpoint holds is copied when it is loaded.
 UNWRITABLE_STATES = {
     "expanded": (lambda s: s[:1].expand_as(s), r"parameter '?bias'? has a state '\w+' whose elements share memory"),
-    "zeros": (lambda s: torch._efficientzerotensor(s.shape, dtype=s.dtype), r"whose elements share memory or have none"),
-    "list": (lambda s: s.tolist(), r"parameter '?bias'? has a list as its state '\w+'; it must be a tensor of shape \(5,\)"),
+    "zeros": (
+        lambda s: torch._efficientzerotensor(s.shape, dtype=s.dtype),
+        r"whose elements share memory or have none",
+    ),
+    "list": (
+        lambda s: s.tolist(),
+        r"parameter '?bias'? has a list as its state '\w+'; it must be a tensor of shape \(5,\)",
+    ),
     "array": (lambda s: s.numpy(), r"parameter '?bias'? has a ndarray as its state '\w+'; it must be a tensor"),
 }
 
