@@ -172,7 +172,7 @@ def _check_count(what: str, value: Any) -> None:
     number = value.item() if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta else value
     if number is None or (isinstance(number, dict) and not number):  # of torch.distributed.checkpoint: none
         return
-    if not isinstance(number, Real) or not 0 <= number < float("inf"):
+    if not isinstance(number, Real) or not 0 <= float(number) < float("inf"):
         raise ValueError(f"Invalid {what} in the state_dict: {value!r:.60}; it must be a number, at least 0")
 
 

@@ -1,7 +1,7 @@
 """torch.optim's own functions, many tensors at a time: what "auto" takes where no compiled backend can step.
 
-Rules that torch.optim has are stepped so, as long as a step has neither trust ratio nor noise; anything else is stepped as
-the reference does it, tensor by tensor. 16-bit parameters are stepped in float32 and rounded once.
+Rules that torch.optim has are stepped so, as long as a step has neither trust ratio nor noise; anything else, and complex
+parameters, is stepped as the reference does it, tensor by tensor. 16-bit parameters are stepped in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Bucket(reference.Bucket):
         for member, row in self.active:
             p, g = member.tensor, member.tensor.grad
             assert g is not None
-            if able[row] and p.ndim <= exempt[row] and g.layout == torch.strided:
+            if able[row] and p.ndim <= exempt[row] and g.layout == torch.strided and not p.is_complex():
                 alike = (
                     row,
                     member.lr_scale,
@@ -126,8 +126,7 @@ class Bucket(reference.Bucket):
         p = first.tensor
         given: Any = [[m.tensor for m in members], [m.tensor.grad for m in members]]
         given += map(list, zip(*[m.states or () for m in members]))
-        wide = torch.float64 if p.dtype in (torch.float64, torch.complex128) else torch.float32
-        dtype = wide.to_complex() if p.is_complex() else wide
+        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
         tensors = [
             of_kind if all([t.dtype == dtype for t in of_kind]) else [t.to(dtype) for t in of_kind]  # noqa: C419
             for of_kind in given
@@ -147,8 +146,7 @@ class Bucket(reference.Bucket):
                 torch._foreach_copy_(of_kind, computed)
         if args.fold is not None:
             for member in members:
-                p = torch.view_as_real(member.tensor) if member.tensor.is_complex() else member.tensor
-                self._fold(member, args, p.to(wide))
+                self._fold(member, args, member.tensor.to(dtype))
 
 
 def _objects(param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> Iterator[Any]:
