@@ -150,6 +150,10 @@ class Adam(FusedOptimizer):
         return bool(group["decoupled_weight_decay"])
 
     def _check(self, options: Mapping[str, Any]) -> None:
+        if options["foreach"] and not options["capturable"]:
+            for name, value in zip(("lr", "betas[0]", "betas[1]"), (options["lr"], *options["betas"])):
+                if isinstance(value, Tensor):
+                    raise ValueError(f"{name} as a Tensor is not supported for capturable=False and foreach=True")
         check_lr(options)
         check_number("Invalid epsilon value", options["eps"], lambda x: x >= 0.0)
         check_betas(options)
