@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from . import backends
+from .backends import self_check
 from .backends.interface import DeviceBucket, DeviceScalars, ParamEntry, StepArgs
+from .backends.self_check import Variant
 from .groups import GroupSpec, name_of
 from .rule import Rule
 from .shards import Shard, add_up, is_spread, local
@@ -61,7 +64,7 @@ class Plan:
     ) -> None:
         self.specs = specs
         self.new_states = NewStates(state, state_dtype)
-        chosen, skipped = _grouped(param_groups, state, specs, backend, scales)
+        chosen, skipped = _grouped(param_groups, state, specs, backend, state_dtype, scales)
         self.shards = [entry.shard for members in chosen.values() for entry in members if entry.shard is not None]
         try:
             for key, members in chosen.items():
@@ -151,10 +154,11 @@ def _grouped(
     state: Mapping[Tensor, Any],
     specs: Sequence[GroupSpec],
     backend: str,
+    state_dtype: torch.dtype | None,
     scales: Mapping[Tensor, tuple[float, float]],
 ) -> tuple[dict[_Key, list[ParamEntry]], bool]:
     """The parameters of each bucket, in the order of the buckets' turns, and whether any was left out."""
-    index, skipped = -1, False
+    index, skipped, extras = -1, False, self_check.extras_of(param_groups)
     entries: list[tuple[ParamEntry, str]] = []
     seen: Counter[Tensor] = Counter()
     written: list[list[Tensor]] = []
@@ -172,7 +176,8 @@ def _grouped(
                 )
             tensors = [local(tensor) for tensor in check_parameter(name, spec, p, state.get(p, {}))]
             shard = Shard(name, p, spec.noisy) if is_spread(p) else None
-            of_p = _choose(name, spec, backend, tensors, shard is not None)
+            variant = partial(_variant, spec.rule, p, state.get(p, {}), state_dtype, extras)
+            of_p = _choose(name, spec, backend, tensors, shard is not None, variant)
             entry = ParamEntry(p if shard is None else shard.tensor, g, index, name, noisy=spec.noisy, shard=shard)
             entry.differentiable = spec.differentiable
             entry.earlier = seen[p]
@@ -194,7 +199,22 @@ def _has_no_elements_yet(p: Tensor) -> bool:
     return is_lazy(p) or p.layout != torch.strided
 
 
-def _choose(name: str, spec: GroupSpec, backend: str, tensors: Sequence[Tensor], sharded: bool) -> str:
+def _variant(
+    rule: Rule, p: Tensor, state: Mapping[str, Any], dtype: torch.dtype | None, extras: frozenset[str]
+) -> Variant:
+    """What a parameter asks of kernels; ``dtype``: of states that are to be made."""
+    states = [(dtype or p.dtype) if (found := state.get(slot)) is None else found.dtype for slot in rule.states]
+    return Variant(rule, (p.dtype, p.dtype if p.grad is None else p.grad.dtype, *states), extras)
+
+
+def _choose(
+    name: str,
+    spec: GroupSpec,
+    backend: str,
+    tensors: Sequence[Tensor],
+    sharded: bool,
+    variant: Callable[[], Variant],
+) -> str:
     """The backend of a parameter: the named one, or the first that can."""
     if spec.differentiable:
         if backend not in ("auto", "reference") or sharded:
@@ -206,21 +226,25 @@ def _choose(name: str, spec: GroupSpec, backend: str, tensors: Sequence[Tensor],
         return "reference"
     if backend != "auto":
         module = backends.get(backend)
-        if reason := module.unavailable() or module.unsupported(spec.rule, tensors, spec.noisy, sharded):
+        reason = module.unavailable() or module.unsupported(spec.rule, tensors, spec.noisy, sharded)
+        if reason := reason or self_check.failure(backend, module, tensors[0], variant):
             raise RuntimeError(
                 f"backend {backend!r} cannot step parameter {name}: {reason}. backend='auto' takes one that can"
             )
         return backend
     device = tensors[0].device.type
+    failures: list[str] = []
     for candidate in backends.BACKENDS:
         module = backends.get(candidate)
-        if device in module.UNTESTED:
-            continue
         if reason := module.unavailable():
             if device in module.DEVICES:
                 warn_once(f"fused_opt runs without its {candidate} backend: {reason}")
         elif module.unsupported(spec.rule, tensors, spec.noisy, sharded) is None:
-            return candidate
+            if not (failure := self_check.failure(candidate, module, tensors[0], variant)):
+                for text in failures:
+                    warn_once(f"{text}; the {candidate} backend steps in its place")
+                return candidate
+            failures.append(f"fused_opt does not use its {candidate} backend: {failure}")
     raise AssertionError("the reference backend supports everything")
 
 

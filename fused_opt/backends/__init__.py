@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 
+from . import self_check
 from .interface import Backend
 
 if TYPE_CHECKING:
@@ -41,11 +42,11 @@ def accumulate(total: Tensor | None, part: Tensor, backend: str = "auto") -> tup
 
     A named backend does it where it can; otherwise, and for ``"auto"``, the first that can does.
     """
-    device = part.device.type
+    tensors = [part] if total is None else [total, part]
     for name in BACKENDS if backend == "auto" else (backend, *BACKENDS):
         module = get(name)
-        if name != backend and device in module.UNTESTED:
-            continue
-        if module.unsupported(None, [part] if total is None else [total, part]) is None:
+        if module.unsupported(None, tensors) is None and not self_check.failure(
+            name, module, part, lambda: self_check.Variant(None, tuple(tensor.dtype for tensor in tensors))
+        ):
             return module.accumulate(total, part)
     raise AssertionError("the reference backend supports everything")

@@ -19,9 +19,9 @@ from torch.optim.sgd import sgd
 from ..rule import Rule
 from . import reference
 from .interface import ParamEntry, StepArgs
-from .reference import DEVICES, UNTESTED, accumulate, steps_on_device, unavailable, unsupported
+from .reference import DEVICES, accumulate, standard, steps_on_device, unavailable, unsupported
 
-__all__ = ["DEVICES", "REUSABLE", "UNTESTED", "accumulate", "bucket", "steps_on_device", "unavailable", "unsupported"]
+__all__ = ["DEVICES", "REUSABLE", "accumulate", "bucket", "standard", "steps_on_device", "unavailable", "unsupported"]
 
 REUSABLE = True
 _MOST = 1 << 26  # elements that are converted at once

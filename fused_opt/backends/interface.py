@@ -12,7 +12,7 @@ In a step the functions of a bucket are called in this order; where one raises, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import Any, NamedTuple, Protocol
@@ -213,16 +213,20 @@ class DeviceBucket(Bucket, Protocol):
         """Queue the step of every parameter that has a gradient."""
 
 
+class Standard(NamedTuple):
+    """What a backend's results are compared with before it steps anything on a device: see self_check.py."""
+
+    bucket: Callable[..., Bucket]  # on the CPU
+    exact: bool  # whether results that no norm enters have the same bits
+    compiles: bool  # every rule, dtype and extra at its first use: the check leaves out what is not needed
+
+
 class Backend(Protocol):
     """What a module in this folder offers."""
 
     @property
     def DEVICES(self) -> tuple[str, ...]:
         """The device types that it supports."""
-
-    @property
-    def UNTESTED(self) -> tuple[str, ...]:
-        """Those of them on which its kernels have not run yet: ``"auto"`` does not use it there."""
 
     @property
     def REUSABLE(self) -> bool:
@@ -248,6 +252,9 @@ class Backend(Protocol):
 
     def steps_on_device(self, p: Tensor) -> bool:
         """Whether it makes device buckets of parameters like this, and so keeps their count of steps there, in float32."""
+
+    def standard(self, p: Tensor) -> Standard | None:
+        """What its results on a tensor's device must agree with before they are used; None: they need no proof there."""
 
     def accumulate(self, total: Tensor | None, part: Tensor) -> tuple[float, float]:
         """``total += part`` in one pass with the sums of squares of both; None: there is only a part."""

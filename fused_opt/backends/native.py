@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..rule import Rule
 from . import interface, reference
-from .interface import DeviceScalars, Norms, ParamEntry, PartNorms, StepArgs
+from .interface import DeviceScalars, Norms, ParamEntry, PartNorms, Standard, StepArgs
 from .pointers import unreachable
 
 try:
@@ -27,7 +27,6 @@ except AttributeError:
     _reason = f"torch {torch.__version__} has no DLPack C exchange API; torch 2.10 or newer has"
 
 DEVICES = ("cpu", "cuda")
-UNTESTED = ("cuda",)
 REUSABLE = True
 #: For tests: tensors on the CPU are stepped by the source of the GPU kernels, run by the host.
 EMULATE_GPU = os.environ.get("FUSED_OPT_EMULATE_GPU") == "1"
@@ -62,6 +61,15 @@ def _device_number(tensor: Tensor) -> int | None:
 def steps_on_device(p: Tensor) -> bool:
     """Whether the steps of a parameter are counted on its device, in float32, as torch.optim's fused ones are."""
     return _device_number(p) is not None
+
+
+def _baseline(rule: Rule, members: Sequence[ParamEntry], groups: list[dict[str, Any]], state: Any) -> CPUBucket:
+    return CPUBucket(_native.CPUBucket(rule, members, groups, state, "baseline"), members)
+
+
+def standard(p: Tensor) -> Standard | None:
+    """The kernels that every CPU runs, where the kernels for GPUs step."""
+    return Standard(_baseline, exact=True, compiles=False) if steps_on_device(p) else None
 
 
 @lru_cache

@@ -13,10 +13,9 @@ from torch import Tensor
 from ..extras.noise import normal, normal_at
 from ..rule import UNKNOWN, Rule
 from ..tensors import norm2
-from .interface import Kind, Norms, ParamEntry, PartNorms, StepArgs, is_known
+from .interface import Kind, Norms, ParamEntry, PartNorms, Standard, StepArgs, is_known
 
 DEVICES = ("cpu", "cuda")  # and every other
-UNTESTED: tuple[str, ...] = ()
 REUSABLE = False  # it does not see what was replaced; a plan of nothing but its buckets is made anew for every step
 
 
@@ -33,6 +32,11 @@ def unsupported(rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = Fals
 def steps_on_device(p: Tensor) -> bool:
     """No: the host reads every number."""
     return False
+
+
+def standard(p: Tensor) -> Standard | None:
+    """None: it is what others are compared with."""
+    return None
 
 
 @torch.no_grad()

@@ -1,15 +1,10 @@
 """What a rule promises, its kernels keep; and a rule that is not Adam counts steps on a device as everywhere else."""
 
-import importlib.util
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
-import pybind11
 import pytest
 import torch
+from support.core import built, copied
 from support.kernels import GPU, run_with
 from support.parameters import layouts, set_gradients
 
@@ -17,8 +12,6 @@ import fused_opt
 from fused_opt.backends import interface, native, triton
 from fused_opt.rule import Rule
 from fused_opt.rules.adam import ADAM_RULE
-
-ROOT = Path(__file__).parents[2]
 
 
 def variant(**changes):
@@ -155,32 +148,12 @@ class ConstantNAdam(fused_opt.Adam):
 @pytest.fixture(scope="module")
 def core_with_nadam(tmp_path_factory):
     """The compiled core of a copy of the sources to which one rule was added, as CONTRIBUTING.md says."""
-    if not shutil.which("c++"):
-        pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("core")
-    shutil.copytree(ROOT / "csrc", folder / "csrc")
-    shutil.copy(ROOT / "CMakeLists.txt", folder)
+    folder = copied(tmp_path_factory.mktemp("core"))
     rules = folder / "csrc" / "rules.h"
     text = rules.read_text().replace("// The name a rule has in Python, and its type.\n", NADAM)
     assert text.count('RULE("sgd", SGD)') == 1
     rules.write_text(text.replace('RULE("sgd", SGD)', 'RULE("sgd", SGD) RULE("constant_nadam", ConstantNAdam)'))
-    options = {
-        "FUSED_OPT_CUDA": "OFF",
-        "CMAKE_CXX_FLAGS_RELEASE": "-O1",  # soon built
-        "Python_EXECUTABLE": sys.executable,
-        "pybind11_DIR": pybind11.get_cmake_dir(),
-        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": folder / "built",
-    }
-    command = ["cmake", "-S", folder, "-B", folder / "build", "-G", "Ninja"]
-    subprocess.run([*command, *(f"-D{key}={value}" for key, value in options.items())], check=True, capture_output=True)
-    built = subprocess.run(["cmake", "--build", folder / "build"], capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout
-    (path,) = (folder / "built").glob("_native*")
-    spec = importlib.util.spec_from_file_location("with_nadam._native", path)
-    core = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(core)
-    core.connect(torch.Tensor, interface)
-    return core
+    return built(folder, "with_nadam")
 
 
 @pytest.mark.parametrize("kernels", [None, GPU])

@@ -96,20 +96,6 @@ def test_whether_a_gpu_can_be_used_is_asked_with_that_gpu_as_torchs_current_one(
     assert asked == [(3, torch.device("cuda", 3)), (-1,)]
 
 
-def test_auto_leaves_alone_what_was_not_seen_to_run(monkeypatch):
-    assert "cuda" in native.UNTESTED
-    optimizers = {}
-    for name in ("auto", "native"):
-        monkeypatch.setattr(native, "UNTESTED", ("cpu",))
-        p = torch.nn.Parameter(torch.ones(3))
-        optimizers[name] = fused_opt.CLARS([p], lr=0.1, backend=name)
-        optimizers[name].track_parts()
-        p.sum().backward()
-        optimizers[name].step()
-    kinds = [type(optimizer._last.buckets[0]).__module__ for optimizer in optimizers.values()]
-    assert kinds == ["fused_opt.backends.reference", "fused_opt.backends.native"]
-
-
 @every_rule
 def test_a_step_waits_for_nothing(name, options, on_gpu):
     """Rate, scale and overflow are tensors; the norm is read when asked for, and the next step has another rate."""

@@ -38,6 +38,7 @@ ORDER = [
     ["fused_opt.backends.native", "fused_opt.backends.reference", "fused_opt.backends.triton"],
     ["fused_opt.extras"],
     ["fused_opt.backends.__init__"],
+    ["fused_opt.backends.self_check"],
     ["fused_opt.backends.interface", "fused_opt.backends.pointers"],
     ["fused_opt.tensors"],
     ["fused_opt.shards"],

@@ -28,7 +28,6 @@ def choose(name, monkeypatch):
     backend, _, kernels = name.partition("-")
     if backend == "triton":  # beside the reference, which steps what it leaves alone
         monkeypatch.setattr(backends, "BACKENDS", ("triton", "reference"))
-        monkeypatch.setattr(triton, "UNTESTED", ())
         return "auto"
     if kernels:
         run_with(kernels, monkeypatch)

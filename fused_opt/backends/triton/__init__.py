@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from ...rule import Rule
-from ..interface import ParamEntry, PartNorms, StepArgs
+from .. import reference
+from ..interface import ParamEntry, PartNorms, Standard, StepArgs
 from ..pointers import unreachable
 
 try:
@@ -39,7 +40,6 @@ except ImportError as error:
     INTERPRETED = False
 
 DEVICES = ("cpu", "cuda") if INTERPRETED else ("cuda",)  # torch calls AMD's GPUs so, too
-UNTESTED = ("cpu", "cuda")
 REUSABLE = True
 
 
@@ -104,6 +104,11 @@ def unsupported(rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = Fals
 def steps_on_device(p: Tensor) -> bool:
     """No: the host computes the coefficients."""
     return False
+
+
+def standard(p: Tensor) -> Standard | None:
+    """The reference on the CPU."""
+    return Standard(reference.bucket, exact=False, compiles=True)
 
 
 def accumulate(total: Tensor | None, part: Tensor) -> tuple[float, float]:

@@ -1,0 +1,45 @@
+"""The compiled core of a copy of the sources in which something was changed."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+
+import pybind11
+import pytest
+import torch
+
+from fused_opt.backends import interface
+
+from . import ROOT
+
+
+def copied(folder):
+    """A folder with what the core is built from."""
+    if not shutil.which("c++"):
+        pytest.skip("no C++ compiler")
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    shutil.copy(ROOT / "CMakeLists.txt", folder)
+    return folder
+
+
+def built(folder, name):
+    """The module of that name; a second time only what has changed is compiled."""
+    options = {
+        "FUSED_OPT_CUDA": "OFF",
+        "CMAKE_CXX_FLAGS_RELEASE": "-O1",  # soon built
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": folder / "built",
+    }
+    command = ["cmake", "-S", folder, "-B", folder / "build", "-G", "Ninja"]
+    subprocess.run([*command, *(f"-D{key}={value}" for key, value in options.items())], check=True, capture_output=True)
+    run = subprocess.run(["cmake", "--build", folder / "build"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+    (path,) = (folder / "built").glob("_native*")
+    (folder / name).mkdir()
+    spec = importlib.util.spec_from_file_location(f"{name}._native", shutil.copy(path, folder / name))
+    core = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(core)
+    core.connect(torch.Tensor, interface)
+    return core
