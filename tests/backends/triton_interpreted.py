@@ -141,6 +141,23 @@ def test_a_write_that_cannot_be_seen_is_missed_for_one_step():
     assert a.trust_ratios()["0 of group 0"] == pytest.approx(b.trust_ratios()["0 of group 0"], rel=1e-2)
 
 
+def test_lamb_beside_clars_whose_parts_are_known():
+    """The norm of its gradient is known, too, and is not the direction's."""
+    found = []
+    for name in ("triton", "reference"):
+        parameters = [torch.nn.Parameter(torch.full((3, 4), 1.0 + k)) for k in range(2)]
+        groups = [
+            {"params": p, "trust_ratio": fused_opt.TrustRatio(kind)} for p, kind in zip(parameters, ("clars", "lamb"))
+        ]
+        optimizer = fused_opt.SGD(groups, lr=0.1, weight_decay=0.3, backend=name)
+        optimizer.track_parts()
+        for _ in range(2):
+            sum(p.square().sum() for p in parameters).backward()
+        optimizer.step()
+        found.append(list(optimizer.trust_ratios().values()))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_everything_at_once(dtype):
     """Two groups with their own ratios, noise, averages and coefficients, clipped, written back."""

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from ...rule import UNKNOWN as UNKNOWN_NORM
-from ..interface import Norm
+from ..interface import Kind, Norm
 from .rules import normal, trust_ratio
 
 # Elements that one program works on at once. A FULL block lies wholly within its chunk and is aligned: its loads are
@@ -34,7 +34,7 @@ FIRST, NUMEL, CHUNK, NDIM, INDEX = (tl.constexpr(column) for column in range(5))
 LR_SCALE, DECAY_SCALE, P, AVERAGE, STATES = (tl.constexpr(column) for column in range(5, 10))
 G, ROW, WANTS, PARTS, GRAD2, ROWS = (tl.constexpr(column) for column in range(6))
 WANT_WEIGHT, WANT_GRAD, WANT_DIRECTION = (tl.constexpr(norm.value) for norm in Norm)
-UNKNOWN = tl.constexpr(UNKNOWN_NORM)
+UNKNOWN, LAMB = tl.constexpr(UNKNOWN_NORM), tl.constexpr(Kind.LAMB.value)
 
 # A row of arguments, as StepArgs: lr, grad_scale, two decays, 8 coefficients; kind, coefficient, cap, eps, exempt; sigma,
 # relative, seed, step; add, share, restart, write_back.
@@ -194,7 +194,7 @@ def update(
                 weight2 = _sum(carried + first, chunks)
                 if has_ratio:
                     grad2 = tl.load(numbers + GRAD2 * count + t)
-                    if grad2 == UNKNOWN:
+                    if (grad2 == UNKNOWN) | (kind == LAMB):  # whose direction's it is
                         grad2 = _sum(gradients + first, chunks)
                     ratio = trust_ratio(
                         kind,
