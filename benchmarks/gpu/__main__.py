@@ -28,7 +28,7 @@ from .report import Report
 RESULTS = ROOT / "benchmarks" / "results"
 PYTHON = sys.executable
 TOOLS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")  # where CUDA's are that are not on the PATH
-REHEARSING = {REHEARSAL: "1", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+REHEARSING = {REHEARSAL: "1", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "FUSED_OPT_SELF_CHECK": "0"}
 # For the tests, whose lines the native backend runs, too: the kernels' source, by the host.
 NOT_INTERPRETED = {REHEARSAL: "1", "OMP_NUM_THREADS": "1", "FUSED_OPT_EMULATE_GPU": "1"}
 NOT_BUILT = "the native backend was not built"  # setup.py's words, after which an older one may still be there

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from rules import every_elementwise_rule, every_rule
+from rules import every_elementwise_rule, every_rule, kernels
 from support.interpreted import DTYPES, STATES, assert_alike, both, contiguous, few, train
 from support.kernels import run_with
 from support.parameters import clones, set_gradients
@@ -15,6 +15,7 @@ from triton import language as tl
 
 import fused_opt
 from fused_opt import backends, warn
+from fused_opt.backends import self_check
 from fused_opt.backends import triton as backend
 from fused_opt.extras.noise import normal, philox
 
@@ -156,6 +157,30 @@ def test_lamb_beside_clars_whose_parts_are_known():
         optimizer.step()
         found.append(list(optimizer.trust_ratios().values()))
     assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def self_check_of(rule, extras=frozenset()):
+    variant = self_check.Variant(rule, (torch.float32,) * (2 + len(rule.states)), extras)
+    return self_check.run(backend, backend.standard(torch.empty(0)), torch.device("cpu"), variant)
+
+
+@pytest.mark.parametrize("rule", kernels().values(), ids=kernels())
+def test_the_self_check_passes_and_runs_what_is_needed_alone(rule, monkeypatch):
+    launches = []
+    launch = table.launch
+    monkeypatch.setattr(table, "launch", lambda f, *rest: (launches.append((f, rest[-2:])), launch(f, *rest)))
+    assert self_check_of(rule) is None
+    assert set(launches) == {(kernel.update, (False, False))}
+
+
+def test_the_self_check_of_everything_passes_and_notices_what_is_wrong(monkeypatch):
+    rule = kernels()["momentum_sgd"]
+    assert self_check_of(rule, self_check.EXTRAS) is None
+    variant = self_check.Variant(None, (torch.float32, torch.float32))
+    assert self_check.run(backend, backend.standard(torch.empty(0)), torch.device("cpu"), variant) is None
+    pack = table.pack
+    monkeypatch.setattr(table, "pack", lambda args: pack(args._replace(coupled_decay=args.coupled_decay * 1.01)))
+    assert "numbers differ" in self_check_of(rule)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
