@@ -46,7 +46,7 @@ class FusedOptimizer(Checkpoints):
         state_dtype: dtype of the states; None: the parameter's, as torch keeps it. ``torch.float32`` keeps the states of
             bfloat16 and float16 parameters in full, also through ``load_state_dict``.
         backend: ``"auto"`` takes for every parameter the first of :func:`fused_opt.backends.available` that can step
-            it; a named one steps it or raises with the reason.
+            it; a named one steps it or raises with the reason. On a GPU a backend that fails its self-check cannot.
 
     A step in which every group's learning rate is 0 counts for neither noise nor averaging and makes none. If it is the
     first and every gradient is zero, as in the step by which torch.distributed.checkpoint creates the states that it saves

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from rules import BY_NAME, every_rule
+from rules import BY_NAME, every_rule, kernels
 from support.compare import distance
 from support.gpus import (
     DEVICE,
@@ -15,12 +15,14 @@ from support.gpus import (
     gradients,
     laid_out,
     make,
+    needs_gpu,
     steppable,
     tensors_that_hurt,
 )
 
 import fused_opt
 from fused_opt import TrustRatio, WeightNoise, backends
+from fused_opt.backends import self_check
 
 pytestmark = pytest.mark.gpu
 
@@ -81,6 +83,25 @@ def no_worse_than_pytorch(name, options, dtype, backend):
         spare = eps if dtype != torch.float64 else 1e-8 if noisy else 8 * eps
         assert distance(found[slot], of_truth) <= 1.1 * distance(baseline[slot], of_truth) + spare, slot
         assert distance(found[slot], on_cpu[slot]) <= 8 * spare, slot
+
+
+@needs_gpu
+@each_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_self_check_passes(backend, dtype):
+    module, p = backends.get(backend), torch.empty(0, device=DEVICE)
+    for rule in kernels().values() if backend == "native" else [kernels()["momentum_sgd"]]:
+        variant = self_check.Variant(rule, (dtype,) * (2 + len(rule.states)), self_check.EXTRAS)
+        assert self_check.run(module, module.standard(p), p.device, variant) is None
+
+
+@needs_gpu
+def test_auto_takes_the_first_that_passes():
+    optimizer, parameters = make("AdamW", {}, "auto", tensors_that_hurt()[:3])
+    feed(parameters, gradients(parameters, 0))
+    optimizer.step()
+    expected = "triton" if backends.get("native").unsupported(None, parameters) else "native"
+    assert type(optimizer._last.buckets[0]).__module__ == f"fused_opt.backends.{expected}"
 
 
 @each_backend
