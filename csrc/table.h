@@ -45,6 +45,11 @@ struct Tensor {
   bool active = false;  // has a gradient this step
 };
 
+// Whether arithmetic on a sum `p` of gradients and another gradient `g` is in float64.
+inline bool sums_in_float64(const Tensor& tensor) {
+  return tensor.g.dtype == DType::kFloat64 || tensor.p.dtype == DType::kFloat64;
+}
+
 // Where the elements of a shard are in the row-major order of the whole tensor, which keys the noise.
 struct ShardLayout {
   int64_t offset = 0;                // of the first

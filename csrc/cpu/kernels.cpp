@@ -331,8 +331,7 @@ Sums accumulate_as(const Tensor& tensor, int64_t begin, int64_t end) {
 constexpr Kernel kKernels[] = {FUSED_OPT_RULES(FUSED_OPT_KERNEL)};
 
 Sums accumulate(const Tensor& tensor, int64_t begin, int64_t end) {
-  return tensor.g.dtype == DType::kFloat64 ? accumulate_as<double>(tensor, begin, end)
-                                           : accumulate_as<float>(tensor, begin, end);
+  return sums_in_float64(tensor) ? accumulate_as<double>(tensor, begin, end) : accumulate_as<float>(tensor, begin, end);
 }
 
 }  // namespace

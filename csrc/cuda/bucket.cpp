@@ -220,7 +220,7 @@ void accumulate(const Machine& machine, const Tensor& tensor, void* scratch, voi
   auto* words = static_cast<double*>(scratch);
   Accumulation work{tensor, chunks_of(tensor.numel), reinterpret_cast<Norms*>(words + 3), words,
                     reinterpret_cast<uint64_t*>(words + 2)};
-  machine.accumulate(tensor.g.dtype == DType::kFloat64, work, stream);
+  machine.accumulate(sums_in_float64(tensor), work, stream);
 }
 
 }  // namespace fused_opt::cuda

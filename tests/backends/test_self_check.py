@@ -84,7 +84,7 @@ def test_every_rule_passes_in_every_dtype(rule):
 
 @pytest.mark.parametrize("part", [F32, F64, BF16, F16], ids=str)
 def test_accumulating_passes(part):
-    for dtypes in ((part,), (part, part)):
+    for dtypes in ((part,), (part, part), (F64, part), (F32, part)):
         assert found(None, dtypes) is None
 
 
@@ -133,6 +133,14 @@ def test_auto_warns_once_and_goes_on_without_a_backend_that_is_wrong(monkeypatch
         text,
     )
     assert backend_of(stepped(kind="SGD")) == "reference"  # without another check, or another word
+
+
+def test_what_passed_is_not_used_beside_what_is_wrong(monkeypatch):
+    assert backend_of(stepped(kind="SGD")) == "native"
+    wrong(monkeypatch)
+    with pytest.warns(fused_opt.warn.FusedOptWarning):
+        stepped()
+    assert backend_of(stepped(kind="SGD")) == "reference"
 
 
 def test_a_named_backend_that_is_wrong_is_refused(monkeypatch):

@@ -118,7 +118,8 @@ def accumulate(total: Tensor | None, part: Tensor) -> tuple[float, float]:
     sums = torch.empty(2, chunks, dtype=torch.float64, device=part.device)
     launch(
         kernel.accumulate, part.device, chunks, sums, 0 if total is None else total.data_ptr(), part.data_ptr(), part.numel(),
-        size, None if total is None else TYPES[total.dtype], TYPES[part.dtype], arithmetic(part.dtype),
+        size, None if total is None else TYPES[total.dtype], TYPES[part.dtype],
+        arithmetic(part.dtype if total is None else torch.promote_types(total.dtype, part.dtype)),
     )  # fmt: skip
     part2, total2 = sums.sum(dim=1).tolist()
     if total is None:
