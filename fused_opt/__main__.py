@@ -3,7 +3,6 @@
 ``python -m fused_opt native`` fails if that backend does not.
 """
 
-
 import pkgutil
 import sys
 import time
