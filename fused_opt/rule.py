@@ -47,6 +47,7 @@ class Rule:
             C++ rules that count steps have it, too, for devices that keep the count.
         counts_steps: whether torch keeps a ``step`` tensor for every parameter; without it ``step`` is 1 for the first
             step and 2 for all others.
+        refuses_sparse: what to say to a sparse gradient, in torch's words; empty: it is made dense.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Rule:
     update: Callable[..., tuple[Tensor, ...]]
     at_step: Callable[[Sequence[float], float], Sequence[float]] = _same_in_every_step
     counts_steps: bool = False
+    refuses_sparse: str = ""
 
     @cached_property
     def coefficient_count(self) -> int:

@@ -66,8 +66,8 @@ def check_parameter(name: str, spec: GroupSpec, p: Tensor, of_p: Mapping[str, An
         )
     tensors = [p]
     if p.grad is not None:
-        if p.grad.is_sparse and spec.rule.counts_steps:
-            raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
+        if p.grad.is_sparse and spec.rule.refuses_sparse:
+            raise RuntimeError(spec.rule.refuses_sparse)
         check_tensor(name, "gradient", p.grad, p)
         tensors.append(p.grad)
     for slot in spec.slots:

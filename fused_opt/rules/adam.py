@@ -70,8 +70,13 @@ def _at_step(coefficients: Sequence[float], step: float) -> Sequence[float]:
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-ADAM_RULE = Rule("adam", _MOMENTS, _coefficients, _adam, _at_step, counts_steps=True)
-AMSGRAD_RULE = Rule("amsgrad", (*_MOMENTS, "max_exp_avg_sq"), _coefficients, _amsgrad, _at_step, counts_steps=True)
+_COUNTED: dict[str, Any] = {
+    "at_step": _at_step,
+    "counts_steps": True,
+    "refuses_sparse": "Adam does not support sparse gradients, please consider SparseAdam instead",
+}
+ADAM_RULE = Rule("adam", _MOMENTS, _coefficients, _adam, **_COUNTED)
+AMSGRAD_RULE = Rule("amsgrad", (*_MOMENTS, "max_exp_avg_sq"), _coefficients, _amsgrad, **_COUNTED)
 
 
 class Adam(FusedOptimizer):
