@@ -48,6 +48,7 @@ class Rule:
         counts_steps: whether torch keeps a ``step`` tensor for every parameter; without it ``step`` is 1 for the first
             step and 2 for all others.
         refuses_sparse: what to say to a sparse gradient, in torch's words; empty: it is made dense.
+        initial: ``group -> float``: every element of a new state.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Rule:
     at_step: Callable[[Sequence[float], float], Sequence[float]] = _same_in_every_step
     counts_steps: bool = False
     refuses_sparse: str = ""
+    initial: Callable[[Mapping[str, Any]], float] = lambda group: 0.0
 
     @cached_property
     def coefficient_count(self) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .backends.interface import ParamEntry
 from .extras.averaging import AVERAGE, initial
 from .groups import GroupSpec
+from .rule import Rule
 from .shards import check_alike, local
 from .tensors import overlaps
 
@@ -117,23 +118,34 @@ class NewStates:
             self._before[p] = dict(self._state[p]) if p in self._state else None
         self._state[p][slot] = value
 
+    def add(self, p: Tensor, rule: Rule, group: Mapping[str, Any]) -> None:
+        """Make the states that a parameter lacks."""
+        of_p, begin = self._state.get(p, {}), rule.initial(group)
+        if rule.counts_steps and of_p.get("step") is None:
+            dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+            self._make(p, "step", torch.zeros((), dtype=dtype, device="cpu"))
+        for slot in rule.states:
+            if of_p.get(slot) is not None:
+                continue
+            value = torch.full_like(
+                p,
+                complex(begin, begin) if p.is_complex() else begin,
+                memory_format=torch.preserve_format,
+                dtype=None if p.is_complex() else self._dtype,
+                requires_grad=False,
+            )
+            self._make(p, slot, value)
+
     def fill(self, entry: ParamEntry, spec: GroupSpec, group: Mapping[str, Any], count_on_device: bool) -> None:
         """Point an entry at its parameter's states; one that has a gradient gets those it lacks."""
         p, rule = entry.parameter, spec.rule
         hold = local if entry.shard is None else entry.shard.hold
         of_p = self._state.get(p, {})
         if p.grad is not None:
-            if rule.counts_steps and of_p.get("step") is None:
-                dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
-                self._make(p, "step", torch.zeros((), dtype=dtype, device="cpu"))
-            for slot in rule.states:
-                if of_p.get(slot) is None:
-                    dtype_or_none = None if p.is_complex() else self._dtype
-                    zeros = torch.zeros_like(
-                        p, memory_format=torch.preserve_format, dtype=dtype_or_none, requires_grad=False
-                    )
-                    self._make(p, slot, zeros)
-                entry.states_are_new |= p in self._before and (self._before[p] or {}).get(slot) is None
+            self.add(p, rule, group)
+            if p in self._before:
+                before = self._before[p] or {}
+                entry.states_are_new = any(before.get(slot) is None for slot in rule.states)
             if spec.averaged and of_p.get(AVERAGE) is None:
                 self._make(p, AVERAGE, initial(group, p))
             of_p = self._state.get(p, {})

@@ -33,15 +33,15 @@ def test_states_go_where_memory_ends_between_them(backend, monkeypatch):
     optimizer = fused_opt.AdamW(parameters, lr=0.1, backend=backend)
     for p in parameters:
         p.grad = torch.ones(3)
-    made, zeros_like = [], torch.zeros_like
+    made, full_like = [], torch.full_like
 
     def few(*args, **kwargs):
         made.append(args)
         if len(made) == 3:
             raise MemoryError
-        return zeros_like(*args, **kwargs)
+        return full_like(*args, **kwargs)
 
-    monkeypatch.setattr(torch, "zeros_like", few)
+    monkeypatch.setattr(torch, "full_like", few)
     with unchanged(optimizer), pytest.raises(MemoryError):
         optimizer.step()
     monkeypatch.undo()
