@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from rules import OF_TORCH, every_rule, every_rule_of_torch
+from rules import every_rule, every_rule_of_torch
 from support.compare import assert_close, assert_same, same_bits, without_extras
 from support.kernels import as_on_a_gpu
 from support.parameters import checkpoint, pair, parameters_of, set_gradients, train_both
@@ -137,10 +137,8 @@ def test_a_momentum_buffer_of_none(present, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", OF_TORCH)
-def test_state_dtype_survives_a_resume(name, dtype, backend):
-    options = {"lr": 0.1, "momentum": 0.9} if name == "SGD" else {"lr": 0.1, "amsgrad": True}
-
+@every_rule_of_torch
+def test_state_dtype_survives_a_resume(name, options, dtype, backend):
     def fresh(values):
         parameters = [torch.nn.Parameter(value.clone()) for value in values]
         return getattr(fused_opt, name)(parameters, state_dtype=torch.float32, backend=backend, **options)
@@ -149,10 +147,12 @@ def test_state_dtype_survives_a_resume(name, dtype, backend):
     for step in range(3):
         set_gradients(parameters_of(optimizer), step)
         optimizer.step()
+    if not optimizer.state:
+        pytest.skip("no states")
     resumed = fresh([p.detach() for p in parameters_of(optimizer)])
     resumed.load_state_dict(checkpoint(optimizer))
     for p in parameters_of(resumed):
-        slots = {slot: value for slot, value in resumed.state[p].items() if slot != "step"}
+        slots = {slot: value for slot, value in resumed.state[p].items() if value.ndim}
         assert {value.dtype for value in slots.values()} == {torch.float32}
         # Were they rounded to the parameter's dtype on the way, this would hold.
         assert any(not torch.equal(value, value.to(dtype).float()) for value in slots.values())

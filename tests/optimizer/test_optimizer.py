@@ -1,8 +1,10 @@
 """What users of torch.optim expect of an optimizer, compared with torch.optim itself wherever it has an answer."""
 
+from inspect import Parameter, signature
+
 import pytest
 import torch
-from rules import OF_TORCH, both_kinds, every_rule
+from rules import BY_NAME, OF_TORCH, both_kinds, every_rule
 from support.compare import assert_close, assert_same, same_bits, unchanged
 from support.parameters import checkpoint, clones, pair, parameters_of, set_gradients, train_both
 
@@ -220,10 +222,10 @@ def test_the_step_never_changes_a_gradient(name, options, backend):
 )
 @pytest.mark.parametrize("name", OF_TORCH)
 def test_switches_that_change_nothing_are_accepted(name, switches, backend):
-    if name == "SGD" and "capturable" in switches:
-        pytest.skip("torch.optim.SGD has no capturable")
+    if not switches.keys() <= {*signature(getattr(torch.optim, name)).parameters, "fused"}:
+        pytest.skip(f"torch.optim.{name} has no {min(switches)}")
     optimizer, _ = pair(name, {"lr": 0.1}, backend)
-    given, _ = pair(name, {"lr": 0.1, **switches}, backend)
+    given = getattr(fused_opt, name)(clones(parameters_of(optimizer)), lr=0.1, backend=backend, **switches)
     assert {key: given.param_groups[0][key] for key in switches} == switches
     train_both(optimizer, given)
     assert_close(parameters_of(given), parameters_of(optimizer), bound=0)
@@ -250,13 +252,17 @@ def test_switches_that_contradict_each_other_are_refused(name):
 
 @pytest.mark.parametrize("name", OF_TORCH)
 def test_arguments_come_in_the_order_of_torch(name):
-    values = {"SGD": (0.1, 0.8, 0.0, 0.2, True), "Adam": (0.1, (0.5, 0.6), 1e-3, 0.2, True)}
-    values["AdamW"] = values["Adam"]
     p = torch.nn.Parameter(torch.ones(3))
-    optimizer = getattr(fused_opt, name)([p], *values[name])
-    oracle = getattr(torch.optim, name)([p], *values[name])
-    plain, plain_oracle = getattr(fused_opt, name)([p]), getattr(torch.optim, name)([p])
-    for ours, theirs in ((optimizer, oracle), (plain, plain_oracle)):
+    kinds = getattr(fused_opt, name), getattr(torch.optim, name)
+    mine, other = (
+        {kind: [(one.name, one.default) for one in signature(of).parameters.values() if one.kind is kind]
+         for kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)}
+        for of in kinds
+    )  # fmt: skip
+    assert mine[Parameter.POSITIONAL_OR_KEYWORD] == other[Parameter.POSITIONAL_OR_KEYWORD]
+    assert set(other[Parameter.KEYWORD_ONLY]) <= set(mine[Parameter.KEYWORD_ONLY])
+    for options in ({}, *BY_NAME[name].options):
+        ours, theirs = (kind([p], **options) for kind in kinds)
         assert theirs.defaults.items() <= ours.defaults.items()
         lines = repr(ours).splitlines()
         assert set(repr(theirs).splitlines()) <= set(lines)

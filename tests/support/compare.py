@@ -40,7 +40,9 @@ def assert_same(ours, theirs, bound=1e-12):
 def without_extras(state_dict):
     """A state_dict without what this package keeps in its groups beyond torch.optim."""
     p = [torch.nn.Parameter(torch.ones(1))]
-    extras = fused_opt.SGD(p).defaults.keys() - torch.optim.SGD(p).defaults.keys()
+    extras = fused_opt.SGD(p).defaults.keys() - torch.optim.SGD(p).defaults.keys() | {
+        "fused"
+    }  # not all of torch have it
     groups = [{k: v for k, v in group.items() if k not in extras} for group in state_dict["param_groups"]]
     return {**state_dict, "param_groups": groups}
 
