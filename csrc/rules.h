@@ -112,13 +112,70 @@ struct Lion {
   }
 };
 
+template <class T>
+struct RMSprop {
+  static constexpr int kStates = 1, kCoefficients = 3;
+  static constexpr bool kCountsSteps = true;
+  T alpha, one_minus_alpha, eps;
+
+  static FUSED_OPT_FN void at_step(double*, double) {}
+  FUSED_OPT_FN T operator()(T g, T& v) const {
+    v = alpha * v + one_minus_alpha * g * g;
+    return g / (square_root(v) + eps);
+  }
+};
+
+template <class T>
+struct CenteredRMSprop {
+  static constexpr int kStates = 2, kCoefficients = 3;
+  static constexpr bool kCountsSteps = true;
+  T alpha, one_minus_alpha, eps;
+
+  static FUSED_OPT_FN void at_step(double*, double) {}
+  FUSED_OPT_FN T operator()(T g, T& v, T& average) const {
+    v = alpha * v + one_minus_alpha * g * g;
+    average = lerp(average, g, one_minus_alpha);
+    return g / (square_root(v - average * average) + eps);
+  }
+};
+
+template <class T>
+struct MomentumRMSprop {
+  static constexpr int kStates = 2, kCoefficients = 4;
+  static constexpr bool kCountsSteps = true;
+  T alpha, one_minus_alpha, eps, momentum;
+
+  static FUSED_OPT_FN void at_step(double*, double) {}
+  FUSED_OPT_FN T operator()(T g, T& v, T& b) const {
+    b = momentum * b + RMSprop<T>{alpha, one_minus_alpha, eps}(g, v);
+    return b;
+  }
+};
+
+template <class T>
+struct CenteredMomentumRMSprop {
+  static constexpr int kStates = 3, kCoefficients = 4;
+  static constexpr bool kCountsSteps = true;
+  T alpha, one_minus_alpha, eps, momentum;
+
+  static FUSED_OPT_FN void at_step(double*, double) {}
+  FUSED_OPT_FN T operator()(T g, T& v, T& b, T& average) const {
+    b = momentum * b + CenteredRMSprop<T>{alpha, one_minus_alpha, eps}(g, v, average);
+    return b;
+  }
+};
+
 // The name a rule has in Python, and its type.
-#define FUSED_OPT_RULES(RULE)       \
-  RULE("sgd", SGD)                  \
-  RULE("momentum_sgd", MomentumSGD) \
-  RULE("adam", Adam)                \
-  RULE("amsgrad", AMSGrad)          \
-  RULE("lion", Lion)
+#define FUSED_OPT_RULES(RULE)               \
+  RULE("sgd", SGD)                          \
+  RULE("momentum_sgd", MomentumSGD)         \
+  RULE("adam", Adam)                        \
+  RULE("amsgrad", AMSGrad)                  \
+  RULE("lion", Lion)                        \
+  RULE("rmsprop", RMSprop)                  \
+  RULE("centered_rmsprop", CenteredRMSprop) \
+  RULE("momentum_rmsprop", MomentumRMSprop) \
+  RULE("centered_momentum_rmsprop", CenteredMomentumRMSprop)
 
 // What a rule declares.
 struct RuleShape {

@@ -13,6 +13,7 @@ from .rules.adam import Adam, AdamW
 from .rules.lamb import LAMB
 from .rules.lars import CLARS, LARS
 from .rules.lion import Lion
+from .rules.rmsprop import RMSprop
 from .rules.sgd import SGD
 from .snapshots import Snapshots, average_predictions
 
@@ -35,6 +36,7 @@ __all__ = [
     "GradInitResult",
     "Lion",
     "MicroBatch",
+    "RMSprop",
     "Snapshots",
     "TempBalance",
     "TrustRatio",

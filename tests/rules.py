@@ -185,6 +185,20 @@ RULES = [
         {"lr": 0.01, "betas": (0.75, 0.95), "weight_decay": 0.3, "maximize": True},
     ], st.fixed_dictionaries({"lr": st.floats(0, 0.1), "weight_decay": _DECAYS}),
         written_out(lion, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0)),
+    Rule("RMSprop", [
+        {"lr": 0.01, "weight_decay": 0.1, "maximize": True},
+        {"lr": 0.01, "alpha": 0.9, "centered": True},
+        {"lr": 0.01, "momentum": 0.9, "eps": 1e-5},
+        {"lr": 0.01, "momentum": 0.5, "centered": True, "weight_decay": 0.1},
+    ], st.fixed_dictionaries({
+        "lr": st.floats(0, 0.1),
+        "alpha": st.floats(0.5, 0.999),
+        "eps": st.floats(1e-2, 1e-1),  # less of it multiplies the rounding of a sum of gradient and decay
+        "momentum": st.sampled_from([0.0, 0.1, 0.9]),
+        "centered": st.booleans(),
+        "weight_decay": _DECAYS,
+        "maximize": st.booleans(),
+    })),
     Rule("LARS", [
         {"lr": 1.0, "coefficient": 0.1, "cap": 0.5, "weight_decay": 0.1},
     ], _LARS, LARS, normed=True),

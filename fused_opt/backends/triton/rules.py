@@ -70,6 +70,37 @@ def lion(g, m, one_minus_beta1, one_minus_beta2):
 
 
 @triton.jit
+def rmsprop(g, v, alpha, one_minus_alpha, eps):
+    """The gradient over its root mean square."""
+    v = alpha * v + one_minus_alpha * g * g
+    return divide(g, square_root(v) + eps), v
+
+
+@triton.jit
+def centered_rmsprop(g, v, average, alpha, one_minus_alpha, eps):
+    """The gradient over its standard deviation."""
+    v = alpha * v + one_minus_alpha * g * g
+    average = lerp(average, g, one_minus_alpha)
+    return divide(g, square_root(v - average * average) + eps), v, average
+
+
+@triton.jit
+def momentum_rmsprop(g, v, b, alpha, one_minus_alpha, eps, momentum):
+    """The momentum of rmsprop's updates."""
+    d, v = rmsprop(g, v, alpha, one_minus_alpha, eps)
+    b = momentum * b + d
+    return b, v, b
+
+
+@triton.jit
+def centered_momentum_rmsprop(g, v, b, average, alpha, one_minus_alpha, eps, momentum):
+    """The momentum of centered_rmsprop's updates."""
+    d, v, average = centered_rmsprop(g, v, average, alpha, one_minus_alpha, eps)
+    b = momentum * b + d
+    return b, v, b, average
+
+
+@triton.jit
 def trust_ratio(kind, coefficient, cap, eps, weight2, grad2, parts, weight_decay, grad_scale):
     """From sums of squares (for LAMB grad2 is the direction's) and the sum of the parts' norms (-1: one part)."""
     weight, scale, norm = tl.sqrt(weight2), tl.abs(grad_scale), tl.sqrt(grad2)
