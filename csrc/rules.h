@@ -21,6 +21,11 @@ FUSED_OPT_FN double square_root(double x) {
   return __builtin_sqrt(x);
 }
 
+template <class T>
+FUSED_OPT_FN T absolute(T x) {
+  return x < 0 ? -x : x;
+}
+
 // torch.maximum: a NaN on either side stays.
 template <class T>
 FUSED_OPT_FN T maximum(T a, T b) {
@@ -165,17 +170,34 @@ struct CenteredMomentumRMSprop {
   }
 };
 
+template <class T>
+struct Adamax {
+  static constexpr int kStates = 2, kCoefficients = 4;
+  static constexpr bool kCountsSteps = true;
+  T one_minus_beta1, beta2, unbias1, eps;  // unbias1 = 1 / (1 - beta1^t); before at_step it is beta1
+
+  static FUSED_OPT_FN void at_step(double* coefficients, double t) {
+    coefficients[2] = 1 / (1 - power(coefficients[2], t));
+  }
+  FUSED_OPT_FN T operator()(T g, T& m, T& n) const {
+    m = lerp(m, g, one_minus_beta1);
+    n = maximum(beta2 * n, absolute(g) + eps);
+    return unbias1 * m / n;
+  }
+};
+
 // The name a rule has in Python, and its type.
-#define FUSED_OPT_RULES(RULE)               \
-  RULE("sgd", SGD)                          \
-  RULE("momentum_sgd", MomentumSGD)         \
-  RULE("adam", Adam)                        \
-  RULE("amsgrad", AMSGrad)                  \
-  RULE("lion", Lion)                        \
-  RULE("rmsprop", RMSprop)                  \
-  RULE("centered_rmsprop", CenteredRMSprop) \
-  RULE("momentum_rmsprop", MomentumRMSprop) \
-  RULE("centered_momentum_rmsprop", CenteredMomentumRMSprop)
+#define FUSED_OPT_RULES(RULE)                                \
+  RULE("sgd", SGD)                                           \
+  RULE("momentum_sgd", MomentumSGD)                          \
+  RULE("adam", Adam)                                         \
+  RULE("amsgrad", AMSGrad)                                   \
+  RULE("lion", Lion)                                         \
+  RULE("rmsprop", RMSprop)                                   \
+  RULE("centered_rmsprop", CenteredRMSprop)                  \
+  RULE("momentum_rmsprop", MomentumRMSprop)                  \
+  RULE("centered_momentum_rmsprop", CenteredMomentumRMSprop) \
+  RULE("adamax", Adamax)
 
 // What a rule declares.
 struct RuleShape {

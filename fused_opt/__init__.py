@@ -10,6 +10,7 @@ from .gradinit import GradInitIteration, GradInitResult, gradinit
 from .optimizer import FusedOptimizer
 from .parts.probe import probe_parts
 from .rules.adam import Adam, AdamW
+from .rules.adamax import Adamax
 from .rules.lamb import LAMB
 from .rules.lars import CLARS, LARS
 from .rules.lion import Lion
@@ -29,6 +30,7 @@ __all__ = [
     "SWM",
     "Adam",
     "AdamW",
+    "Adamax",
     "CyclicalBatchSampler",
     "CyclicalBatchSize",
     "FusedOptimizer",

@@ -199,6 +199,10 @@ RULES = [
         "weight_decay": _DECAYS,
         "maximize": st.booleans(),
     })),
+    Rule("Adamax", [
+        {"lr": 0.01, "weight_decay": 0.1, "maximize": True},
+        {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-5},
+    ], st.fixed_dictionaries({key: value for key, value in _ADAM.items() if key != "amsgrad"})),
     Rule("LARS", [
         {"lr": 1.0, "coefficient": 0.1, "cap": 0.5, "weight_decay": 0.1},
     ], _LARS, LARS, normed=True),

@@ -33,7 +33,8 @@ def test_gradients_of_a_step(name, options):
     assert torch.autograd.gradcheck(lambda *given: outcome(make, *given, **options), (*inputs(), *hyper))
 
 
-@pytest.mark.parametrize("name", OF_TORCH)
+# torch.optim.Adamax raises: it writes its average in place, whose values autograd needs.
+@pytest.mark.parametrize("name", [name for name in OF_TORCH if name != "Adamax"])
 def test_gradients_as_torch_has_them(name):
     found = []
     for library in (fused_opt, torch.optim):

@@ -101,6 +101,14 @@ def centered_momentum_rmsprop(g, v, b, average, alpha, one_minus_alpha, eps, mom
 
 
 @triton.jit
+def adamax(g, m, n, one_minus_beta1, beta2, unbias1, eps):
+    """unbias1 = 1 / (1 - beta1^t)."""
+    m = lerp(m, g, one_minus_beta1)
+    n = maximum(beta2 * n, tl.abs(g) + eps)
+    return divide(unbias1 * m, n), m, n
+
+
+@triton.jit
 def trust_ratio(kind, coefficient, cap, eps, weight2, grad2, parts, weight_decay, grad_scale):
     """From sums of squares (for LAMB grad2 is the direction's) and the sum of the parts' norms (-1: one part)."""
     weight, scale, norm = tl.sqrt(weight2), tl.abs(grad_scale), tl.sqrt(grad2)
