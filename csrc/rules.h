@@ -186,6 +186,21 @@ struct Adamax {
   }
 };
 
+template <class T>
+struct Adagrad {
+  static constexpr int kStates = 1, kCoefficients = 2;
+  static constexpr bool kCountsSteps = true;
+  T decayed, eps;  // decayed = 1 / (1 + (t - 1) * lr_decay); before at_step it is lr_decay
+
+  static FUSED_OPT_FN void at_step(double* coefficients, double t) {
+    coefficients[0] = 1 / (1 + (t - 1) * coefficients[0]);
+  }
+  FUSED_OPT_FN T operator()(T g, T& s) const {
+    s += g * g;
+    return decayed * g / (square_root(s) + eps);
+  }
+};
+
 // The name a rule has in Python, and its type.
 #define FUSED_OPT_RULES(RULE)                                \
   RULE("sgd", SGD)                                           \
@@ -197,7 +212,8 @@ struct Adamax {
   RULE("centered_rmsprop", CenteredRMSprop)                  \
   RULE("momentum_rmsprop", MomentumRMSprop)                  \
   RULE("centered_momentum_rmsprop", CenteredMomentumRMSprop) \
-  RULE("adamax", Adamax)
+  RULE("adamax", Adamax)                                     \
+  RULE("adagrad", Adagrad)
 
 // What a rule declares.
 struct RuleShape {

@@ -9,6 +9,7 @@ from .extras import EMA, PSWA, PSWM, PWALKS, SWM, TrustRatio, WeightNoise
 from .gradinit import GradInitIteration, GradInitResult, gradinit
 from .optimizer import FusedOptimizer
 from .parts.probe import probe_parts
+from .rules.adagrad import Adagrad
 from .rules.adam import Adam, AdamW
 from .rules.adamax import Adamax
 from .rules.lamb import LAMB
@@ -28,6 +29,7 @@ __all__ = [
     "PWALKS",
     "SGD",
     "SWM",
+    "Adagrad",
     "Adam",
     "AdamW",
     "Adamax",

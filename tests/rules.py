@@ -203,6 +203,16 @@ RULES = [
         {"lr": 0.01, "weight_decay": 0.1, "maximize": True},
         {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-5},
     ], st.fixed_dictionaries({key: value for key, value in _ADAM.items() if key != "amsgrad"})),
+    Rule("Adagrad", [
+        {"lr": 0.1, "weight_decay": 0.1, "maximize": True},
+        {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.5, "eps": 1e-5},
+    ], st.fixed_dictionaries({
+        "lr": _RATES,
+        "lr_decay": st.floats(0, 1),
+        "weight_decay": _DECAYS,
+        "initial_accumulator_value": st.floats(0.01, 1),  # from less on, see the eps of RMSprop
+        "maximize": st.booleans(),
+    })),
     Rule("LARS", [
         {"lr": 1.0, "coefficient": 0.1, "cap": 0.5, "weight_decay": 0.1},
     ], _LARS, LARS, normed=True),

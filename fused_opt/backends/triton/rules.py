@@ -109,6 +109,13 @@ def adamax(g, m, n, one_minus_beta1, beta2, unbias1, eps):
 
 
 @triton.jit
+def adagrad(g, s, decayed, eps):
+    """Decayed = 1 / (1 + (t - 1) * lr_decay)."""
+    s += g * g
+    return divide(decayed * g, square_root(s) + eps), s
+
+
+@triton.jit
 def trust_ratio(kind, coefficient, cap, eps, weight2, grad2, parts, weight_decay, grad_scale):
     """From sums of squares (for LAMB grad2 is the direction's) and the sum of the parts' norms (-1: one part)."""
     weight, scale, norm = tl.sqrt(weight2), tl.abs(grad_scale), tl.sqrt(grad2)
