@@ -4,6 +4,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #define FUSED_OPT_FN __host__ __device__ __forceinline__
@@ -48,7 +49,12 @@ FUSED_OPT_FN double power(double x, double t) {
 
 // A rule has kStates, kCoefficients, which are all its members, kCountsSteps and, where it counts,
 // at_step(coefficients, t): what the coefficients of fused_opt/rules/ are in a parameter's step t, for devices that
-// keep the count. Python's Rule has the same numbers, and a bucket compares them.
+// keep the count. Python's Rule has the same numbers, and a bucket compares them. One whose at_step takes a third
+// argument keeps a scalar for every parameter beside the count: its last coefficient is what that becomes.
+template <class Rule, class = void>
+constexpr bool kKeepsScalar = false;
+template <class Rule>
+constexpr bool kKeepsScalar<Rule, std::void_t<decltype(Rule::at_step(nullptr, 0.0, 0.0f))>> = true;
 
 template <class T>
 struct SGD {
@@ -219,9 +225,10 @@ struct Adagrad {
 struct RuleShape {
   const char* name;
   int states, coefficients;
-  bool counts_steps;
+  bool counts_steps, keeps_scalar;
 };
-#define FUSED_OPT_SHAPE(name, Rule) {name, Rule<float>::kStates, Rule<float>::kCoefficients, Rule<float>::kCountsSteps},
+#define FUSED_OPT_SHAPE(name, Rule) \
+  {name, Rule<float>::kStates, Rule<float>::kCoefficients, Rule<float>::kCountsSteps, kKeepsScalar<Rule<float>>},
 constexpr RuleShape kRules[] = {FUSED_OPT_RULES(FUSED_OPT_SHAPE)};
 #undef FUSED_OPT_SHAPE
 

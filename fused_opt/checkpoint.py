@@ -53,9 +53,10 @@ class Checkpoints(torch.optim.Optimizer):
                 # What torch.distributed.checkpoint makes of a state that a flattened checkpoint lacks.
                 for slot in [slot for slot, value in of_p.items() if isinstance(value, dict) and not value]:
                     del of_p[slot]
-                step = of_p.get("step")
-                if step is not None and getattr(step, "dtype", None) not in (torch.float32, torch.float64):
-                    of_p["step"] = torch.tensor(float(step), device="cpu")
+                for slot in ("step", self._rule(group).scalar):
+                    number = of_p.get(slot)
+                    if number is not None and getattr(number, "dtype", None) not in (torch.float32, torch.float64):
+                        of_p[slot] = torch.tensor(float(number), device="cpu")
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's, in plain types: ``torch.load(weights_only=True)`` reads it, and so does torch.optim."""
@@ -90,12 +91,15 @@ class Checkpoints(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        scalars = {self._rule(group).scalar for group in self.param_groups}
         for p, of_p in _by_parameter(self.param_groups, loaded[0]):
             for slot, value in of_p.items():
                 if not isinstance(value, Tensor):
                     continue
                 # torch has cast all but the step count to the parameter's dtype.
-                if slot == AVERAGE or (self.state_dtype is not None and slot != "step" and not p.is_complex()):
+                if slot in scalars:
+                    self.state[p][slot] = value.to(device="cpu", dtype=torch.float32)
+                elif slot == AVERAGE or (self.state_dtype is not None and slot != "step" and not p.is_complex()):
                     dtype = value.dtype if slot == AVERAGE else self.state_dtype
                     self.state[p][slot] = value.to(device=p.device, dtype=dtype)
                 if self.state[p][slot] is value:

@@ -298,7 +298,7 @@ class FusedOptimizer(Checkpoints):
             for group, spec, args in zip(self.param_groups, self._groups.specs, step.extras):
                 group["steps"] += 1
                 if (fold := args[FOLD]) is not None:
-                    finish(group, self.state, fold, (*spec.rule.states, "step"))
+                    finish(group, self.state, fold, (*spec.rule.states, *spec.rule.scalars))
         if self._parts is not None:
             self._parts.reset()
 

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from . import backends
 from .backends import self_check
-from .backends.interface import DeviceBucket, DeviceScalars, ParamEntry, StepArgs
+from .backends.interface import DeviceBucket, DeviceScalars, ParamEntry, StepArgs, StepKey
 from .backends.self_check import Variant
 from .groups import GroupSpec, name_of
 from .rule import Rule
@@ -100,8 +100,8 @@ class Plan:
 
     def collect_gradients(
         self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]
-    ) -> list[list[tuple[int, float]]] | None:
-        """Find this step's gradients: (group, step) pairs per bucket, or None: the plan must be made anew."""
+    ) -> list[list[StepKey]] | None:
+        """Find this step's gradients: keys per bucket, or None: the plan must be made anew."""
         if self.shards and not all([shard.bind() for shard in self.shards]):  # noqa: C419  # every one is asked
             return None
         keys = []

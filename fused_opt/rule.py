@@ -44,9 +44,12 @@ class Rule:
         update: ``(g, *states, *coefficients) -> (update, *new states)`` on tensors of the arithmetic's dtype (float32, or
             float64 for float64 parameters).
         at_step: ``(coefficients, step) -> floats``, as many: the coefficients of a parameter's step, counted from 1. In
-            C++ rules that count steps have it, too, for devices that keep the count.
+            C++ rules that count steps have it, too, for devices that keep the count. With a ``scalar`` it is
+            ``(coefficients, step, scalar) -> floats``.
         counts_steps: whether torch keeps a ``step`` tensor for every parameter; without it ``step`` is 1 for the first
             step and 2 for all others.
+        scalar: the name of a number that torch keeps for every parameter beside ``step``, 1 before the first step; empty:
+            none. The last of the step's coefficients is what it becomes. It is a float32 tensor.
         refuses_sparse: what to say to a sparse gradient, in torch's words; empty: it is made dense.
         initial: ``group -> float``: every element of a new state.
     """
@@ -55,8 +58,9 @@ class Rule:
     states: tuple[str, ...]
     coefficients: Callable[[Mapping[str, Any]], Sequence[float]]
     update: Callable[..., tuple[Tensor, ...]]
-    at_step: Callable[[Sequence[float], float], Sequence[float]] = _same_in_every_step
+    at_step: Callable[..., Sequence[float]] = _same_in_every_step
     counts_steps: bool = False
+    scalar: str = ""
     refuses_sparse: str = ""
     initial: Callable[[Mapping[str, Any]], float] = lambda group: 0.0
 
@@ -65,7 +69,18 @@ class Rule:
         """How many coefficients ``update`` takes."""
         return len(signature(self.update).parameters) - 1 - len(self.states)
 
-    def numbers(self, group: Mapping[str, Any], step: float) -> Sequence[float]:
-        """The coefficients of a step; of an UNKNOWN one, before ``at_step``."""
+    @property
+    def scalars(self) -> tuple[str, ...]:
+        """The states that are one number for every parameter."""
+        return ("step",) * self.counts_steps + (self.scalar,) * bool(self.scalar)
+
+    def numbers(self, group: Mapping[str, Any], step: float, scalar: float = 1.0, earlier: int = 0) -> Sequence[float]:
+        """The coefficients of a step; of an UNKNOWN one, before ``at_step``. The scalar is that before ``earlier`` more."""
         coefficients = self.coefficients(group)
-        return coefficients if step == UNKNOWN else self.at_step(coefficients, step)
+        if step == UNKNOWN:
+            return coefficients
+        if not self.scalar:
+            return self.at_step(coefficients, step)
+        for back in range(earlier, 0, -1):
+            scalar = self.at_step(coefficients, step - back, scalar)[-1]
+        return self.at_step(coefficients, step, scalar)

@@ -54,17 +54,18 @@ def check_parameter(name: str, spec: GroupSpec, p: Tensor, of_p: Mapping[str, An
             f"parameter {name} is a leaf that requires grad, and differentiable=True writes it where autograd follows, which "
             f"PyTorch does not allow; make the optimizer of what is computed from it, for instance p.clone()"
         )
-    step = of_p.get("step") if spec.rule.counts_steps else None
-    if step is not None and not (
-        isinstance(step, Tensor)
-        and step.numel() == 1
-        and step.dtype in (torch.float32, torch.float64)
-        and step.device in (torch.device("cpu"), p.device)
-    ):
-        raise RuntimeError(
-            f"parameter {name} has {step!r} as its state 'step'; it must be a float32 or float64 tensor of one element "
-            f"on the CPU or on {p.device}"
-        )
+    for slot in spec.rule.scalars:
+        scalar = of_p.get(slot)
+        if scalar is not None and not (
+            isinstance(scalar, Tensor)
+            and scalar.numel() == 1
+            and scalar.dtype in (torch.float32, torch.float64)
+            and scalar.device in (torch.device("cpu"), p.device)
+        ):
+            raise RuntimeError(
+                f"parameter {name} has {scalar!r} as its state {slot!r}; it must be a float32 or float64 tensor of one "
+                f"element on the CPU or on {p.device}"
+            )
     tensors = [p]
     if p.grad is not None:
         if p.grad.is_sparse and spec.rule.refuses_sparse:
@@ -124,6 +125,8 @@ class NewStates:
         if rule.counts_steps and of_p.get("step") is None:
             dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
             self._make(p, "step", torch.zeros((), dtype=dtype, device="cpu"))
+        if rule.scalar and of_p.get(rule.scalar) is None:
+            self._make(p, rule.scalar, torch.ones((), dtype=torch.float32, device="cpu"))
         for slot in rule.states:
             if of_p.get(slot) is not None:
                 continue
@@ -154,7 +157,11 @@ class NewStates:
                 of_p[slot] = of_p[slot].to_dense()
         if count_on_device and of_p.get("step") is not None:
             of_p["step"] = of_p["step"].to(device=p.device, dtype=torch.float32)
-        if all(of_p.get(slot) is not None for slot in (*spec.slots, *(["step"] if rule.counts_steps else []))):
+        if rule.scalar and of_p.get(rule.scalar) is not None:
+            device = p.device if count_on_device else "cpu"
+            of_p[rule.scalar] = of_p[rule.scalar].to(device=device, dtype=torch.float32)
+        if all(of_p.get(slot) is not None for slot in (*spec.slots, *rule.scalars)):
             entry.states = [hold(of_p[slot]) for slot in rule.states]
             entry.step = of_p["step"] if rule.counts_steps else None
+            entry.scalar = of_p[rule.scalar] if rule.scalar else None
             entry.average = hold(of_p[AVERAGE]) if spec.averaged else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from .backends.interface import DeviceScalars, Norm, StepArgs
+from .backends.interface import DeviceScalars, Norm, StepArgs, StepKey
 from .extras import NO_ARGS, step_args
 from .extras.clipping import PASS, RAISE, allows, clip_factor
 from .groups import Groups
@@ -47,7 +47,7 @@ class Step:
         self.param_groups = param_groups
         self.groups = groups
         self.plan = plan
-        self.keys: list[list[tuple[int, float]]] = keys
+        self.keys: list[list[StepKey]] = keys
         self.lrs = lrs
         self.stepping = any([isinstance(lr, Tensor) or lr for lr in lrs])  # noqa: C419  # of one or two, a list is faster
         self.parts: PartTracker | None = None
@@ -64,7 +64,7 @@ class Step:
             self.plan.undo()
 
     def _args(self) -> list[list[StepArgs]]:
-        """For every bucket, what a step does to the parameters of every (group, step count) pair."""
+        """For every bucket, what a step does to the parameters of every key."""
         groups, specs = self.param_groups, self.groups.specs
         of_group = []
         for group, spec, lr in zip(groups, specs, self.lrs):
@@ -72,7 +72,10 @@ class Step:
             scale = -self.scale if group["maximize"] else self.scale
             of_group.append((lr, scale, 0.0, decay) if spec.decouples else (lr, scale, decay, 0.0))
         return [
-            [StepArgs(*of_group[g], specs[g].rule.numbers(groups[g], n), *self.extras[g]) for g, n in of_bucket]
+            [
+                StepArgs(*of_group[g], specs[g].rule.numbers(groups[g], step, scalar, earlier), *self.extras[g])
+                for g, step, scalar, earlier in of_bucket
+            ]
             for of_bucket in self.keys
         ]
 

@@ -115,7 +115,13 @@ FUSED_OPT_FN void prepare(const Launch& launch, int64_t t, Shared<Rule, T>& shar
   StepArgs& args = shared.row.args;
   Layer& layer = shared.entry.layer;
   if constexpr (Rule::kCountsSteps)
-    if (shared.entry.step) Rule::at_step(args.coefficients, static_cast<double>(fetch(shared.entry.step)) + 1);
+    if (shared.entry.step) {
+      const double step = static_cast<double>(fetch(shared.entry.step)) + 1;
+      if constexpr (kKeepsScalar<Rule>)
+        Rule::at_step(args.coefficients, step, fetch(shared.entry.scalar));
+      else
+        Rule::at_step(args.coefficients, step);
+    }
   const double grad_scale = full_scale(launch.scalars, args.grad_scale);
   shared.rule = make<Rule, T>(args.coefficients);
 
@@ -316,6 +322,9 @@ FUSED_OPT_FN void update(const Where& where, const Launch& launch, Shared<Rule<T
         where.one_thread([&] {
           if (shared.kept) launch.norms[t].weight2 = shared.lanes[0].weight2;
           if (shared.entry.step) put(shared.entry.step, fetch(shared.entry.step) + 1);
+          if constexpr (kKeepsScalar<Rule<T>>)
+            if (shared.entry.scalar)
+              put(shared.entry.scalar, static_cast<float>(shared.row.args.coefficients[Rule<T>::kCoefficients - 1]));
         });
       });
 }

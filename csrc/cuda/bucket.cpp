@@ -53,7 +53,7 @@ size_t step_bytes(size_t count) {
 }  // namespace
 
 Bucket::Bucket(const Machine& machine, const char* rule, bool wide, const std::vector<Tensor>& tensors,
-               const std::vector<Layer>& layers, const std::vector<float*>& steps)
+               const std::vector<Layer>& layers, const std::vector<float*>& steps, const std::vector<float*>& scalars)
     : machine_(machine),
       rule_(rule_index(rule)),
       wide_(wide),
@@ -96,7 +96,7 @@ Bucket::Bucket(const Machine& machine, const char* rule, bool wide, const std::v
   std::vector<int64_t> words;
   for (size_t t = 0; t < tensors.size(); ++t) {
     Entry& entry = filled[t];
-    entry = {tensors[t], layers[t], steps[t]};
+    entry = {tensors[t], layers[t], steps[t], scalars.empty() ? nullptr : scalars[t]};
     entry.layer.shard = nullptr;  // in the host's memory
     if (tensors[t].flat) continue;
     const auto relocate = [&](const int64_t*& from) {

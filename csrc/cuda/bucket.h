@@ -31,9 +31,10 @@ class DeviceBuffer {
 // device.
 class Bucket {
  public:
-  // steps: where the count of every tensor is, or null. All arithmetic is in float64 (`wide`) or in float32.
+  // steps, scalars: where the count of every tensor and its rule's scalar are, or null. All arithmetic is in float64
+  // (`wide`) or in float32.
   Bucket(const Machine&, const char* rule, bool wide, const std::vector<Tensor>&, const std::vector<Layer>&,
-         const std::vector<float*>& steps);
+         const std::vector<float*>& steps, const std::vector<float*>& scalars = {});
   ~Bucket();
   Bucket(const Bucket&) = delete;
 

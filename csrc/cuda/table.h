@@ -74,7 +74,8 @@ FUSED_OPT_FN Span span(int32_t n, int head) {
 struct Entry {
   Tensor tensor;
   Layer layer;
-  float* step = nullptr;  // the count of steps, where the rule keeps one
+  float* step = nullptr;    // the count of steps, where the rule keeps one
+  float* scalar = nullptr;  // and its scalar
 };
 
 // What is new of a tensor in a step.

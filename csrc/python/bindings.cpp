@@ -39,12 +39,17 @@ class DeviceBucket : public Bucket {
                int device)
       : Bucket(rule, entries, param_groups, state), device_(device) {
     steps_on_device_ = kRules[rule_].counts_steps;
-    std::vector<float*> steps;
-    for (const Parameter& parameter : parameters_)
-      steps.push_back(parameter.step ? static_cast<float*>(parameter.step->view.data) : nullptr);
+    std::vector<float*> steps, scalars;
+    const auto address = [](const std::optional<Held>& held) {
+      return held ? static_cast<float*>(held->view.data) : nullptr;
+    };
+    for (const Parameter& parameter : parameters_) {
+      steps.push_back(address(parameter.step));
+      scalars.push_back(address(parameter.scalar));
+    }
     const bool wide = !table_.tensors.empty() && table_.tensors[0].p.dtype == DType::kFloat64;
     bucket_ = std::make_unique<cuda::Bucket>(device_.machine(), kRules[rule_].name, wide, table_.tensors, table_.layers,
-                                             steps);
+                                             steps, scalars);
   }
 
   // norm2 <- (add ? norm2 : 0) + the sum of squares of all gradients, without waiting for it.
@@ -63,7 +68,7 @@ class DeviceBucket : public Bucket {
   // float32 that the gradients were multiplied with, and where they shall be clipped to max_norm, sum_gradients'
   // float64.
   void run(const py::sequence& args, uintptr_t found_inf, uintptr_t grad_scale, uintptr_t norm2, double max_norm) {
-    if (args.size() != keys_.size()) throw py::value_error("one StepArgs for every pair of collect_gradients()");
+    if (args.size() != keys_.size()) throw py::value_error("one StepArgs for every key of collect_gradients()");
     args_.clear();
     for (const auto& of_row : args) {
       cuda::Row& row = args_.emplace_back();

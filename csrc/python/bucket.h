@@ -7,6 +7,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -30,6 +31,7 @@ struct Parameter {
     if (const py::object given = entry.attr("states"); !given.is_none())
       for (const auto& state : given) states.emplace_back(state);
     if (const py::object given = entry.attr("step"); !given.is_none()) step.emplace(given);
+    if (const py::object given = entry.attr("scalar"); !given.is_none()) scalar.emplace(given);
     if (const py::object given = entry.attr("average"); !given.is_none()) average.emplace(given);
     if (const py::object given = tensor.attr("grad"); !given.is_none()) g.emplace(given);
   }
@@ -38,6 +40,7 @@ struct Parameter {
     if (g) g->prefetch(gradient);
     for (const Held& held : states) held.prefetch();
     if (step) step->prefetch();
+    if (scalar) scalar->prefetch();
   }
 
   py::object tensor;
@@ -48,10 +51,10 @@ struct Parameter {
   int earlier;          // how often its parameter is stepped before it in the same step
   View p;
   std::vector<Held> states;
-  std::optional<Held> step, average;
+  std::optional<Held> step, scalar, average;
   std::optional<View> g;         // none: it had no gradient when the bucket was made
   PyObject* gradient = nullptr;  // the last one, which is most often the next one, too: to prefetch, never to follow
-  double count = 0;
+  double count = 0, scalar_now = 1;
   int64_t version = -1;  // autograd's count of writes, as the last step left it
 };
 
@@ -131,7 +134,7 @@ class Bucket {
         return py::none();
       // Lazy negations are views of complex numbers, .conj().imag, whose elements have others between them.
       if ((!tensor.flat || tensor.numel == 1) && is_negated(grad.ptr())) return py::none();
-      const std::pair<int, double> key{parameter.group, parameter.count};
+      const Key key{parameter.group, parameter.count, parameter.scalar_now, parameter.scalar ? parameter.earlier : 0};
       size_t row = tensor.args;  // most often where it was
       if (row >= keys_.size() || keys_[row] != key) row = row_of(key);
       tensor.args = static_cast<int32_t>(row);
@@ -181,11 +184,17 @@ class Bucket {
     parameter.count = steps_on_device_                ? kUnknown
                       : view.dtype == DType::kFloat64 ? *static_cast<double*>(view.data) + 1 + parameter.earlier
                                                       : *static_cast<float*>(view.data) + 1.0 + parameter.earlier;
+    if (!parameter.scalar) return true;
+    if (!parameter.scalar->unmoved()) return false;
+    if (!steps_on_device_) parameter.scalar_now = *static_cast<float*>(parameter.scalar->view.data);
     return true;
   }
 
-  // The row of a (group, step) pair.
-  size_t row_of(const std::pair<int, double>& key) {
+  // As StepKey in backends/interface.py.
+  using Key = std::tuple<int, double, double, int>;
+
+  // The row of a key.
+  size_t row_of(const Key& key) {
     const auto [found, is_new] = rows_.emplace(key, keys_.size());
     if (is_new) keys_.push_back(key);
     return found->second;
@@ -217,8 +226,8 @@ class Bucket {
   cpu::Table table_;
   std::deque<std::pair<ShardLayout, std::vector<int64_t>>> shards_;  // which `table_` points to
   std::vector<py::object> seen_;
-  std::vector<std::pair<int, double>> keys_;
-  std::map<std::pair<int, double>, size_t> rows_;  // where keys_ has a key
+  std::vector<Key> keys_;
+  std::map<Key, size_t> rows_;  // where keys_ has a key
   size_t active_ = 0;
   py::list everything_;
 };
@@ -269,6 +278,10 @@ class CPUBucket : public Bucket {
         *static_cast<double*>(view.data) = parameter.count;
       else
         *static_cast<float*>(view.data) = static_cast<float>(parameter.count);
+      if (!parameter.scalar) continue;
+      const double* coefficients = table_.args[table_.tensors[t].args].coefficients;
+      *static_cast<float*>(parameter.scalar->view.data) =
+          static_cast<float>(coefficients[kRules[rule_].coefficients - 1]);
     }
     {
       py::gil_scoped_release unlocked;
@@ -291,7 +304,7 @@ class CPUBucket : public Bucket {
 
  private:
   void read_args(const py::sequence& args) {
-    if (args.size() != keys_.size()) throw py::value_error("one StepArgs for every pair of collect_gradients()");
+    if (args.size() != keys_.size()) throw py::value_error("one StepArgs for every key of collect_gradients()");
     table_.args.clear();
     for (const auto& of_row : args) table_.args.push_back(read_step_args(of_row, kRules[rule_]));
   }

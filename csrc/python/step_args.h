@@ -42,14 +42,16 @@ int check_rule(const py::object& rule) {
   const auto states = static_cast<int>(py::len(rule.attr("states")));
   const auto coefficients = rule.attr("coefficient_count").cast<int>();
   const auto counts_steps = rule.attr("counts_steps").cast<bool>();
-  const auto words = [](int states, int coefficients, bool counts_steps) {
+  const bool keeps_scalar = py::len(rule.attr("scalar")) > 0;
+  const auto words = [](int states, int coefficients, bool counts_steps, bool keeps_scalar) {
     return std::to_string(states) + " states and " + std::to_string(coefficients) + " coefficients, and " +
-           (counts_steps ? "counts steps" : "counts no steps");
+           (counts_steps ? "counts steps" : "counts no steps") + (keeps_scalar ? " and keeps a scalar" : "");
   };
-  if (states != shape.states || coefficients != shape.coefficients || counts_steps != shape.counts_steps)
-    throw std::runtime_error("rule '" + name + "' has " + words(states, coefficients, counts_steps) +
+  if (states != shape.states || coefficients != shape.coefficients || counts_steps != shape.counts_steps ||
+      keeps_scalar != shape.keeps_scalar)
+    throw std::runtime_error("rule '" + name + "' has " + words(states, coefficients, counts_steps, keeps_scalar) +
                              " in Python; in " + "csrc/rules.h it has " +
-                             words(shape.states, shape.coefficients, shape.counts_steps));
+                             words(shape.states, shape.coefficients, shape.counts_steps, shape.keeps_scalar));
   return index;
 }
 

@@ -18,7 +18,7 @@ from torch.optim.sgd import sgd
 
 from ..rule import Rule
 from . import reference
-from .interface import ParamEntry, StepArgs
+from .interface import ParamEntry, StepArgs, StepKey
 from .reference import DEVICES, accumulate, standard, steps_on_device, unavailable, unsupported
 
 __all__ = ["DEVICES", "REUSABLE", "accumulate", "bucket", "standard", "steps_on_device", "unavailable", "unsupported"]
@@ -75,22 +75,21 @@ class Bucket(reference.Bucket):
 
     def collect_gradients(
         self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]
-    ) -> list[tuple[int, float]] | None:
-        """Find this step's gradients: the (group, step) pairs that ``run`` needs arguments for, or None: plan anew."""
+    ) -> list[StepKey] | None:
+        """Find this step's gradients: the keys that ``run`` needs arguments for, or None: plan anew."""
         found = list(_objects(param_groups, state))
         if len(found) != len(self.seen) or not all(map(is_, found, self.seen)):
             return None
         self.active = []
         self._norms.clear()
         self._parts = {}
-        keys: dict[tuple[int, float], int] = {}
+        keys: dict[StepKey, int] = {}
         for member, (kind, of_grad) in zip(self.members, self.kinds):
             if (grad := member.tensor.grad) is None:
                 continue
             if member.states is None or _kind(grad) != of_grad or _kind(member.tensor) != kind:
                 return None
-            key = (member.group, member.count() + 1)
-            self.active.append((member, keys.setdefault(key, len(keys))))
+            self.active.append((member, keys.setdefault(member.key(), len(keys))))
         return list(keys)
 
     @torch.no_grad()
@@ -115,7 +114,7 @@ class Bucket(reference.Bucket):
                 together.setdefault(alike, []).append(member)
             else:
                 self._step(member, args[row])
-                member.advance()
+                member.advance(args[row])
         for (row, *_), members in together.items():
             for some in _in_parts(members):
                 self._step_together(some, args[row])

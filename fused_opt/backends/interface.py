@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +23,11 @@ from torch import Tensor
 from ..rule import UNKNOWN, Rule
 from ..shards import Shard, ShardLayout
 from ..warn import warn_once
+
+#: What parameters of one StepArgs have in common: their group, their step, counted from 1 (UNKNOWN where the device counts),
+#: and their rule's scalar as the step before left it (1 where it has none, or the device has it), before how many steps:
+#: that of a parameter which is there twice changes between its steps.
+StepKey: TypeAlias = tuple[int, float, float, int]
 
 
 def is_known(number: float) -> bool:
@@ -130,6 +135,7 @@ class ParamEntry:
     earlier: int = 0  # how often its parameter is stepped before it in the same step
     differentiable: bool = False  # autograd follows its step
     exclusive: bool = True  # no other parameter shares its memory, so that a carried norm stays valid
+    scalar: Tensor | None = None  # the rule's, a float32
 
     @property
     def parameter(self) -> Tensor:
@@ -145,11 +151,19 @@ class ParamEntry:
         """How many steps it has taken before this one; 0 or 1 where torch.optim keeps no count."""
         return self.step.item() + self.earlier if self.step is not None else float(not self.states_are_new)
 
-    def advance(self) -> None:
-        """Count one more step."""
+    def key(self) -> StepKey:
+        """Of its coming step."""
+        if self.scalar is None:
+            return self.group, self.count() + 1, 1.0, 0
+        return self.group, self.count() + 1, self.scalar.item(), self.earlier
+
+    def advance(self, args: StepArgs) -> None:
+        """Count one more step, which was made with these arguments."""
         self.states_are_new = False
         if self.step is not None:
             self.step.add_(1)
+        if self.scalar is not None:
+            self.scalar.fill_(args.coefficients[-1])
 
     def warn_not_finite(self) -> None:
         """Say, once per parameter, that its trust ratio could not be formed."""
@@ -169,12 +183,12 @@ class Bucket(Protocol):
 
     def collect_gradients(
         self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]
-    ) -> list[tuple[int, float]] | None:
+    ) -> list[StepKey] | None:
         """Find this step's gradients.
 
         Returns:
-            the (group, step) pairs for which ``run`` wants arguments, in its order: steps counted from 1, UNKNOWN where the
-            device counts them. None: something was moved, resized, cast or replaced, and the plan must be made anew.
+            the keys for which ``run`` wants arguments, in its order. None: something was moved, resized, cast or replaced,
+            and the plan must be made anew.
         """
 
     def set_part_norms(self, norms: Sequence[PartNorms | None]) -> None:

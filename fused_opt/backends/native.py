@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..rule import Rule
 from . import interface, reference
-from .interface import DeviceScalars, Norms, ParamEntry, PartNorms, Standard, StepArgs
+from .interface import DeviceScalars, Norms, ParamEntry, PartNorms, Standard, StepArgs, StepKey
 from .pointers import unreachable
 
 try:
@@ -139,8 +139,8 @@ class _Bucket:
 
     def collect_gradients(
         self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]
-    ) -> list[tuple[int, float]] | None:
-        """Find this step's gradients: the (group, step) pairs that ``run`` needs arguments for, or None: plan anew."""
+    ) -> list[StepKey] | None:
+        """Find this step's gradients: the keys that ``run`` needs arguments for, or None: plan anew."""
         return self.core.collect_gradients(param_groups, state)
 
     def set_part_norms(self, norms: Sequence[PartNorms | None]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..extras.noise import normal, normal_at
 from ..rule import UNKNOWN, Rule
 from ..tensors import norm2
-from .interface import Kind, Norms, ParamEntry, PartNorms, Standard, StepArgs, is_known
+from .interface import Kind, Norms, ParamEntry, PartNorms, Standard, StepArgs, StepKey, is_known
 
 DEVICES = ("cpu", "cuda")  # and every other
 REUSABLE = False  # it does not see what was replaced; a plan of nothing but its buckets is made anew for every step
@@ -92,19 +92,18 @@ class Bucket:
 
     def collect_gradients(
         self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]
-    ) -> list[tuple[int, float]] | None:
-        """Find this step's gradients: the (group, step) pairs that ``run`` needs arguments for, or None: plan anew."""
+    ) -> list[StepKey] | None:
+        """Find this step's gradients: the keys that ``run`` needs arguments for, or None: plan anew."""
         self.active = []
         self._norms.clear()
         self._parts = {}
-        keys: dict[tuple[int, float], int] = {}
+        keys: dict[StepKey, int] = {}
         for member, kind in zip(self.members, self._kinds):
             if member.tensor.grad is None:
                 continue
             if member.states is None or _kind(member.tensor.grad) != kind:  # another backend may be able to
                 return None
-            key = (member.group, member.count() + 1)
-            self.active.append((member, keys.setdefault(key, len(keys))))
+            self.active.append((member, keys.setdefault(member.key(), len(keys))))
         return list(keys)
 
     def set_part_norms(self, norms: Sequence[PartNorms | None]) -> None:
@@ -141,7 +140,7 @@ class Bucket:
         for member, row in self.active:
             with torch.set_grad_enabled(member.differentiable):
                 self._step(member, args[row])
-                member.advance()
+                member.advance(args[row])
 
     def _direct(self, member: ParamEntry, args: StepArgs) -> tuple[Tensor, ...]:
         """Parameter, gradient, direction and new states, real and dense, in the arithmetic's dtype."""

@@ -33,6 +33,7 @@ from .interface import (
     RatioArgs,
     Standard,
     StepArgs,
+    StepKey,
 )
 
 #: ``FUSED_OPT_SELF_CHECK=0`` in the environment leaves the checks out.
@@ -214,6 +215,8 @@ class _Run:
         if rule.counts_steps:
             where = device if count_there else torch.device("cpu")
             memory["step count"] = torch.full((len(places),), _COUNT, dtype=torch.float32, device=where)
+            if rule.scalar:
+                memory["scalar"] = torch.ones_like(memory["step count"])
         self.gradients = [memory.pop("gradient"), torch.empty_like(values["gradient"], device=device)]
         self.members = []
         for index, (row, layout, start) in enumerate(places):
@@ -222,6 +225,7 @@ class _Run:
             entry = ParamEntry(p, row, index, layout.name, noisy=rows[row].noise is not None, states_are_new=True)
             entry.states = [layout.view(memory[slot], start) for slot in rule.states]
             entry.step = memory["step count"][index] if rule.counts_steps else None
+            entry.scalar = memory["scalar"][index] if rule.scalar else None
             entry.average = layout.view(memory["average"], start) if rows[row].average else None
             entry.lr_scale, entry.decay_scale = ((1.0, 1.0), (0.5, 3.0))[index % 2]
             self.members.append(entry)
@@ -239,26 +243,25 @@ class _Run:
         if n == 1:
             self.members[0].tensor.grad = None
 
-    def collect(self) -> list[tuple[int, float]]:
+    def collect(self) -> list[StepKey]:
         keys = self.bucket.collect_gradients(self.groups, {})
         if keys is None:
             raise RuntimeError("it did not recognize tensors that had not moved")
         self.bucket.set_part_norms([PartNorms(2.5, 7.0) if m.index % 2 else None for m in self.members])
         return keys
 
-    def args(
-        self, n: int, keys: Sequence[tuple[int, float]], lr: float | Tensor = _LR, scale: float = 1
-    ) -> list[StepArgs]:
-        return [self._of_row(n, row, count, lr, scale) for row, count in keys]
+    def args(self, n: int, keys: Sequence[StepKey], lr: float | Tensor = _LR, scale: float = 1) -> list[StepArgs]:
+        return [self._of_row(n, key, lr, scale) for key in keys]
 
-    def _of_row(self, n: int, row: int, count: float, lr: float | Tensor, scale: float) -> StepArgs:
+    def _of_row(self, n: int, key: StepKey, lr: float | Tensor, scale: float) -> StepArgs:
+        row, *step = key
         odd, (kind, noise, average) = row % 2, self.rows[row]
         return StepArgs(
             lr,
             scale * (-0.5 if odd else 0.75),
             0.0 if odd else 0.25,
             0.125 if odd else 0.0,
-            self.rule.numbers(_SETTINGS[odd], count),
+            self.rule.numbers(_SETTINGS[odd], *step),
             None if kind is None else _RATIOS[kind],
             None if noise is None else NoiseArgs(_SIGMA, noise == RELATIVE_NOISE, _SEED, n),
             Fold(0.375, 0.875, n == 0, n == 2 and bool(odd)) if average and n != 1 else None,

@@ -36,7 +36,11 @@ def optimizer_of(rule, backend):
     return Broken([torch.nn.Parameter(torch.ones(3))], lr=0.1, backend=backend)
 
 
-@pytest.mark.parametrize("rule", [*BROKEN.values(), variant(counts_steps=False)], ids=[*BROKEN, "it counts no steps"])
+@pytest.mark.parametrize(
+    "rule",
+    [*BROKEN.values(), variant(counts_steps=False), variant(scalar="another", at_step=lambda c, step, scalar: c)],
+    ids=[*BROKEN, "it counts no steps", "it keeps a scalar"],
+)
 @pytest.mark.parametrize("backend", ["native", "auto"])
 @pytest.mark.parametrize("kernels", [None, GPU])
 def test_a_promise_that_the_kernel_does_not_keep_is_an_error(rule, backend, kernels, monkeypatch):

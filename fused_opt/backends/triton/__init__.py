@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ...rule import Rule
 from .. import reference
-from ..interface import ParamEntry, PartNorms, Standard, StepArgs
+from ..interface import ParamEntry, PartNorms, Standard, StepArgs, StepKey
 from ..pointers import unreachable
 
 try:
@@ -156,14 +156,14 @@ class Bucket:
 
     def collect_gradients(
         self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]
-    ) -> list[tuple[int, float]] | None:
-        """Find this step's gradients: the (group, step) pairs that ``run`` needs arguments for, or None: plan anew."""
+    ) -> list[StepKey] | None:
+        """Find this step's gradients: the keys that ``run`` needs arguments for, or None: plan anew."""
         _refuse_capture(self.members)
         if not all(map(is_, _everything(param_groups, state), self.seen)):
             return None
         if any(p.grad is not None for p in self.idle):
             return None
-        keys: dict[tuple[int, float], int] = {}
+        keys: dict[StepKey, int] = {}
         return list(keys) if all(table.collect_gradients(keys) for table in self.tables) else None
 
     def set_part_norms(self, norms: Sequence[PartNorms | None]) -> None:

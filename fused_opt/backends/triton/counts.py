@@ -30,15 +30,21 @@ class Counts:
         self.cells = [
             _CELLS[step.dtype].from_address(step.data_ptr()) for step in self.steps if step.device.type == "cpu"
         ]
-        self.addresses = list(map(torch.Tensor.data_ptr, self.steps))
-        self.memory = [step.detach() for step in self.steps]  # kept alive, so that no other tensor gets the address
+        scalars = [m.scalar for m in members if m.scalar is not None]  # on the CPU, in float32
+        self.scalars = [ctypes.c_float.from_address(scalar.data_ptr()) for scalar in scalars]
+        self.ones = [1.0] * len(members)
+        self.tensors = self.steps + scalars
+        self.addresses = list(map(torch.Tensor.data_ptr, self.tensors))
+        self.memory = [
+            tensor.detach() for tensor in self.tensors
+        ]  # kept alive, so that no other tensor gets the address
         self.known: list[float] = []
         self.versions: list[int] = []
         self.any_new = any(m.states_are_new for m in members)
 
     def moved(self) -> bool:
         """Whether one of them has moved; for a single element the address is enough."""
-        return list(map(torch.Tensor.data_ptr, self.steps)) != self.addresses
+        return list(map(torch.Tensor.data_ptr, self.tensors)) != self.addresses
 
     def read(self) -> list[float]:
         """Of every member."""
@@ -49,6 +55,16 @@ class Counts:
         elif (versions := list(map(_version, self.steps))) != self.versions:
             self.known, self.versions = torch.stack(self.steps).flatten().tolist(), versions
         return self.known
+
+    def read_scalars(self) -> list[float]:
+        """The rule's scalar of every member, 1 where it has none."""
+        return list(map(_value, self.scalars)) or self.ones
+
+    def set_scalars(self, values: Sequence[float | None]) -> None:
+        """What they become in a step; None: they stay."""
+        for cell, value in zip(self.scalars, values):
+            if value is not None:
+                cell.value = value
 
     def advance(self, here: Sequence[bool] | None) -> None:
         """Add one to those that are marked in ``here``, or to all for None; after ``read``."""

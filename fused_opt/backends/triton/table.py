@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...rule import UNKNOWN, Rule
-from ..interface import Fold, Kind, NoiseArgs, Norm, ParamEntry, PartNorms, RatioArgs, StepArgs, is_known
+from ..interface import Fold, Kind, NoiseArgs, Norm, ParamEntry, PartNorms, RatioArgs, StepArgs, StepKey, is_known
 from . import kernel, rules
 from .counts import Counts
 
@@ -107,8 +107,8 @@ class Table:
         looks = (type, _dtype, _shape, Tensor.stride, Tensor.is_neg)
         return [list(map(look, gradients)) for look in looks]
 
-    def collect_gradients(self, keys: dict[tuple[int, float], int]) -> bool:
-        """Find the gradients, and number the (group, step count) pairs; False: something has changed."""
+    def collect_gradients(self, keys: dict[StepKey, int]) -> bool:
+        """Find the gradients, and number their keys; False: something has changed."""
         gradients, layouts = list(map(_grad, self.parameters)), self.layouts
         here = [gradient is not None for gradient in gradients]
         self.here = None if all(here) else here  # None: every one
@@ -123,12 +123,17 @@ class Table:
         except RuntimeError:  # a sparse tensor has no strides
             return False
         counts, addresses = self.counts.read(), list(map(Tensor.data_ptr, gradients))
-        if self.here is None and counts.count(counts[0]) == len(counts):
-            row_of = {group: keys.setdefault((group, counts[0] + 1), len(keys)) for group in self.distinct_groups}
+        scalars = self.counts.read_scalars()
+        if self.here is None and counts.count(counts[0]) == scalars.count(scalars[0]) == len(counts):
+            key = (counts[0] + 1, scalars[0], 0)
+            row_of = {group: keys.setdefault((group, *key), len(keys)) for group in self.distinct_groups}
             self.rows, self.gradients = list(map(row_of.__getitem__, self.groups)), addresses
         else:
-            pairs, left = zip(here, self.groups, counts), iter(addresses)
-            self.rows = [keys.setdefault((group, n + 1), len(keys)) if is_here else -1 for is_here, group, n in pairs]
+            left = iter(addresses)
+            self.rows = [
+                keys.setdefault((group, n + 1, scalar, 0), len(keys)) if is_here else -1
+                for is_here, group, n, scalar in zip(here, self.groups, counts, scalars)
+            ]
             self.gradients = [next(left) if is_here else 0 for is_here in here]
         self.parts = self.grad2 = self.nothing
         self.summed = False  # whether `sums` holds those of the gradients
@@ -210,7 +215,7 @@ class Table:
             self.average_type if folds else None, arithmetic(self.p_dtype), self.coefficients,
             any(of_row.noise is not None for of_row in args), any(carries),
         )  # fmt: skip
-        self._advance(carries)
+        self._advance(carries, args)
 
     def _want(self, member: ParamEntry, args: StepArgs, valid: bool, parts: float, grad2: float) -> tuple[bool, int]:
         """Whether the norm of the new weights is carried, and what must be summed before they are made."""
@@ -224,9 +229,11 @@ class Table:
             wanted |= Norm.GRADIENT
         return carries, int(wanted)
 
-    def _advance(self, carries: list[bool]) -> None:
+    def _advance(self, carries: list[bool], args: Sequence[StepArgs]) -> None:
         """Count the step, here and for autograd."""
         self.counts.advance(self.here)
+        if self.counts.scalars:
+            self.counts.set_scalars([None if row < 0 else args[row].coefficients[-1] for row in self.rows])
         stepped = self.parameters if self.here is None else list(compress(self.parameters, self.here))
         # Autograd sees no writes through addresses; without this a backward through the old weights would not be detected.
         torch.autograd.graph.increment_version(stepped)
