@@ -207,6 +207,29 @@ struct Adagrad {
   }
 };
 
+template <class T>
+struct NAdam {
+  static constexpr int kStates = 2, kCoefficients = 8;
+  static constexpr bool kCountsSteps = true;
+  // Before at_step of_gradient and of_momentum are beta1 and 0.96^momentum_decay; mu_product is the scalar.
+  T one_minus_beta1, beta2, one_minus_beta2, of_gradient, of_momentum, unbias2, eps, mu_product;
+
+  static FUSED_OPT_FN void at_step(double* coefficients, double t, float mu_product) {
+    const double beta1 = coefficients[3], decay = coefficients[4], decayed = power(decay, t);
+    const double mu = beta1 * (1 - 0.5 * decayed), next_mu = beta1 * (1 - 0.5 * decayed * decay);
+    mu_product *= static_cast<float>(mu);
+    coefficients[3] = (1 - mu) / (1 - static_cast<double>(mu_product));
+    coefficients[4] = next_mu / (1 - static_cast<double>(mu_product) * next_mu);
+    coefficients[5] = 1 / square_root(1 - power(coefficients[1], t));
+    coefficients[7] = static_cast<double>(mu_product);
+  }
+  FUSED_OPT_FN T operator()(T g, T& m, T& v) const {
+    m = lerp(m, g, one_minus_beta1);
+    v = beta2 * v + one_minus_beta2 * g * g;
+    return (of_gradient * g + of_momentum * m) / (unbias2 * square_root(v) + eps);
+  }
+};
+
 // The name a rule has in Python, and its type.
 #define FUSED_OPT_RULES(RULE)                                \
   RULE("sgd", SGD)                                           \
@@ -219,7 +242,8 @@ struct Adagrad {
   RULE("momentum_rmsprop", MomentumRMSprop)                  \
   RULE("centered_momentum_rmsprop", CenteredMomentumRMSprop) \
   RULE("adamax", Adamax)                                     \
-  RULE("adagrad", Adagrad)
+  RULE("adagrad", Adagrad)                                   \
+  RULE("nadam", NAdam)
 
 // What a rule declares.
 struct RuleShape {

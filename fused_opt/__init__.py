@@ -15,6 +15,7 @@ from .rules.adamax import Adamax
 from .rules.lamb import LAMB
 from .rules.lars import CLARS, LARS
 from .rules.lion import Lion
+from .rules.nadam import NAdam
 from .rules.rmsprop import RMSprop
 from .rules.sgd import SGD
 from .snapshots import Snapshots, average_predictions
@@ -40,6 +41,7 @@ __all__ = [
     "GradInitResult",
     "Lion",
     "MicroBatch",
+    "NAdam",
     "RMSprop",
     "Snapshots",
     "TempBalance",

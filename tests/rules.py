@@ -158,6 +158,8 @@ _ADAM = {
     "amsgrad": st.booleans(),
     "maximize": st.booleans(),
 }
+_DECOUPLING = {**_ADAM, "decoupled_weight_decay": st.booleans()}
+del _DECOUPLING["amsgrad"]
 _RATIO = {"coefficient": st.floats(1e-3, 1), "cap": st.floats(0.01, 10), "exempt": st.integers(-1, 3)}
 _LARS = st.builds(dict.__or__, _SGD, st.fixed_dictionaries({**_RATIO, "eps": st.floats(0, 1e-2)}))
 
@@ -213,6 +215,10 @@ RULES = [
         "initial_accumulator_value": st.floats(0.01, 1),  # from less on, see the eps of RMSprop
         "maximize": st.booleans(),
     })),
+    Rule("NAdam", [
+        {"lr": 0.01, "weight_decay": 0.1, "maximize": True},
+        {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True, "betas": (0.8, 0.95), "momentum_decay": 0.1},
+    ], st.fixed_dictionaries({**_DECOUPLING, "momentum_decay": st.floats(0, 1)})),
     Rule("LARS", [
         {"lr": 1.0, "coefficient": 0.1, "cap": 0.5, "weight_decay": 0.1},
     ], _LARS, LARS, normed=True),

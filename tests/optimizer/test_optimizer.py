@@ -122,6 +122,22 @@ def test_an_unfrozen_parameter_starts_its_own_count(name, options, backend):
         assert [optimizer.state[p]["step"].item() for p in parameters_of(optimizer)] == [5, 2, 5]
 
 
+def test_products_of_nadam_differ_where_its_counts_do_not(backend):
+    """After steps with other betas; torch.optim keeps them in the state, too."""
+    optimizer, oracle = pair("NAdam", {"lr": 0.1}, backend)
+    for step, (beta1, present) in enumerate([(0.9, "110"), (0.5, "001"), (0.9, "111"), (0.9, "111")]):
+        for each in (optimizer, oracle):
+            each.param_groups[0]["betas"] = (beta1, 0.999)
+            set_gradients(parameters_of(each), step)
+            for p, flag in zip(parameters_of(each), present):
+                if flag == "0":
+                    p.grad = None
+            each.step()
+        assert_same(optimizer, oracle)
+    steps, products = ({of_p[slot].item() for of_p in optimizer.state.values()} for slot in ("step", "mu_product"))
+    assert (len(steps), len(products)) == (1, 2)
+
+
 TENSORS = [
     ("SGD", {"lr": torch.tensor(0.1), "momentum": 0.9}),
     ("SGD", {"lr": torch.tensor(0.1), "weight_decay": torch.tensor(0.2)}),

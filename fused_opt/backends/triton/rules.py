@@ -116,6 +116,14 @@ def adagrad(g, s, decayed, eps):
 
 
 @triton.jit
+def nadam(g, m, v, one_minus_beta1, beta2, one_minus_beta2, of_gradient, of_momentum, unbias2, eps, mu_product):
+    """mu_product is the scalar."""
+    m = lerp(m, g, one_minus_beta1)
+    v = beta2 * v + one_minus_beta2 * g * g
+    return divide(of_gradient * g + of_momentum * m, unbias2 * square_root(v) + eps), m, v
+
+
+@triton.jit
 def trust_ratio(kind, coefficient, cap, eps, weight2, grad2, parts, weight_decay, grad_scale):
     """From sums of squares (for LAMB grad2 is the direction's) and the sum of the parts' norms (-1: one part)."""
     weight, scale, norm = tl.sqrt(weight2), tl.abs(grad_scale), tl.sqrt(grad2)
