@@ -230,6 +230,27 @@ struct NAdam {
   }
 };
 
+template <class T>
+struct RAdam {
+  static constexpr int kStates = 2, kCoefficients = 6;
+  static constexpr bool kCountsSteps = true;
+  // unbias1 = 1 / (1 - beta1^t); before at_step it is beta1. rectified: 0 in steps that are not divided.
+  T one_minus_beta1, beta2, one_minus_beta2, unbias1, rectified, eps;
+
+  static FUSED_OPT_FN void at_step(double* coefficients, double t) {
+    const double left = 1 - power(coefficients[1], t), unbias1 = 1 / (1 - power(coefficients[3], t));
+    const double longest = 2 / coefficients[2] - 1, length = longest - 2 * t * (1 - left) / left;
+    const double ratio = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length);
+    coefficients[3] = unbias1;
+    coefficients[4] = length > 5 ? unbias1 * square_root(ratio * left) : 0;
+  }
+  FUSED_OPT_FN T operator()(T g, T& m, T& v) const {
+    m = lerp(m, g, one_minus_beta1);
+    v = beta2 * v + one_minus_beta2 * g * g;
+    return rectified != 0 ? rectified * m / (square_root(v) + eps) : unbias1 * m;
+  }
+};
+
 // The name a rule has in Python, and its type.
 #define FUSED_OPT_RULES(RULE)                                \
   RULE("sgd", SGD)                                           \
@@ -243,7 +264,8 @@ struct NAdam {
   RULE("centered_momentum_rmsprop", CenteredMomentumRMSprop) \
   RULE("adamax", Adamax)                                     \
   RULE("adagrad", Adagrad)                                   \
-  RULE("nadam", NAdam)
+  RULE("nadam", NAdam)                                       \
+  RULE("radam", RAdam)
 
 // What a rule declares.
 struct RuleShape {

@@ -16,6 +16,7 @@ from .rules.lamb import LAMB
 from .rules.lars import CLARS, LARS
 from .rules.lion import Lion
 from .rules.nadam import NAdam
+from .rules.radam import RAdam
 from .rules.rmsprop import RMSprop
 from .rules.sgd import SGD
 from .snapshots import Snapshots, average_predictions
@@ -42,6 +43,7 @@ __all__ = [
     "Lion",
     "MicroBatch",
     "NAdam",
+    "RAdam",
     "RMSprop",
     "Snapshots",
     "TempBalance",

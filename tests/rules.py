@@ -219,6 +219,11 @@ RULES = [
         {"lr": 0.01, "weight_decay": 0.1, "maximize": True},
         {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True, "betas": (0.8, 0.95), "momentum_decay": 0.1},
     ], st.fixed_dictionaries({**_DECOUPLING, "momentum_decay": st.floats(0, 1)})),
+    Rule("RAdam", [
+        {"lr": 0.01, "weight_decay": 0.1, "maximize": True},  # not divided in the first five steps
+        {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True, "betas": (0.8, 0.9), "eps": 1e-5},
+        {"lr": 0.01, "betas": (0.5, 0.5)},  # nor in any
+    ], st.fixed_dictionaries(_DECOUPLING)),
     Rule("LARS", [
         {"lr": 1.0, "coefficient": 0.1, "cap": 0.5, "weight_decay": 0.1},
     ], _LARS, LARS, normed=True),

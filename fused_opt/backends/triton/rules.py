@@ -124,6 +124,14 @@ def nadam(g, m, v, one_minus_beta1, beta2, one_minus_beta2, of_gradient, of_mome
 
 
 @triton.jit
+def radam(g, m, v, one_minus_beta1, beta2, one_minus_beta2, unbias1, rectified, eps):
+    """unbias1 = 1 / (1 - beta1^t); rectified: 0 in steps that are not divided."""
+    m = lerp(m, g, one_minus_beta1)
+    v = beta2 * v + one_minus_beta2 * g * g
+    return tl.where(rectified != 0, divide(rectified * m, square_root(v) + eps), unbias1 * m), m, v
+
+
+@triton.jit
 def trust_ratio(kind, coefficient, cap, eps, weight2, grad2, parts, weight_decay, grad_scale):
     """From sums of squares (for LAMB grad2 is the direction's) and the sum of the parts' norms (-1: one part)."""
     weight, scale, norm = tl.sqrt(weight2), tl.abs(grad_scale), tl.sqrt(grad2)
