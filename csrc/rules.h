@@ -2,6 +2,7 @@
 // the states of one element and returns its update u, p <- p - lr * (u + decoupled_decay * p). The pass owns p, lr and
 // the weight decay, so that multipliers, trust ratios and kinds of decay need nothing from a rule.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -251,6 +252,36 @@ struct RAdam {
   }
 };
 
+template <class T>
+struct AdEMAMix {
+  static constexpr int kStates = 3, kCoefficients = 8;
+  static constexpr bool kCountsSteps = true;
+  // Before at_step one_minus_beta3, unbias1 and unbias2 are beta3, beta3_warmup and alpha_warmup.
+  T one_minus_beta1, beta2, one_minus_beta2, one_minus_beta3, unbias1, unbias2, alpha, eps;
+
+  static FUSED_OPT_FN void at_step(double* coefficients, double t) {
+    const double beta1 = 1 - coefficients[0], warmup = coefficients[4], share = t / warmup;
+    double beta3 = coefficients[3];
+    if (t < warmup) {
+      // The half-life, which is proportional to 1 / ln(beta), grows linearly; that of beta = 0 is 0.
+      const double inverse =
+          (beta1 > 0 ? (1 - share) / std::log(beta1) : 0) + (beta3 > 0 ? share / std::log(beta3) : 0);
+      const double grown = inverse != 0 ? std::exp(1 / inverse) : 0;
+      if (grown < beta3) beta3 = grown;
+    }
+    if (t < coefficients[5]) coefficients[6] *= t / coefficients[5];
+    coefficients[3] = 1 - beta3;
+    coefficients[4] = 1 / (1 - power(beta1, t));
+    coefficients[5] = 1 / square_root(1 - power(coefficients[1], t));
+  }
+  FUSED_OPT_FN T operator()(T g, T& m, T& slow, T& v) const {
+    m = lerp(m, g, one_minus_beta1);
+    slow = lerp(slow, g, one_minus_beta3);
+    v = beta2 * v + one_minus_beta2 * g * g;
+    return (unbias1 * m + alpha * slow) / (unbias2 * square_root(v) + eps);
+  }
+};
+
 // The name a rule has in Python, and its type.
 #define FUSED_OPT_RULES(RULE)                                \
   RULE("sgd", SGD)                                           \
@@ -265,7 +296,8 @@ struct RAdam {
   RULE("adamax", Adamax)                                     \
   RULE("adagrad", Adagrad)                                   \
   RULE("nadam", NAdam)                                       \
-  RULE("radam", RAdam)
+  RULE("radam", RAdam)                                       \
+  RULE("ademamix", AdEMAMix)
 
 // What a rule declares.
 struct RuleShape {

@@ -12,6 +12,7 @@ from .parts.probe import probe_parts
 from .rules.adagrad import Adagrad
 from .rules.adam import Adam, AdamW
 from .rules.adamax import Adamax
+from .rules.ademamix import AdEMAMix
 from .rules.lamb import LAMB
 from .rules.lars import CLARS, LARS
 from .rules.lion import Lion
@@ -31,6 +32,7 @@ __all__ = [
     "PWALKS",
     "SGD",
     "SWM",
+    "AdEMAMix",
     "Adagrad",
     "Adam",
     "AdamW",

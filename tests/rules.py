@@ -132,6 +132,24 @@ def lion(p, g, group, state):
     return p - group["lr"] * (u + group["weight_decay"] * p), {"exp_avg": beta2 * m + (1 - beta2) * g}
 
 
+def ademamix(p, g, group, state):
+    """Pagliardini, Ablin and Grangier, arXiv 2409.03137, algorithm 1, with the schedules of section 3, by half-lives."""
+    (beta1, beta2, beta3), alpha, t = group["betas"], group["alpha"], state.get("step", torch.tensor(0.0)) + 1
+    m, slow, v = (
+        state.get(name, torch.zeros_like(p)).double() for name in ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
+    )
+    n = t.item()
+    if (whole := group["beta3_warmup"]) and n < whole:
+        first, last = (math.log(0.5) / math.log(beta) if beta else 0.0 for beta in (beta1, beta3))
+        beta3 = min(beta3, 0.5 ** (1 / (first + (last - first) * n / whole)))
+    if (whole := group["alpha_warmup"]) and n < whole:
+        alpha = alpha * n / whole
+    m, slow, v = beta1 * m + (1 - beta1) * g, beta3 * slow + (1 - beta3) * g, beta2 * v + (1 - beta2) * g * g
+    u = (m / (1 - beta1**n) + alpha * slow) / ((v / (1 - beta2**n)).sqrt() + group["eps"]) + group["weight_decay"] * p
+    states = {"step": t, "exp_avg_fast": m, "exp_avg_slow": slow, "exp_avg_sq": v}
+    return p - group["lr"] * u, states
+
+
 # --------------------------------------------------------------------------------------------------------------- rules
 
 
@@ -224,6 +242,18 @@ RULES = [
         {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True, "betas": (0.8, 0.9), "eps": 1e-5},
         {"lr": 0.01, "betas": (0.5, 0.5)},  # nor in any
     ], st.fixed_dictionaries(_DECOUPLING)),
+    Rule("AdEMAMix", [
+        {"lr": 0.01, "weight_decay": 0.1, "alpha": 5.0, "beta3_warmup": 3, "alpha_warmup": 5, "maximize": True},
+        {"lr": 0.01, "betas": (0.0, 0.9, 0.99), "beta3_warmup": 10, "eps": 1e-5},
+    ], st.fixed_dictionaries({
+        "lr": st.floats(0, 0.1),
+        "betas": st.tuples(st.floats(0.1, 0.9), st.floats(0.5, 0.9999), st.floats(0.9, 0.9999)),
+        "alpha": st.floats(0, 10),
+        "beta3_warmup": st.sampled_from([None, 1, 2, 10]),
+        "alpha_warmup": st.sampled_from([None, 1, 2, 10]),
+        "weight_decay": _DECAYS,
+    }), written_out(ademamix, lr=1e-3, betas=(0.9, 0.999, 0.9999), alpha=2.0, beta3_warmup=None, alpha_warmup=None,
+                    eps=1e-8, weight_decay=0.0, capturable=False)),
     Rule("LARS", [
         {"lr": 1.0, "coefficient": 0.1, "cap": 0.5, "weight_decay": 0.1},
     ], _LARS, LARS, normed=True),

@@ -73,8 +73,8 @@ RADAM_RULE = Rule(
 class RAdam(FusedOptimizer):
     """RAdam: torch.optim.RAdam with one word changed.
 
-    Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond" (arXiv 1908.03265). The arguments, the state and the
-    state_dict are those of :class:`torch.optim.RAdam`, whose documentation gives the update.
+    Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond" (arXiv 1908.03265). The arguments, the state and
+    the state_dict are those of :class:`torch.optim.RAdam`, whose documentation gives the update.
 
     Args:
         params: tensors, dicts of groups, or ``(name, tensor)`` pairs; float32, float64, bfloat16, float16 or complex.

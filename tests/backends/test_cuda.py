@@ -68,7 +68,9 @@ def test_compiled_kernels_spill_nothing_and_move_16_bytes(architecture, tmp_path
         writes = "norms_kernel" not in kernel.split("(")[0]
         assert ("st.global.cg.v4.u32" in kernel) == ("cvt.rn.bf16.f32" in kernel) == writes
         assert not re.search(r"\b(atom|red)\.\S*\.f(32|64)", kernel)
-        assert not re.search(r"\bfma\.rn\.f(32|64)", kernel)
+        # One thread computes AdEMAMix's schedule, in float64 by the functions of CUDA, which do.
+        contracted = "f32" if "AdEMAMix" in kernel.split("(")[0] else "f(32|64)"
+        assert not re.search(rf"\bfma\.rn\.{contracted}\b", kernel)
 
 
 def test_the_report_says_why_there_is_no_gpu():

@@ -132,6 +132,15 @@ def radam(g, m, v, one_minus_beta1, beta2, one_minus_beta2, unbias1, rectified, 
 
 
 @triton.jit
+def ademamix(g, m, slow, v, one_minus_beta1, beta2, one_minus_beta2, one_minus_beta3, unbias1, unbias2, alpha, eps):
+    """Adam with a slow average beside the fast one."""
+    m = lerp(m, g, one_minus_beta1)
+    slow = lerp(slow, g, one_minus_beta3)
+    v = beta2 * v + one_minus_beta2 * g * g
+    return divide(unbias1 * m + alpha * slow, unbias2 * square_root(v) + eps), m, slow, v
+
+
+@triton.jit
 def trust_ratio(kind, coefficient, cap, eps, weight2, grad2, parts, weight_decay, grad_scale):
     """From sums of squares (for LAMB grad2 is the direction's) and the sum of the parts' norms (-1: one part)."""
     weight, scale, norm = tl.sqrt(weight2), tl.abs(grad_scale), tl.sqrt(grad2)
