@@ -139,6 +139,17 @@ def against_torch(name: str, options: dict[str, Any], faster: dict[str, float]) 
     return Table(name.lower(), f"{name}({what}), one step, float32", cases)
 
 
+def of_small_tensors(name: str) -> Case:
+    """One optimizer with its defaults, where torch has no fused step to compare with."""
+    ours, theirs = getattr(fused_opt, name), getattr(torch.optim, name)
+    contenders = {
+        "fused_opt": partial(stepping, ours),
+        "torch": partial(stepping, theirs),
+        "torch foreach": partial(stepping, theirs, foreach=True),
+    }
+    return Case(name, SHAPES["300 of 8x8"], contenders, "torch", (Target("fused_opt", "speed", 8, "torch"),))
+
+
 def one_pass(name: str, contenders: dict[str, Make], baseline: str, *targets: Target) -> Case:
     """A case over ResNet-50's shapes."""
     return Case(name, SHAPES["ResNet-50"], contenders, baseline, targets)
@@ -148,6 +159,11 @@ ours_sgd = partial(stepping, fused_opt.SGD, **SGD)
 TABLES = [
     against_torch("SGD", {"lr": 1e-3, "momentum": 0.9}, {"300 of 8x8": 10, "300 of 64x64": 5, "30 of 1024x1024": 1.2}),
     against_torch("AdamW", {"lr": 1e-3}, {"300 of 8x8": 15, "300 of 64x64": 5, "30 of 1024x1024": 1.1}),
+    Table(
+        "rules",
+        "Other rules of torch.optim, 300 tensors of 8x8, one step, float32",
+        list(map(of_small_tensors, ("RMSprop", "Adamax", "Adagrad", "NAdam", "RAdam"))),
+    ),
     Table(
         "one_pass",
         "What is fused into the step, ResNet-50's shapes, float32",
