@@ -254,14 +254,14 @@ class _Run:
         return [self._of_row(n, key, lr, scale) for key in keys]
 
     def _of_row(self, n: int, key: StepKey, lr: float | Tensor, scale: float) -> StepArgs:
-        row, *step = key
+        row, step, scalar, earlier = key
         odd, (kind, noise, average) = row % 2, self.rows[row]
         return StepArgs(
             lr,
             scale * (-0.5 if odd else 0.75),
             0.0 if odd else 0.25,
             0.125 if odd else 0.0,
-            self.rule.numbers(_SETTINGS[odd], *step),
+            self.rule.numbers(_SETTINGS[odd], step, scalar, earlier),
             None if kind is None else _RATIOS[kind],
             None if noise is None else NoiseArgs(_SIGMA, noise == RELATIVE_NOISE, _SEED, n),
             Fold(0.375, 0.875, n == 0, n == 2 and bool(odd)) if average and n != 1 else None,
