@@ -48,6 +48,18 @@ BAD_VALUES = [
             {"fused": True, "foreach": True},
         )
     ),
+    *(
+        (name, {key: -0.5})
+        for name, keys in {
+            "RMSprop": ("lr", "alpha", "eps", "weight_decay", "momentum"),
+            "Adamax": ("lr", "eps", "weight_decay"),
+            "Adagrad": ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps"),
+            "NAdam": ("lr", "eps", "weight_decay", "momentum_decay"),
+            "RAdam": ("lr", "eps", "weight_decay"),
+        }.items()
+        for key in keys
+    ),
+    *((name, {"betas": betas}) for name in ("Adamax", "NAdam", "RAdam") for betas in ((1.0, 0.9), (0.9, -0.1))),
 ]
 
 
@@ -84,6 +96,22 @@ def test_values_out_of_range_in_the_words_of_torch(name, options):
 def test_values_that_torch_takes_or_does_not_know(options, message):
     with pytest.raises(ValueError, match=message):
         fused_opt.SGD([torch.nn.Parameter(torch.ones(3))], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"betas": (0.9, 0.999)}, "Invalid betas: .*; they are three, the last that of the slow average"),
+        ({"betas": (0.9, 0.999, 1.0)}, "Invalid beta parameter at index 2: 1.0"),
+        ({"alpha": -1.0}, "Invalid alpha value: -1.0"),
+        ({"alpha_warmup": -1}, "Invalid alpha_warmup: -1"),
+        ({"beta3_warmup": float("nan")}, "Invalid beta3_warmup: nan"),
+    ],
+    ids=str,
+)
+def test_values_of_ademamix(options, message):
+    with pytest.raises(ValueError, match=message):
+        fused_opt.AdEMAMix([torch.nn.Parameter(torch.ones(3))], **options)
 
 
 def test_parameters_that_are_none_in_the_words_of_torch():
@@ -335,13 +363,14 @@ BAD_COUNTS = {
 }
 
 
+@pytest.mark.parametrize(("name", "slot"), [("Adam", "step"), ("NAdam", "mu_product")])
 @pytest.mark.parametrize("what", BAD_COUNTS)
-def test_a_bad_step_count_at_the_step(what, backend):
-    optimizer, oracle = pair("Adam", {"lr": 0.1}, backend, arrange=named)
+def test_a_bad_step_count_at_the_step(what, name, slot, backend):
+    optimizer, oracle = pair(name, {"lr": 0.1}, backend, arrange=named)
     train_both(optimizer, oracle, 3)
-    optimizer.state[parameters_of(optimizer)[1]]["step"] = copy.deepcopy(BAD_COUNTS[what])
+    optimizer.state[parameters_of(optimizer)[1]][slot] = copy.deepcopy(BAD_COUNTS[what])
     set_gradients(parameters_of(optimizer), 0)
-    refuses(optimizer, "parameter '?bias'?.* 'step'")
+    refuses(optimizer, f"parameter '?bias'?.* '{slot}'")
 
 
 @pytest.mark.parametrize("what", [what for what in BAD_STATES if what != "device"])  # loading moves the states
