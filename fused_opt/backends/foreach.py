@@ -160,7 +160,8 @@ def _objects(param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) ->
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
     """What a bucket was made for; that memory overlaps it was asked then."""
-    return type(tensor), tensor.layout, tensor.dtype, tensor.device, tensor.shape
+    lazily = tensor.is_neg(), tensor._is_zerotensor()  # another backend steps what is neither
+    return type(tensor), tensor.layout, tensor.dtype, tensor.device, tensor.shape, *lazily
 
 
 def _in_parts(members: Sequence[ParamEntry]) -> Iterator[list[ParamEntry]]:
