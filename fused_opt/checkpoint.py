@@ -173,7 +173,7 @@ def _by_parameter(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> l
 
 
 def _check_count(what: str, value: Any) -> None:
-    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta else value
+    number: Any = value.item() if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta else value
     if number is None or (isinstance(number, dict) and not number):  # of torch.distributed.checkpoint: none
         return
     if not isinstance(number, Real) or not 0 <= float(number) < float("inf"):
