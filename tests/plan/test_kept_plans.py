@@ -38,14 +38,18 @@ def test_a_gradient_of_zeros_without_memory():
     assert torch.equal(p, before)
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam"])
-def test_one_of_zeros_without_dimensions(name, backend):
-    """Torch makes it float64 when it is multiplied with a number."""
+@pytest.mark.parametrize(
+    ("name", "options"), [("SGD", {}), ("SGD", {"momentum": 0.9, "nesterov": True}), ("Adam", {})], ids=str
+)
+def test_one_of_zeros_without_dimensions(name, options, backend):
+    """Torch makes it float64 when it is multiplied with a number, and does not write it."""
     p, q = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.tensor(1.0))
-    optimizer = getattr(fused_opt, name)([p, q], lr=0.5, backend="reference" if backend == "reference" else "auto")
+    optimizer = getattr(fused_opt, name)(
+        [p, q], lr=0.5, backend="reference" if backend == "reference" else "auto", **options
+    )
     p.grad, q.grad = torch.ones(2), torch._efficientzerotensor(())
     optimizer.step()
-    torch.testing.assert_close(p.detach(), torch.full((2,), 0.5))
+    torch.testing.assert_close(p.detach(), torch.full((2,), 0.05 if options else 0.5))
     assert q.item() == 1.0
 
 
