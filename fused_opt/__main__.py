@@ -41,7 +41,8 @@ def _devices() -> list[torch.device]:
 def _rules() -> Iterator[Rule]:
     """Every one of the package."""
     for module in pkgutil.iter_modules(rules.__path__, f"{rules.__name__}."):
-        yield from (value for value in vars(import_module(module.name)).values() if isinstance(value, Rule))
+        for value in vars(import_module(module.name)).values():
+            yield from (one for one in (value.values() if isinstance(value, dict) else [value]) if isinstance(one, Rule))
 
 
 def _check(name: str, device: torch.device) -> None:

@@ -13,6 +13,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from threading import Lock
 from typing import Any, NamedTuple, cast
 
@@ -183,12 +184,25 @@ _RATIOS = {
     Kind.LAMB: RatioArgs(Kind.LAMB, 0.25, 2.0, 0.0, 0),
 }
 # What rules make coefficients of, in even rows and in odd ones. The powers of the betas are exact.
-_SETTINGS: tuple[Mapping[str, Any], ...] = (
-    defaultdict(lambda: 0.5, betas=(0.75, 0.875), eps=0.0625, momentum=0.75, dampening=0.5, nesterov=True),
-    defaultdict(lambda: 0.5, betas=(0.25, 0.5), eps=0.0, momentum=0.5, dampening=0.25, nesterov=False),
+_SETTINGS: tuple[defaultdict[str, Any], ...] = (
+    defaultdict(lambda: 0.5, betas=(0.75, 0.875, 0.9375), eps=0.0625, momentum=0.75, dampening=0.5, nesterov=True),
+    defaultdict(lambda: 0.5, betas=(0.25, 0.5, 0.75), eps=0.0, momentum=0.5, dampening=0.25, nesterov=False),
 )
 _LR, _SIGMA, _SEED, _COUNT = 0.125, 0.0625, 0x9E3779B97F4A7C15, 4
 _STEPS = 3  # and then one that is clipped, and one that is not made
+
+
+@cache
+def _settings(rule: Rule, odd: int) -> Mapping[str, Any]:
+    """With as many betas as the rule takes."""
+    for count in (2, 3):
+        settings = _SETTINGS[odd] | {"betas": _SETTINGS[odd]["betas"][:count]}
+        try:
+            rule.coefficients(settings)
+        except ValueError:
+            continue
+        return settings
+    raise ValueError(f"rule {rule.name!r} takes neither two betas nor three")
 
 
 class _Run:
@@ -261,7 +275,7 @@ class _Run:
             scale * (-0.5 if odd else 0.75),
             0.0 if odd else 0.25,
             0.125 if odd else 0.0,
-            self.rule.numbers(_SETTINGS[odd], step, scalar, earlier),
+            self.rule.numbers(_settings(self.rule, odd), step, scalar, earlier),
             None if kind is None else _RATIOS[kind],
             None if noise is None else NoiseArgs(_SIGMA, noise == RELATIVE_NOISE, _SEED, n),
             Fold(0.375, 0.875, n == 0, n == 2 and bool(odd)) if average and n != 1 else None,

@@ -71,7 +71,7 @@ def test_a_rule_that_only_python_has_is_left_to_the_reference():
     (p,) = optimizer.param_groups[0]["params"]
     p.grad = torch.ones(3)
     optimizer.step()
-    assert type(optimizer._last.buckets[0]).__module__ == "fused_opt.backends.reference"
+    assert type(optimizer._last.buckets[0]).__module__ == "fused_opt.backends.foreach"
     optimizer.backend, optimizer._plan = "native", None
     with pytest.raises(RuntimeError, match="no rule 'mine' in csrc"):
         optimizer.step()

@@ -124,15 +124,15 @@ def test_auto_warns_once_and_goes_on_without_a_backend_that_is_wrong(monkeypatch
     wrong(monkeypatch)
     with pytest.warns(fused_opt.warn.FusedOptWarning) as caught:
         optimizer = stepped()
-    assert backend_of(optimizer) == "reference"
+    assert backend_of(optimizer) == "foreach"
     (text,) = (str(warning.message) for warning in caught)
     assert re.match(
         r"fused_opt does not use its native backend: its self-check on cpu failed: rule 'adam' in float32: after step 1 "
         r"\d+ of \d+ numbers differ in the parameter; the first one, of a tensor with vectors and a tail and .* is "
-        r"-?\d\.\d+ and not -?\d\.\d+; the reference backend steps in its place$",
+        r"-?\d\.\d+ and not -?\d\.\d+; the foreach backend steps in its place$",
         text,
     )
-    assert backend_of(stepped(kind="SGD")) == "reference"  # without another check, or another word
+    assert backend_of(stepped(kind="SGD")) == "foreach"  # without another check, or another word
 
 
 def test_what_passed_is_not_used_beside_what_is_wrong(monkeypatch):
@@ -140,7 +140,7 @@ def test_what_passed_is_not_used_beside_what_is_wrong(monkeypatch):
     wrong(monkeypatch)
     with pytest.warns(fused_opt.warn.FusedOptWarning):
         stepped()
-    assert backend_of(stepped(kind="SGD")) == "reference"
+    assert backend_of(stepped(kind="SGD")) == "foreach"
 
 
 def test_a_named_backend_that_is_wrong_is_refused(monkeypatch):
@@ -163,9 +163,9 @@ def test_a_backend_that_raises_is_wrong(monkeypatch):
 
     monkeypatch.setattr(native.GPUBucket, "run", fail)
     with pytest.warns(
-        fused_opt.warn.FusedOptWarning, match="RuntimeError: CUDA could not launch a kernel; the reference"
+        fused_opt.warn.FusedOptWarning, match="RuntimeError: CUDA could not launch a kernel; the foreach"
     ):
-        assert backend_of(stepped()) == "reference"
+        assert backend_of(stepped()) == "foreach"
 
 
 def test_want_of_memory_is_no_verdict(monkeypatch):
