@@ -42,7 +42,9 @@ def _rules() -> Iterator[Rule]:
     """Every one of the package."""
     for module in pkgutil.iter_modules(rules.__path__, f"{rules.__name__}."):
         for value in vars(import_module(module.name)).values():
-            yield from (one for one in (value.values() if isinstance(value, dict) else [value]) if isinstance(one, Rule))
+            yield from (
+                one for one in (value.values() if isinstance(value, dict) else [value]) if isinstance(one, Rule)
+            )
 
 
 def _check(name: str, device: torch.device) -> None:
