@@ -416,3 +416,15 @@ def test_a_count_that_was_moved_is_noticed():
     train(a, b, ours, theirs, steps=2, first=2)
     assert_alike(a, b, ours, theirs)
     assert a.state[ours[1]]["step"].item() == 9.0
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "NAdam"])
+def test_a_parameter_twice_in_a_group(name):
+    options = {"lr": 0.01, **({"momentum": 0.9, "dampening": 0.3} if name == "SGD" else {})}
+    p, q = (torch.nn.Parameter(torch.tensor([1.0, -2.0, 0.5])) for _ in range(2))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        ours = getattr(fused_opt, name)([p, p], backend="triton", **options)
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        theirs = getattr(fused_opt, name)([q, q], backend="reference", **options)
+    train(ours, theirs, [p], [q])
+    assert_alike(ours, theirs, [p], [q])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from itertools import compress
-from operator import attrgetter
+from operator import add, attrgetter
 from typing import Any
 
 import torch
@@ -40,6 +40,9 @@ class Counts:
         ]  # kept alive, so that no other tensor gets the address
         self.known: list[float] = []
         self.versions: list[int] = []
+        self.earlier = [
+            m.earlier for m in members
+        ]  # of a parameter that is there twice, the steps before it in this one
         self.any_new = any(m.states_are_new for m in members)
 
     def moved(self) -> bool:
@@ -49,7 +52,7 @@ class Counts:
     def read(self) -> list[float]:
         """Of every member."""
         if self.cells:
-            self.known = list(map(_value, self.cells))
+            self.known = list(map(add, map(_value, self.cells), self.earlier))
         elif not self.steps:
             self.known = self.known or [m.count() for m in self.members]
         elif (versions := list(map(_version, self.steps))) != self.versions:

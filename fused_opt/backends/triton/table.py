@@ -124,15 +124,20 @@ class Table:
             return False
         counts, addresses = self.counts.read(), list(map(Tensor.data_ptr, gradients))
         scalars = self.counts.read_scalars()
-        if self.here is None and counts.count(counts[0]) == scalars.count(scalars[0]) == len(counts):
+        earlier = self.counts.earlier
+        if (
+            self.here is None
+            and not any(earlier)
+            and counts.count(counts[0]) == scalars.count(scalars[0]) == len(counts)
+        ):
             key = (counts[0] + 1, scalars[0], 0)
             row_of = {group: keys.setdefault((group, *key), len(keys)) for group in self.distinct_groups}
             self.rows, self.gradients = list(map(row_of.__getitem__, self.groups)), addresses
         else:
             left = iter(addresses)
             self.rows = [
-                keys.setdefault((group, n + 1, scalar, 0), len(keys)) if is_here else -1
-                for is_here, group, n, scalar in zip(here, self.groups, counts, scalars)
+                keys.setdefault((group, n + 1, scalar, before), len(keys)) if is_here else -1
+                for is_here, group, n, scalar, before in zip(here, self.groups, counts, scalars, earlier)
             ]
             self.gradients = [next(left) if is_here else 0 for is_here in here]
         self.parts = self.grad2 = self.nothing
