@@ -66,7 +66,10 @@ struct Model {
     data += (16 - reinterpret_cast<uintptr_t>(data) % 16) % 16;
     for (int64_t i = 0; i < n + 24; ++i) {
       float value = whole ? std::round(values[i] * 4) / 4 : values[i];
-      if (seed % 10 > 2 && seed % 10 < 6) value = std::fabs(value);  // second moments
+      // Second moments are not negative. Some rules have them first, others something else: every other tensor has
+      // either.
+      const unsigned slot = seed % 10, first = seed / 10 % 2 ? 3 : 2;
+      if (slot >= first && slot < 6) value = std::fabs(value);
       if (dtype == DType::kFloat64) {
         const double wide = whole ? value : value + 1e-9 * value;
         std::memcpy(data + 8 * i, &wide, 8);
