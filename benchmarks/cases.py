@@ -161,7 +161,7 @@ TABLES = [
     against_torch("AdamW", {"lr": 1e-3}, {"300 of 8x8": 15, "300 of 64x64": 5, "30 of 1024x1024": 1.1}),
     Table(
         "rules",
-        "Other rules of torch.optim, 300 tensors of 8x8, one step, float32",
+        "Other rules, 300 tensors of 8x8, one step, float32",
         list(map(of_small_tensors, ("RMSprop", "Adamax", "Adagrad", "NAdam", "RAdam"))),
     ),
     Table(

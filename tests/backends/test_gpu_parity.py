@@ -96,6 +96,7 @@ def test_the_self_check_passes(backend, dtype):
 
 
 @needs_gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 def test_auto_takes_the_first_that_passes():
     optimizer, parameters = make("AdamW", {}, "auto", tensors_that_hurt()[:3])
     feed(parameters, gradients(parameters, 0))
