@@ -1,5 +1,6 @@
 // Models, rules and settings that the kernels for GPUs are tried on.
 #pragma once
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstring>
@@ -66,10 +67,9 @@ struct Model {
     data += (16 - reinterpret_cast<uintptr_t>(data) % 16) % 16;
     for (int64_t i = 0; i < n + 24; ++i) {
       float value = whole ? std::round(values[i] * 4) / 4 : values[i];
-      // Second moments are not negative. Some rules have them first, others something else: every other tensor has
-      // either.
-      const unsigned slot = seed % 10, first = seed / 10 % 2 ? 3 : 2;
-      if (slot >= first && slot < 6) value = std::fabs(value);
+      const unsigned state = seed % 10 - 2;
+      if (state < 4) value = std::fabs(value);  // second moments are among them
+      if (state == 0) value += 4;               // and where there is a variance, they exceed the square of the mean
       if (dtype == DType::kFloat64) {
         const double wide = whole ? value : value + 1e-9 * value;
         std::memcpy(data + 8 * i, &wide, 8);
@@ -95,11 +95,11 @@ StepArgs args_of(const std::string& rule) {
   args.grad_scale = -0.5;
   args.coupled_decay = 0.01;
   args.decoupled_decay = 0.02;
-  const double sgd[] = {0.9, 0.7, 1}, adam[] = {0.1, 0.999, 0.001, 0.9, 0.968, 1e-8};
-  if (rule.find("sgd") == std::string::npos)
-    std::memcpy(args.coefficients, adam, sizeof adam);
-  else
-    std::memcpy(args.coefficients, sgd, sizeof sgd);
+  const std::vector<double> sgd = {0.9, 0.7, 1}, adam = {0.1, 0.999, 0.001, 0.9, 0.968, 1e-8},
+                            longest = {0.1, 0.999, 0.001, 0.1, 0.9, 1, 0.5, 1e-3};
+  const bool is_longest = kRules[rule_index(rule.c_str())].coefficients == static_cast<int>(longest.size());
+  const auto& some = rule.find("sgd") != std::string::npos ? sgd : is_longest ? longest : adam;
+  std::copy(some.begin(), some.end(), args.coefficients);
   return args;
 }
 
