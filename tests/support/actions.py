@@ -153,8 +153,9 @@ def step_with_a_scaler(run, index):
         p.grad = p.grad * scaler.get_scale()
         if index % 3 == 0 and p.numel() and not (counted and as_on_a_gpu()):
             p.grad[(0,) * p.ndim] = math.inf
+    if index % 2 or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        scaler.unscale_(optimizer)  # as GradScaler does itself before it calls such a step, which may raise
     if index % 2:
-        scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(of, 0.5)
     run.attempt(lambda: scaler.step(optimizer))
     for attribute in ("found_inf", "grad_scale"):  # where the step raised, GradScaler leaves them
