@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 
 # Everything that CI runs: the linters, the C++ tests under sanitizers (tests/backends/test_cpp.py), the doctests, the tests.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

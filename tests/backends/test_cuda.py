@@ -4,16 +4,17 @@ conftest's ``backend`` runs the other tests so, too; here is what is different w
 """
 
 import copy
+import importlib.util
 import re
 import shutil
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 from rules import every_rule
-from support import ROOT
 from support.compare import assert_close, unchanged
 from support.kernels import GPU, run_with
 from support.parameters import clones, pair, parameters_of, set_gradients, train_both
@@ -41,27 +42,37 @@ def nobody_waits():
         yield
 
 
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
-def test_compiled_kernels_spill_nothing_and_move_16_bytes(architecture, tmp_path):
-    known = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-    if architecture not in known:
-        pytest.skip(f"this nvcc knows {', '.join(known)}")
-    flags = re.search(r"fused_opt_gpu PRIVATE (-fmad=\S+)", (ROOT / "CMakeLists.txt").read_text())[1]
-    command = ["nvcc", "-std=c++17", f"-arch={architecture}", flags, "-Xptxas", "-v", "--keep", "--keep-dir", tmp_path]
-    command += ["-cubin", ROOT / "csrc/cuda/gpu.cu", "-o", tmp_path / "gpu.cubin"]
-    compiled = subprocess.run(command, capture_output=True, text=True)
-    assert compiled.returncode == 0, compiled.stderr
-    assert "warning" not in compiled.stderr
-    report = re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
-                        r"(\d+) bytes spill loads.*?Used (\d+) registers", compiled.stderr, re.DOTALL)  # fmt: skip
-    assert len(report) == KERNELS
-    for name, frame, stores, loads, registers in report:
-        short = re.search(r"(update|norms|accumulate)_kernel.*", name)[0]
-        print(f"{architecture} {registers:>3} registers  {short}")
-        assert (frame, stores, loads) == ("0", "0", "0"), short
-    (ptx,) = tmp_path.glob("*.ptx")
-    kernels = re.split(r"\.entry ", ptx.read_text())[1:]
+@pytest.fixture(scope="module")
+def compiled():
+    """What NVIDIA's tool, which comes with Triton, prints of the GPU code in the installed module."""
+    if not shutil.which("nvcc"):
+        pytest.skip("nvcc is not installed")
+    triton = importlib.util.find_spec("triton")
+    tool = triton and Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool or not tool.exists():
+        pytest.skip("cuobjdump is not installed")
+
+    def dump(option):
+        command = [tool, option, native._native.__file__]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    return dump
+
+
+def test_compiled_kernels_spill_nothing(compiled):
+    by_architecture = re.split(r"arch = (sm_\d+)", compiled("-res-usage"))[1:]
+    assert {"sm_80", "sm_90"} <= set(by_architecture[::2])
+    for architecture, usage in zip(by_architecture[::2], by_architecture[1::2], strict=True):
+        report = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) \S+ LOCAL:(\d+)", usage)
+        assert len(report) in (0, KERNELS)  # none of the PTX beside the last one
+        for name, registers, frame, local in report:
+            short = re.search(r"(update|norms|accumulate)_kernel.*", name)[0]
+            print(f"{architecture} {registers:>3} registers  {short}")
+            assert (frame, local) == ("0", "0"), short
+
+
+def test_compiled_kernels_move_16_bytes(compiled):
+    kernels = re.split(r"\.entry ", compiled("-ptx"))[1:]
     assert len(kernels) == KERNELS
     for kernel in kernels:
         assert "ld.global.cg.v4.u32" in kernel
