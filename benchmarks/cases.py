@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -18,12 +18,13 @@ from fused_opt import backends
 from . import shapes
 from .gpu import BACKENDS, ON_CPU
 from .harness import Call, Case, Make, Table, normal
-from .shapes import SHAPES
+from .shapes import SHAPES, Shape
 from .targets import Target
 
 SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
 ADAM: dict[str, Any] = {"lr": 1e-3}
 ADAMW: dict[str, Any] = {"lr": 1e-3, "weight_decay": 1e-2}
+MUON: dict[str, Any] = {"lr": 0.02}
 MATRIX = torch.ones(512, 512)
 NEVER = 10**9  # steps
 
@@ -150,6 +151,15 @@ def of_small_tensors(name: str) -> Case:
     return Case(name, SHAPES["300 of 8x8"], contenders, "torch", (Target("fused_opt", "speed", 8, "torch"),))
 
 
+def muon(key: str, shapes: Sequence[Shape], *targets: Target) -> Case:
+    """Muon of many matrices of equal shapes, beside torch's."""
+    contenders = {
+        "fused_opt": partial(stepping, fused_opt.Muon, **MUON),
+        "torch": partial(stepping, torch.optim.Muon, **MUON),
+    }
+    return Case(key, shapes, contenders, "torch", targets)
+
+
 def one_pass(name: str, contenders: dict[str, Make], baseline: str, *targets: Target) -> Case:
     """A case over ResNet-50's shapes."""
     return Case(name, SHAPES["ResNet-50"], contenders, baseline, targets)
@@ -163,6 +173,15 @@ TABLES = [
         "rules",
         "Other rules, 300 tensors of 8x8, one step, float32",
         list(map(of_small_tensors, ("RMSprop", "Adamax", "Adagrad", "NAdam", "RAdam"))),
+    ),
+    Table(
+        "muon",
+        "Muon(lr=0.02), one step, float32",
+        [
+            muon("300 of 8x8", SHAPES["300 of 8x8"], Target("fused_opt", "speed", 3, "torch")),
+            muon("100 of 64x64", [(64, 64)] * 100, Target("fused_opt", "speed", 1, "torch")),
+            muon("4 of 256x1024", [(256, 1024)] * 4, Target("fused_opt", "time", 1.1, "torch")),
+        ],
     ),
     Table(
         "one_pass",

@@ -282,6 +282,20 @@ struct AdEMAMix {
   }
 };
 
+// The first half of Muon: what its matrices are made of.
+template <class T>
+struct Muon {
+  static constexpr int kStates = 1, kCoefficients = 2;
+  static constexpr bool kCountsSteps = false;
+  // share: the momentum with Nesterov's, else 1.
+  T one_minus_momentum, share;
+
+  FUSED_OPT_FN T operator()(T g, T& m) const {
+    m = lerp(m, g, one_minus_momentum);
+    return lerp(g, m, share);
+  }
+};
+
 // The name a rule has in Python, and its type.
 #define FUSED_OPT_RULES(RULE)                                \
   RULE("sgd", SGD)                                           \
@@ -297,7 +311,8 @@ struct AdEMAMix {
   RULE("adagrad", Adagrad)                                   \
   RULE("nadam", NAdam)                                       \
   RULE("radam", RAdam)                                       \
-  RULE("ademamix", AdEMAMix)
+  RULE("ademamix", AdEMAMix)                                 \
+  RULE("muon", Muon)
 
 // What a rule declares.
 struct RuleShape {

@@ -16,6 +16,7 @@ from .rules.ademamix import AdEMAMix
 from .rules.lamb import LAMB
 from .rules.lars import CLARS, LARS
 from .rules.lion import Lion
+from .rules.muon import Muon
 from .rules.nadam import NAdam
 from .rules.radam import RAdam
 from .rules.rmsprop import RMSprop
@@ -44,6 +45,7 @@ __all__ = [
     "GradInitResult",
     "Lion",
     "MicroBatch",
+    "Muon",
     "NAdam",
     "RAdam",
     "RMSprop",

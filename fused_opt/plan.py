@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from . import backends
-from .backends import self_check
-from .backends.interface import DeviceBucket, DeviceScalars, ParamEntry, StepArgs, StepKey
+from .backends import matrices, self_check
+from .backends.interface import Backend, Bucket, DeviceBucket, DeviceScalars, ParamEntry, StepArgs, StepKey
 from .backends.self_check import Variant
 from .groups import GroupSpec, name_of
 from .rule import Rule
@@ -74,10 +74,7 @@ class Plan:
                     )
             for shard in self.shards:
                 shard.bind()
-            self.buckets = [
-                backends.get(key.backend).bucket(key.rule, members, param_groups, state)
-                for key, members in chosen.items()
-            ]
+            self.buckets = [_bucket(key, members, param_groups, state) for key, members in chosen.items()]
         except BaseException:
             self.undo()
             raise
@@ -97,6 +94,9 @@ class Plan:
         """Let go of the gradients of shards."""
         for shard in self.shards:
             shard.unbind()
+        for bucket in self.buckets:
+            if isinstance(bucket, matrices.Bucket):
+                bucket.unbind()
 
     def collect_gradients(
         self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]
@@ -149,6 +149,15 @@ class Plan:
                 shard.written()
 
 
+def _bucket(
+    key: _Key, members: list[ParamEntry], param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]
+) -> Bucket:
+    backend = backends.get(key.backend)
+    if key.rule.matrices is not None:
+        return matrices.Bucket(backend, key.rule, key.rule.matrices, members, param_groups, state)
+    return backend.bucket(key.rule, members, param_groups, state)
+
+
 def _grouped(
     param_groups: list[dict[str, Any]],
     state: Mapping[Tensor, Any],
@@ -176,8 +185,8 @@ def _grouped(
                 )
             tensors = [local(tensor) for tensor in check_parameter(name, spec, p, state.get(p, {}))]
             shard = Shard(name, p, spec.noisy) if is_spread(p) else None
-            variant = partial(_variant, spec.rule, p, state.get(p, {}), state_dtype, extras)
-            of_p = _choose(name, spec, backend, tensors, shard is not None, variant)
+            variants = partial(_variants, spec.rule, group, p, state.get(p, {}), state_dtype, extras)
+            of_p = _choose(name, spec, backend, tensors, shard is not None, variants)
             entry = ParamEntry(p if shard is None else shard.tensor, g, index, name, noisy=spec.noisy, shard=shard)
             entry.differentiable = spec.differentiable
             entry.earlier = seen[p]
@@ -199,12 +208,24 @@ def _has_no_elements_yet(p: Tensor) -> bool:
     return is_lazy(p) or p.layout != torch.strided
 
 
-def _variant(
-    rule: Rule, p: Tensor, state: Mapping[str, Any], dtype: torch.dtype | None, extras: frozenset[str]
-) -> Variant:
+def _variants(
+    rule: Rule,
+    group: Mapping[str, Any],
+    p: Tensor,
+    state: Mapping[str, Any],
+    dtype: torch.dtype | None,
+    extras: frozenset[str],
+) -> list[Variant]:
     """What a parameter asks of kernels; ``dtype``: of states that are to be made."""
     states = [(dtype or p.dtype) if (found := state.get(slot)) is None else found.dtype for slot in rule.states]
-    return Variant(rule, (p.dtype, p.dtype if p.grad is None else p.grad.dtype, *states), extras)
+    of_gradient = (p.dtype if p.grad is None else p.grad.dtype, *states)
+    if rule.matrices is None:
+        return [Variant(rule, (p.dtype, *of_gradient), extras)]
+    between = matrices.dtype(rule.matrices, group, p)
+    return [
+        Variant(rule, (between, *of_gradient), extras),
+        Variant(rule.matrices.apply, (p.dtype, between), extras),
+    ]
 
 
 def _choose(
@@ -213,9 +234,14 @@ def _choose(
     backend: str,
     tensors: Sequence[Tensor],
     sharded: bool,
-    variant: Callable[[], Variant],
+    variants: Callable[[], list[Variant]],
 ) -> str:
     """The backend of a parameter: the named one, or the first that can."""
+    if spec.rule.matrices is not None and sharded:
+        raise RuntimeError(
+            f"parameter {name} is a DTensor, and rule {spec.rule.name!r} needs whole matrices in every process. What would "
+            f"work: torch.nn.parallel.DistributedDataParallel, or AdamW for this parameter"
+        )
     if spec.differentiable:
         if backend not in ("auto", "reference") or sharded:
             what = "a DTensor" if sharded else f"backend {backend!r}"
@@ -227,7 +253,7 @@ def _choose(
     if backend != "auto":
         module = backends.get(backend)
         reason = module.unavailable() or module.unsupported(spec.rule, tensors, spec.noisy, sharded)
-        if reason := reason or self_check.failure(backend, module, tensors[0], variant):
+        if reason := reason or _failure(backend, module, tensors[0], variants):
             raise RuntimeError(
                 f"backend {backend!r} cannot step parameter {name}: {reason}. backend='auto' takes one that can"
             )
@@ -240,12 +266,20 @@ def _choose(
             if device in module.DEVICES:
                 warn_once(f"fused_opt runs without its {candidate} backend: {reason}")
         elif module.unsupported(spec.rule, tensors, spec.noisy, sharded) is None:
-            if not (failure := self_check.failure(candidate, module, tensors[0], variant)):
+            if not (failure := _failure(candidate, module, tensors[0], variants)):
                 for text in failures:
                     warn_once(f"{text}; the {candidate} backend steps in its place")
                 return candidate
             failures.append(f"fused_opt does not use its {candidate} backend: {failure}")
     raise AssertionError("the reference backend supports everything")
+
+
+def _failure(backend: str, module: Backend, p: Tensor, variants: Callable[[], list[Variant]]) -> str | None:
+    """Why a backend must not step a parameter, of which its self-check says no."""
+    if module.standard(p) is None:
+        return None
+    found = (self_check.failure(backend, module, p, lambda variant=variant: variant) for variant in variants())  # type: ignore[misc]
+    return next(filter(None, found), None)
 
 
 def _turns(written: Sequence[Sequence[Tensor]]) -> list[int | None]:

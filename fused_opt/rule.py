@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 Number: TypeAlias = float  # or, with differentiable=True, a tensor that autograd follows
@@ -28,6 +29,20 @@ def square_root(x: Number) -> Number:
 
 def _same_in_every_step(coefficients: Sequence[float], step: float) -> Sequence[float]:
     return coefficients
+
+
+class Matrices(NamedTuple):
+    """What a rule does with whole matrices: its update, an element at a time, is not yet what moves the weights.
+
+    Parameters of more than two dimensions are matrices, too: rows by the first, columns by all others.
+    """
+
+    make: Callable[
+        [Tensor, Mapping[str, Any]], Tensor
+    ]  # (updates of matrices of one shape in a stack, group): in PyTorch
+    scale: Callable[[Mapping[str, Any], int, int], float]  # (group, rows, columns): what is made is multiplied with it
+    dtype: Callable[[Mapping[str, Any]], torch.dtype]  # of the stack, where the parameters are not float64
+    apply: Rule  # steps with what was made as the gradient; it has neither states nor coefficients
 
 
 @dataclass(frozen=True)
@@ -52,6 +67,8 @@ class Rule:
             none. The last of the step's coefficients is what it becomes. It is a float32 tensor.
         refuses_sparse: what to say to a sparse gradient, in torch's words; empty: it is made dense.
         initial: ``group -> float``: every element of a new state.
+        matrices: what is made of the updates before they move the weights; None: they do themselves. With it ``update``
+            may not depend on the step.
     """
 
     name: str
@@ -63,6 +80,7 @@ class Rule:
     scalar: str = ""
     refuses_sparse: str = ""
     initial: Callable[[Mapping[str, Any]], float] = lambda group: 0.0
+    matrices: Matrices | None = None
 
     @cached_property
     def coefficient_count(self) -> int:

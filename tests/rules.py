@@ -293,5 +293,6 @@ def make(name, parameters, **options):
 def kernels():
     """What backends know of the rules above: every distinct ``fused_opt.rule.Rule``, by name."""
     optimizers = [make(name, [torch.nn.Parameter(torch.ones(1))], **options) for name, options in CASES]
+    optimizers.append(fused_opt.Muon([torch.nn.Parameter(torch.ones(1, 1))]))  # tested in update/test_muon.py
     found = [optimizer._rule(optimizer.param_groups[0]) for optimizer in optimizers]
     return {rule.name: rule for rule in found}

@@ -70,14 +70,14 @@ class Bucket(reference.Bucket):
         super().__init__(rule, members)
         self.groups = param_groups
         self.function = _FUNCTIONS.get(rule.name)
-        self.seen = list(_objects(param_groups, state))
+        self.seen = list(objects(param_groups, state))
         self.kinds = [(_kind(m.tensor), m.tensor.grad is not None and _kind(m.tensor.grad)) for m in members]
 
     def collect_gradients(
         self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]
     ) -> list[StepKey] | None:
         """Find this step's gradients: the keys that ``run`` needs arguments for, or None: plan anew."""
-        found = list(_objects(param_groups, state))
+        found = list(objects(param_groups, state))
         if len(found) != len(self.seen) or not all(map(is_, found, self.seen)):
             return None
         self.active = []
@@ -149,7 +149,7 @@ class Bucket(reference.Bucket):
                 self._fold(member, args, member.tensor.to(dtype))
 
 
-def _objects(param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> Iterator[Any]:
+def objects(param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> Iterator[Any]:
     """What would make a bucket stale if it were replaced."""
     for group in param_groups:
         yield group

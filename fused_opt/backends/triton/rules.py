@@ -70,6 +70,13 @@ def lion(g, m, one_minus_beta1, one_minus_beta2):
 
 
 @triton.jit
+def muon(g, m, one_minus_momentum, share):
+    """What its matrices are made of; share: the momentum with Nesterov's, else 1."""
+    m = lerp(m, g, one_minus_momentum)
+    return lerp(g, m, share), m
+
+
+@triton.jit
 def rmsprop(g, v, alpha, one_minus_alpha, eps):
     """The gradient over its root mean square."""
     v = alpha * v + one_minus_alpha * g * g
