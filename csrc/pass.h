@@ -23,6 +23,9 @@ FUSED_OPT_FN bool has_ratio(const Tensor& tensor, const StepArgs& args) {
 FUSED_OPT_FN bool carries_norm(const Tensor& tensor, const StepArgs& args) {
   return has_ratio(tensor, args) || (args.relative && args.sigma > 0);
 }
+FUSED_OPT_FN bool moves_weights(const StepArgs& args) {
+  return args.write_back || args.follow != 0;
+}
 FUSED_OPT_FN bool averages(const StepArgs& args) {
   return args.add != 0 || args.write_back;
 }
@@ -111,6 +114,14 @@ FUSED_OPT_FN void fold(const StepArgs& args, const int64_t n, T* __restrict v, T
   if (args.restart) {
     FUSED_OPT_UNROLL
     for (int64_t k = 0; k < n; ++k) v[k] = add * p[k];
+  } else if (args.follow != 0) {
+    const T follow = static_cast<T>(args.follow);
+    FUSED_OPT_UNROLL
+    for (int64_t k = 0; k < n; ++k) {
+      const T by = add * (p[k] - share * v[k]);
+      v[k] += by;
+      p[k] += follow * by;
+    }
   } else {
     FUSED_OPT_UNROLL
     for (int64_t k = 0; k < n; ++k) v[k] += add * (p[k] - share * v[k]);

@@ -91,8 +91,9 @@ struct StepArgs {
   uint64_t seed = 0;
   uint32_t noise_step = 0;
 
-  // The average: v <- (restart ? 0 : v) + add * (p - share * v), and then p <- v where it is written back.
-  double add = 0, share = 0;
+  // The average: v <- (restart ? 0 : v) + add * (p - share * v), and then p <- v where it is written back, else
+  // p <- p + follow * (the new v - the old v).
+  double add = 0, share = 0, follow = 0;
   bool restart = false, write_back = false;
 };
 

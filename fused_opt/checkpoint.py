@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import whole
+from .checks import real, whole
 from .extras import COUNTS, EXTRAS, pack, unpack
-from .extras.averaging import AVERAGE
+from .extras.averaging import AVERAGE, LR_SQUARES
 from .groups import Groups, name_of
 from .plan import Plan
 from .rule import Rule
@@ -121,7 +121,12 @@ class Checkpoints(torch.optim.Optimizer):
                     new.update(dict.fromkeys(extra.counts, 0))
             for count in COUNTS:
                 if count in new:
-                    new[count] = whole(f"{count} in the state_dict", new[count], 0)
+                    what = f"{count} in the state_dict"
+                    new[count] = (
+                        real(what, new[count], _finite, "finite and at least 0")
+                        if count == LR_SQUARES
+                        else whole(what, new[count], 0)
+                    )
             self._check_all({**self.defaults, **group, **new})
             adapted.append(new)
         if others:
@@ -151,6 +156,10 @@ class Checkpoints(torch.optim.Optimizer):
                     if isinstance(of_p.get(slot), Tensor):
                         _check_state(f"state {slot!r} of parameter {name_of(group, g, i)}", of_p[slot], p)
         return result
+
+
+def _finite(number: float) -> bool:
+    return 0 <= number < float("inf")
 
 
 def _check_form(state_dict: Mapping[str, Any]) -> None:

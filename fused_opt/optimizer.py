@@ -295,10 +295,10 @@ class FusedOptimizer(Checkpoints):
         self._plan = step.plan if step.plan.reusable else None
         self._last = step.plan
         if step.stepping:
-            for group, spec, args in zip(self.param_groups, self._groups.specs, step.extras):
+            for group, spec, args, lr in zip(self.param_groups, self._groups.specs, step.extras, step.lrs):
                 group["steps"] += 1
                 if (fold := args[FOLD]) is not None:
-                    finish(group, self.state, fold, (*spec.rule.states, *spec.rule.scalars))
+                    finish(group, self.state, fold, (*spec.rule.states, *spec.rule.scalars), lr)
         if self._parts is not None:
             self._parts.reset()
 

@@ -69,6 +69,8 @@ class Step:
         of_group = []
         for group, spec, lr in zip(groups, specs, self.lrs):
             decay = number(group, group["weight_decay"])
+            if spec.averaged and self.stepping:
+                lr = lr * group["averaging"].rate
             scale = -self.scale if group["maximize"] else self.scale
             of_group.append((lr, scale, 0.0, decay) if spec.decouples else (lr, scale, decay, 0.0))
         return [

@@ -240,7 +240,7 @@ __attribute__((noinline)) Squares update_blocks(const Rule& rule, const Factors<
       T* v = load(tensor, tensor.average, begin, n, buffers[2 + sizeof...(S)]);
       fold(args, n, v, p);
       store(tensor, tensor.average, begin, n, v);
-      if (args.write_back) {
+      if (moves_weights(args)) {
         store(tensor, tensor.p, begin, n, p);
         p = load(tensor, tensor.p, begin, n, buffers[0]);
       }

@@ -190,7 +190,7 @@ FUSED_OPT_FN void step_some(const Shared<Rule, T>& shared, int64_t i, const Raw<
     convert(tensor.average, at[kAverage], raw[kAverage], v);
     fold(shared.row.args, V, v, p);
     store(tensor.average, at[kAverage], v);
-    if (shared.row.args.write_back) store(tensor.p, at[0], p);
+    if (moves_weights(shared.row.args)) store(tensor.p, at[0], p);
   }
   if (shared.carries) add_squares(p, sums.weight2);
 }

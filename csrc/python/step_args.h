@@ -18,7 +18,7 @@ const std::pair<const char*, std::vector<std::string>> kNamedTuples[] = {
     {"StepArgs", {"lr", "grad_scale", "coupled_decay", "decoupled_decay", "coefficients", "ratio", "noise", "fold"}},
     {"RatioArgs", {"kind", "coefficient", "cap", "eps", "exempt"}},
     {"NoiseArgs", {"sigma", "relative", "seed", "step"}},
-    {"Fold", {"add", "share", "restart", "write_back"}},
+    {"Fold", {"add", "share", "restart", "write_back", "follow"}},
     {"Norms", {"weight2", "grad2", "direction2"}},
     {"PartNorms", {"sum_of_norms", "grad2"}},
 };
@@ -81,8 +81,8 @@ StepArgs read_step_args(const py::handle& given, const RuleShape& rule, Operand*
     std::tie(args.sigma, args.relative, args.seed, args.noise_step) =
         row[6].cast<std::tuple<double, bool, uint64_t, uint32_t>>();
   if (!row[7].is_none())
-    std::tie(args.add, args.share, args.restart, args.write_back) =
-        row[7].cast<std::tuple<double, double, bool, bool>>();
+    std::tie(args.add, args.share, args.restart, args.write_back, args.follow) =
+        row[7].cast<std::tuple<double, double, bool, bool, double>>();
   return args;
 }
 

@@ -117,6 +117,7 @@ const std::vector<Case> kPlain = {
      }},
     {"average", [](StepArgs& args) { args.add = 0.25, args.share = 1; }},
     {"fresh average", [](StepArgs& args) { args.add = 1, args.share = 1, args.restart = true; }},
+    {"followed", [](StepArgs& args) { args.add = 0.5, args.share = 1, args.follow = 0.75; }},
     {"written back", [](StepArgs& args) { args.sigma = 0.01, args.add = 0.5, args.share = 1, args.write_back = true; }},
 };
 const std::vector<Case> kNormed = {

@@ -71,12 +71,16 @@ class NoiseArgs(NamedTuple):
 
 
 class Fold(NamedTuple):
-    """What a step does with the average v of the weights w: ``v <- (restart ? 0 : v) + add * (w - share * v)``."""
+    """What a step does with the average v of the weights w: ``v <- (restart ? 0 : v) + add * (w - share * v)``.
+
+    Then ``w <- w + follow * (new v - old v)``, where nothing is written back and v does not restart.
+    """
 
     add: float
     share: float
     restart: bool
     write_back: bool  # and then w <- v
+    follow: float = 0.0
 
 
 class StepArgs(NamedTuple):

@@ -209,15 +209,17 @@ class Bucket:
         """Take a sample of the weights as they were stored."""
         assert args.fold is not None
         assert member.average is not None
-        add, share, restart, write_back = args.fold
+        add, share, restart, write_back, follow = args.fold
         average = torch.view_as_real(member.average) if member.average.is_complex() else member.average
         stored = torch.empty(0, dtype=member.tensor.dtype, device="cpu").real.dtype
         p = updated.to(stored).to(updated.dtype)
         v = torch.zeros_like(p) if restart else average.to(p.dtype)
-        v = v + add * (p - share * v)
+        by = add * (p - share * v)
+        v = v + by
         average.copy_(v)
-        if write_back:
-            member.tensor.copy_(torch.view_as_complex(v) if member.tensor.is_complex() else v)
+        if write_back or (follow and not restart):
+            w = v if write_back else p + follow * by
+            member.tensor.copy_(torch.view_as_complex(w) if member.tensor.is_complex() else w)
 
     def ratios(self) -> list[float]:
         """The trust ratio of every member in the last step."""

@@ -278,7 +278,9 @@ class _Run:
             self.rule.numbers(_settings(self.rule, odd), step, scalar, earlier),
             None if kind is None else _RATIOS[kind],
             None if noise is None else NoiseArgs(_SIGMA, noise == RELATIVE_NOISE, _SEED, n),
-            Fold(0.375, 0.875, n == 0, n == 2 and bool(odd)) if average and n != 1 else None,
+            Fold(0.375, 0.875, n == 0, n == 2 and bool(odd), 0.5 * (n == 2 and not odd))
+            if average and n != 1
+            else None,
         )
 
 

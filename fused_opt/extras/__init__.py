@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from .averaging import AVERAGING, EMA, PSWA, PSWM, PWALKS, SWM, Averaging
+from .averaging import AVERAGING, EMA, PSWA, PSWM, PWALKS, SWM, Averaging, ScheduleFree
 from .clipping import MAX_GRAD_NORM, NONFINITE
 from .extra import Extra
 from .noise import NOISE, WeightNoise
@@ -29,6 +29,7 @@ __all__ = [
     "Averaging",
     "Extra",
     "Extras",
+    "ScheduleFree",
     "TrustRatio",
     "WeightNoise",
 ]
@@ -61,6 +62,14 @@ def check_extras(options: Mapping[str, Any]) -> None:
     """Raise where a value is none for its key."""
     for extra in EXTRAS:
         extra.check(options[extra.key])
+    if isinstance(options["averaging"], ScheduleFree) and (
+        options["noise"] is not None or options.get("differentiable")
+    ):
+        other = "noise" if options["noise"] is not None else "differentiable=True"
+        raise ValueError(
+            f"averaging=ScheduleFree(...) and {other}: noise would be that of an iterate which is not stored, and autograd "
+            f"would take the weight of a step for a constant. Leave one of them out"
+        )
     if options.get("differentiable"):
         noise = options["noise"]
         asked = [key for key in ("trust_ratio", "max_grad_norm") if options[key] is not None]

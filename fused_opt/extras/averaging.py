@@ -33,6 +33,7 @@ from .extra import Extra, check_setting
 from .noise import uniform, uniforms
 
 AVERAGE = "average"  # the slot in a parameter's state
+LR_SQUARES = "lr_squares"  # in a group: the sum over its steps, which weighs those of ScheduleFree
 
 _LEAST = {"start": 0, "interval": 1, "period": 1, "samples": 1, "seed": 0}
 _POSITIVE: tuple[Callable[[float], bool], str] = lambda x: 0 < x <= 1, "in (0, 1]"
@@ -95,6 +96,15 @@ class Averaging:
         if not sampled:
             return Fold(0.0, 0.0, False, True) if ends else None
         return Fold(*self.weight(t, count + 1, periods), ends)
+
+    def of_step(self, group: Mapping[str, Any], lr: Any) -> Fold | None:
+        """What the coming step of a group does."""
+        return self.fold(group["steps"] + 1, group["samples"], group["periods"])
+
+    @property
+    def rate(self) -> float:
+        """What the learning rate is multiplied with."""
+        return 1.0
 
     def normalizer(self, t: int, count: int, periods: int) -> float:
         """What the average must be multiplied with to be one in the middle of a period."""
@@ -230,6 +240,64 @@ class EMA(Averaging):
         return Fold(1 - self.beta if count else 1.0, 1.0, count == 0, False)
 
 
+@dataclass(frozen=True)
+class ScheduleFree(Averaging):
+    r"""Schedule-free training: gradients are taken between an iterate and its average, which needs no decaying rate.
+
+    Defazio et al., "The Road Less Scheduled" (arXiv 2405.15682). The parameters hold y, the average x, in every step, and
+    ``averaged_weights()`` has the x to evaluate; nothing is switched for training. With the rule's direction u at y:
+
+    .. math::
+        z_{t+1} &= z_t - \mathrm{lr}_t\, u_t, \qquad c_t = \mathrm{lr}_t^2 / \textstyle\sum_{i \le t} \mathrm{lr}_i^2 \\
+        x_{t+1} &= (1 - c_t)\, x_t + c_t\, z_{t+1} \\
+        y_{t+1} &= (1 - \beta)\, z_{t+1} + \beta\, x_{t+1}
+
+    z is not stored, since ``z = (y - beta x) / (1 - beta)``: the pass steps by ``(1 - beta) lr`` from y, and then moves
+    x by ``c / (1 - beta)`` of its distance to that point, and y by ``beta`` times as much. So 16-bit parameters round in z
+    ``1 / (1 - beta)`` times as much as in y. Take SGD without momentum or AdamW with ``betas=(0, beta2)``: ``beta`` is in
+    the place of the momentum. The authors' AdamW has the ``sqrt(1 - beta2**t)`` of its bias correction in the rate, and so in
+    c; and their code weighs a step by the largest rate so far. Warm the rate up with any scheduler.
+
+    Args:
+        beta: where between z (0) and x (1) gradients are taken, in [0, 1).
+        start, fraction, probability, interval, on_write_back, seed: at their defaults; every step counts.
+
+    Raises:
+        ValueError: for a number out of its range, or another one of these set.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(1))
+        >>> optimizer = fused_opt.SGD([weight], lr=1.0, averaging=fused_opt.ScheduleFree(beta=0.5))
+        >>> for _ in range(2):
+        ...     weight.grad = torch.tensor([-1.0])
+        ...     optimizer.step()
+        >>> weight.item()  # between z = 2 and x = (1 + 2) / 2
+        1.75
+        >>> with optimizer.averaged_weights():
+        ...     weight.item()
+        1.5
+    """
+
+    beta: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in fields(Averaging):
+            if (value := getattr(self, field.name)) != field.default:
+                raise ValueError(f"ScheduleFree averages every step, and has no {field.name}; got {value!r}")
+
+    @property
+    def rate(self) -> float:
+        """Of the step from y, of which (1 - beta) is z."""
+        return 1 - self.beta
+
+    def of_step(self, group: Mapping[str, Any], lr: Any) -> Fold | None:
+        """By this step's share of all squared rates; one on a GPU is waited for."""
+        if not (square := float(lr) ** 2):
+            return None
+        return Fold(square / (group[LR_SQUARES] + square) / (1 - self.beta), 1.0, False, False, self.beta)
+
+
 def initial(group: Mapping[str, Any], p: Tensor) -> Tensor:
     """The average of a parameter that joins now: earlier samples of the period found it as it is."""
     normalizer = group["averaging"].normalizer(*(group[count] for count in ("steps", "samples", "periods")))
@@ -238,18 +306,23 @@ def initial(group: Mapping[str, Any], p: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def finish(group: dict[str, Any], state: Mapping[Tensor, Any], fold: Fold, slots: Sequence[str]) -> None:
-    """Count a sample, and what goes with it; ``slots``: the states that a write-back may begin anew.
+def finish(group: dict[str, Any], state: Mapping[Tensor, Any], fold: Fold, slots: Sequence[str], lr: Any) -> None:
+    """Count a sample, and what goes with it; ``slots``: the states that a write-back may begin anew; ``lr``: the step's.
 
     A sample is of all weights: those that this step did not move are folded in, and written back, here.
     """
-    add, share, restart, write_back = fold
+    add, share, restart, write_back, follow = fold
     for p in group["params"]:
         if p.grad is None and (average := state.get(p, {}).get(AVERAGE)) is not None:
+            before = average.clone() if follow else average
             average.mul_(0.0 if restart else 1.0 - add * share).add_(p.to(average.dtype), alpha=add)
             if write_back:
                 p.copy_(average)
+            elif follow:
+                p.copy_(p + follow * (average - before))
     group["samples"] += add > 0
+    if isinstance(group["averaging"], ScheduleFree):
+        group[LR_SQUARES] += float(lr) ** 2
     if write_back:
         group["samples"] = 0
         group["periods"] += 1
@@ -280,8 +353,8 @@ def swapped_in(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Any]) ->
 AVERAGING = Extra(
     "averaging",
     check_setting("averaging", Averaging),
-    ":class:`PSWA`, :class:`PWALKS`, :class:`PSWM`, :class:`SWM` or :class:`EMA`, or None.",
-    settings=(PSWA, PWALKS, PSWM, SWM, EMA),
-    args=lambda group, lr: group["averaging"].fold(group["steps"] + 1, group["samples"], group["periods"]),
-    counts=("samples", "periods"),
+    ":class:`PSWA`, :class:`PWALKS`, :class:`PSWM`, :class:`SWM`, :class:`EMA` or :class:`ScheduleFree`, or None.",
+    settings=(PSWA, PWALKS, PSWM, SWM, EMA, ScheduleFree),
+    args=lambda group, lr: group["averaging"].of_step(group, lr),
+    counts=("samples", "periods", LR_SQUARES),
 )

@@ -37,11 +37,11 @@ WANT_WEIGHT, WANT_GRAD, WANT_DIRECTION = (tl.constexpr(norm.value) for norm in N
 UNKNOWN, LAMB = tl.constexpr(UNKNOWN_NORM), tl.constexpr(Kind.LAMB.value)
 
 # A row of arguments, as StepArgs: lr, grad_scale, two decays, 8 coefficients; kind, coefficient, cap, eps, exempt; sigma,
-# relative, seed, step; add, share, restart, write_back.
+# relative, seed, step; add, share, restart, write_back, follow.
 MOST_COEFFICIENTS = 8
-ROW_FORMAT = struct.Struct("=19dQq4d")
+ROW_FORMAT = struct.Struct("=19dQq5d")
 COUPLED, DECOUPLED, COEFFICIENTS_AT = tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
-RATIO, NOISE, FOLD, WIDTH = tl.constexpr(12), tl.constexpr(17), tl.constexpr(21), tl.constexpr(25)
+RATIO, NOISE, FOLD, WIDTH = tl.constexpr(12), tl.constexpr(17), tl.constexpr(21), tl.constexpr(26)
 
 
 def chunk_size(numel: int) -> int:
@@ -220,6 +220,7 @@ def update(
         seed, noise_t, index = tl.load(seed_and_t), tl.load(seed_and_t + 1), tl.load(tensors + INDEX * count + t)
         add, share = tl.load(row + FOLD).to(T), tl.load(row + FOLD + 1).to(T)
         restart, write_back = tl.load(row + FOLD + 2) != 0, tl.load(row + FOLD + 3) != 0
+        follow = tl.load(row + FOLD + 4).to(T)
         addresses, aligned = _addresses(tensors, words, t, count, DTYPES)
         average = tl.load(tensors + AVERAGE * count + t)
         aligned &= (average & 15) == 0
@@ -246,9 +247,10 @@ def update(
                     p = _narrow(p, DTYPES[0]).to(T)  # what is averaged is what would be stored
                     if (add != 0) | write_back:
                         v = _load(average, start, end, AVERAGE_DTYPE, T, BLOCK)
-                        v = tl.where(restart, add * p, v + add * (p - share * v))
+                        by = add * (p - share * v)
+                        v = tl.where(restart, add * p, v + by)
                         _store(average, start, end, v, AVERAGE_DTYPE, BLOCK)
-                        p = tl.where(write_back, v, p)
+                        p = tl.where(write_back, v, tl.where(follow != 0, p + follow * by, p))
                 _store(addresses[0], start, end, p, DTYPES[0], BLOCK)
                 if NORMS:
                     squares += _squares(_narrow(p, DTYPES[0]).to(T), start, end, BLOCK)
