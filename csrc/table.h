@@ -23,6 +23,8 @@ FUSED_OPT_FN bool is_known(double number) {
 // Norms that a step may need before it writes, one bit each; as Norm in backends/interface.py.
 using Wanted = uint32_t;
 constexpr Wanted kWeight = 1, kGradient = 2, kDirection = 4;
+// And how many elements of the update go the gradient's way, which is summed as a direction of zeros and ones is.
+constexpr Wanted kAgreement = 8, kUpdates = kDirection | kAgreement;
 
 struct Norms {
   double weight2 = 0, grad2 = 0, direction2 = 0;
@@ -68,6 +70,7 @@ struct Layer {
   double grad_norm2 = kUnknown;       // of the gradient as it lies in memory
   double part_norms = kUnknown;       // sum of the norms (not squared) of the parts that the gradient is a sum of
   double direction_norm2 = kUnknown;  // LAMB's; of one step only
+  double agreeing = kUnknown;         // how many elements of the update go the gradient's way; of one step only
   double ratio = 1;
   bool finite = true;   // whether the norms that the ratio needs are numbers
   bool carries = true;  // until the weights were found to be others than those whose norm was carried
@@ -80,6 +83,7 @@ struct StepArgs {
   double lr = 0;
   double grad_scale = 1;                          // multiplies every gradient: sign, unscaling and clipping
   double coupled_decay = 0, decoupled_decay = 0;  // times the weights, before and after the rule
+  double independent_decay = 0;                   // and beside the direction: not times the learning rate
   double coefficients[kMaxCoefficients] = {};     // in the order of the rule's members
 
   Kind kind = Kind::kNone;
@@ -95,6 +99,10 @@ struct StepArgs {
   // p <- p + follow * (the new v - the old v).
   double add = 0, share = 0, follow = 0;
   bool restart = false, write_back = false;
+
+  // Masks: where the update goes against the gradient it is left out, and the rest `scaled` by how many are left; where
+  // it goes against the weight, decay is.
+  bool cautious_update = false, cautious_decay = false, scaled = false;
 };
 
 // Which element of the whole tensor is element i of a shard, in row-major order both.

@@ -46,7 +46,14 @@ def check_lr(options: Mapping[str, Any]) -> None:
 
 
 def check_decay(options: Mapping[str, Any]) -> None:
-    """Raise, in torch.optim's words, unless the weight decay is one."""
+    """Raise, in torch.optim's words, unless the weight decay is one, and one with ``decoupled_weight_decay``."""
+    decay, kind = options["weight_decay"], options.get("decay")
+    if isinstance(decay, Tensor) and decay.numel() != 1:
+        raise ValueError("Tensor weight_decay must be 1-element")
+    if options.get("decoupled_weight_decay") and kind not in (None, "decoupled"):
+        raise ValueError(
+            f"decoupled_weight_decay=True and decay={kind!r} were asked for; one of them, or decay='decoupled', is meant"
+        )
     check_number("Invalid weight_decay value", options["weight_decay"], lambda x: x >= 0.0)
 
 

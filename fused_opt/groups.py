@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from .extras import COUNTS, EXTRAS, IN_ARGS, check_extras
+from .extras import COUNTS, EXTRAS, IN_ARGS
 from .extras.averaging import AVERAGE
 from .extras.clipping import wants_norm
 from .rule import Rule
@@ -22,9 +22,10 @@ class GroupSpec(NamedTuple):
     """What of a group's hyper-parameters decides how its parameters are stepped."""
 
     rule: Rule
-    decouples: bool  # the weight decay
+    decay: str  # what the weight decay is, as ``decay=`` says it
     noisy: bool
     averaged: bool
+    counts: bool  # the elements of whole tensors
     has_args: bool  # of extras
     differentiable: bool  # autograd follows the step
 
@@ -60,15 +61,15 @@ class Groups:
         if found == self._seen:
             return
         for group in groups:
-            optimizer._check({**group, "lr": 0.0})
-            check_extras(group)
+            optimizer._check_all({**group, "lr": 0.0})
         self.wants_norm = wants_norm(groups)
         self.specs = [
             GroupSpec(
                 optimizer._rule(group),
-                optimizer._decouples(group),
+                optimizer._decay(group),
                 group["noise"] is not None,
                 group["averaging"] is not None,
+                group["cautious"] is not None and group["cautious"].args.scaled,
                 any(group[extra.key] is not None for extra, _ in IN_ARGS),
                 bool(group.get("differentiable")),
             )

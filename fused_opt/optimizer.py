@@ -16,6 +16,7 @@ from . import backends
 from .checkpoint import Checkpoints
 from .extras import COUNTS, EXTRAS, FOLD, Extras, check_extras, documentation
 from .extras.averaging import finish, swapped_in
+from .extras.decay import COUPLED, DECOUPLED, check_together
 from .groups import Groups, extras_of
 from .parts.microbatches import Microbatches
 from .parts.probe import Probe
@@ -107,12 +108,17 @@ class FusedOptimizer(Checkpoints):
         """Raise if a hyper-parameter of the rule is out of its range."""
 
     def _decouples(self, group: Mapping[str, Any]) -> bool:
-        """Whether a group's weight decay is added to the rule's update, and not to the gradient."""
+        """Whether the class adds a group's weight decay to the rule's update, and not to the gradient."""
         return False
+
+    def _decay(self, group: Mapping[str, Any]) -> str:
+        """What a group's weight decay is: see ``decay`` above."""
+        return group["decay"] or (DECOUPLED if self._decouples(group) else COUPLED)
 
     def _check_all(self, options: Mapping[str, Any]) -> None:
         self._check(options)
         check_extras(options)
+        check_together(options, self._decay(options))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch.optim does, after its hyper-parameters were found in range."""

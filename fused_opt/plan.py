@@ -185,6 +185,11 @@ def _grouped(
                 )
             tensors = [local(tensor) for tensor in check_parameter(name, spec, p, state.get(p, {}))]
             shard = Shard(name, p, spec.noisy) if is_spread(p) else None
+            if shard is not None and spec.counts:
+                raise RuntimeError(
+                    f"parameter {name} is a shard of a DTensor, and a scaled mask counts the elements of whole tensors. "
+                    f"Cautious(..., scaled=False) masks every element by itself"
+                )
             variants = partial(_variants, spec.rule, group, p, state.get(p, {}), state_dtype, extras)
             of_p = _choose(name, spec, backend, tensors, shard is not None, variants)
             entry = ParamEntry(p if shard is None else shard.tensor, g, index, name, noisy=spec.noisy, shard=shard)

@@ -13,6 +13,7 @@ from typing_extensions import Self
 from .backends.interface import DeviceScalars, Norm, StepArgs, StepKey
 from .extras import NO_ARGS, step_args
 from .extras.clipping import PASS, RAISE, allows, clip_factor
+from .extras.decay import DECAYS, INDEPENDENT
 from .groups import Groups
 from .parts.tracker import PartTracker
 from .plan import Plan
@@ -35,6 +36,7 @@ class Step:
     overflowed = False  # GradScaler found an infinity: nothing is stepped
     scale: float = 1.0  # multiplies every gradient
     grad_norm: float | Callable[[], float] | None = None
+    device: torch.device | None = None  # where tensors are read by the kernels
 
     def __init__(
         self,
@@ -68,11 +70,13 @@ class Step:
         groups, specs = self.param_groups, self.groups.specs
         of_group = []
         for group, spec, lr in zip(groups, specs, self.lrs):
-            decay = number(group, group["weight_decay"])
+            decay = on_device(group, group["weight_decay"], self.device)
             if spec.averaged and self.stepping:
                 lr = lr * group["averaging"].rate
             scale = -self.scale if group["maximize"] else self.scale
-            of_group.append((lr, scale, 0.0, decay) if spec.decouples else (lr, scale, decay, 0.0))
+            if spec.decay == INDEPENDENT and not self.stepping:
+                decay = 0.0
+            of_group.append((lr, scale, *[decay if kind == spec.decay else 0.0 for kind in DECAYS]))
         return [
             [
                 StepArgs(*of_group[g], specs[g].rule.numbers(groups[g], step, scalar, earlier), *self.extras[g])
@@ -160,6 +164,7 @@ class DeviceStep(Step):
     ) -> None:
         super().__init__(param_groups, groups, plan, keys, rates(param_groups, plan.device))
         self.scalars = DeviceScalars(found_inf, grad_scale)
+        self.device = plan.device
 
     def clip(self) -> bool:
         """Have the GPU compute the norm and the factor that clips the gradients."""
@@ -192,10 +197,17 @@ def rates(groups: Sequence[Mapping[str, Any]], device: torch.device | None) -> l
     if device is None:
         lrs: list[float | Tensor] = [number(group, group["lr"]) for group in groups]
     else:
-        lrs = [lr if getattr(lr, "device", None) == device else float(lr) for lr in (group["lr"] for group in groups)]
+        lrs = [on_device(group, group["lr"], device) for group in groups]
     if any([lr != lr for lr in lrs if isinstance(lr, float)]):  # noqa: C419  # as in Step
         raise ValueError("Invalid learning rate: nan")
     return lrs
+
+
+def on_device(group: Mapping[str, Any], value: Any, device: torch.device | None) -> float | Tensor:
+    """A hyper-parameter as it is where the kernels read it there, otherwise as the host's number."""
+    if device is not None and getattr(value, "device", None) == device:
+        return value
+    return number(group, value)
 
 
 def norm_reader(norm2: Tensor, scale: Tensor | None) -> Callable[[], float]:

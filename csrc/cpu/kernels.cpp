@@ -229,7 +229,7 @@ __attribute__((noinline)) Squares update_blocks(const Rule& rule, const Factors<
     const T* g = load(tensor, tensor.g, begin, n, buffers[1]);
     T* states[] = {load(tensor, tensor.states[S], begin, n, buffers[2 + S])..., nullptr};
     if (carries) found.add(p, n);
-    apply(rule, by, n, p, g, states[S]...);
+    by.plain ? apply<true>(rule, by, n, p, g, states[S]...) : apply<false>(rule, by, n, p, g, states[S]...);
     (store(tensor, tensor.states[S], begin, n, states[S]), ...);
     if (args.sigma != 0)
       for (int64_t k = 0; k < n; ++k) p[k] += sigma * static_cast<T>(z[begin % kDraw + k]);
@@ -256,13 +256,14 @@ Squares update_as(const Tensor& tensor, const StepArgs& args, const Layer& layer
   // From here on prefetching by blocks gains more than the blocks cost.
   constexpr int64_t kLong = 8192;
   const auto rule = make<Rule<T>, T>(args.coefficients);
-  const auto by = factors<T>(args, args.lr, args.grad_scale, layer);
+  const auto by = factors<T>(tensor, args, args.lr, args.grad_scale, layer);
   bool in_one_go = (end - begin < kLong || !kPrefetches) && lies_ready<T>(tensor, tensor.p) &&
-                   lies_ready<T>(tensor, tensor.g) && !carries_norm(tensor, args) && !averages(args) && args.sigma == 0;
+                   lies_ready<T>(tensor, tensor.g) && !carries_norm(tensor, args) && !averages(args) &&
+                   args.sigma == 0 && by.plain;
   ((in_one_go &= lies_ready<T>(tensor, tensor.states[S])), ...);
   if (!in_one_go) return update_blocks<T>(rule, by, tensor, args, layer, begin, end, states);
-  apply(rule, by, end - begin, static_cast<T*>(tensor.p.data) + begin, static_cast<const T*>(tensor.g.data) + begin,
-        static_cast<T*>(tensor.states[S].data) + begin...);
+  apply<true>(rule, by, end - begin, static_cast<T*>(tensor.p.data) + begin,
+              static_cast<const T*>(tensor.g.data) + begin, static_cast<T*>(tensor.states[S].data) + begin...);
   return {};
 }
 
@@ -270,24 +271,32 @@ template <template <class> class Rule, class T, size_t... S>
 Norms norms_as(const Tensor& tensor, const StepArgs& args, const Layer& layer, int64_t begin, int64_t end,
                Wanted wanted, std::index_sequence<S...>) {
   const auto rule = make<Rule<T>, T>(args.coefficients);
-  const auto by = factors<T>(args, args.lr, args.grad_scale, layer);
+  const auto by = factors<T>(tensor, args, args.lr, args.grad_scale, layer);
   alignas(64) T buffers[3 + sizeof...(S)][kBlock];
   SumOfSquares weight2, grad2, direction2;
   for_each_block(begin, end, [&](int64_t begin, auto n) {
     const T *p = nullptr, *g = nullptr;
-    if (wanted & (kWeight | kDirection)) prefetch(tensor, begin, tensor.p);
-    if (wanted & (kGradient | kDirection)) prefetch(tensor, begin, tensor.g);
-    if (wanted & (kWeight | kDirection)) p = load(tensor, tensor.p, begin, n, buffers[0]);
-    if (wanted & (kGradient | kDirection)) g = load(tensor, tensor.g, begin, n, buffers[1]);
+    if (wanted & (kWeight | kUpdates)) prefetch(tensor, begin, tensor.p);
+    if (wanted & (kGradient | kUpdates)) prefetch(tensor, begin, tensor.g);
+    if (wanted & (kWeight | kUpdates)) p = load(tensor, tensor.p, begin, n, buffers[0]);
+    if (wanted & (kGradient | kUpdates)) g = load(tensor, tensor.g, begin, n, buffers[1]);
     if (wanted & kWeight) weight2.add(p, n);
     if (wanted & kGradient) grad2.add(g, n);
-    if (wanted & kDirection) {
+    if (wanted & kUpdates) {
       const T* states[] = {load(tensor, tensor.states[S], begin, n, buffers[3 + S])..., nullptr};
       T* directions = buffers[2];
-      for (int64_t i = 0; i < n; ++i) {
-        T copies[] = {states[S][i]..., T()};  // the step itself moves them
-        directions[i] = direction(rule, by, p[i], g[i], copies[S]...);
-      }
+      const auto each = [&](const auto& f) {
+        for (int64_t i = 0; i < n; ++i) {
+          T copies[] = {states[S][i]..., T()}, beside;  // the step itself moves them
+          directions[i] = f(p[i], g[i], beside, copies[S]...);
+        }
+      };
+      if (wanted & kAgreement)
+        each([&](T p, T g, T&, auto&... states) { return agreement(rule, by, p, g, states...); });
+      else if (by.plain)
+        each([&](T p, T g, T& beside, auto&... states) { return direction<true>(rule, by, p, g, beside, states...); });
+      else
+        each([&](T p, T g, T& beside, auto&... states) { return direction<false>(rule, by, p, g, beside, states...); });
       direction2.add(directions, n);
     }
   });

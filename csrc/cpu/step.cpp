@@ -100,20 +100,31 @@ void in_order(const Table& table, size_t first, size_t last, const F& f) {
     if (table.tensors[table.chunks[c].tensor].active) f(table.chunks[c].tensor, c);
 }
 
-// Sums what is wanted of the tensors whose chunks are [first, last).
+// Sums what is wanted, and `among` these, of the tensors whose chunks are [first, last).
 void measure(const Kernel& kernel, Table& table, const std::vector<Wanted>& wants, std::vector<Norms>& partial,
-             size_t first, size_t last, int threads) {
+             size_t first, size_t last, int threads, Wanted among) {
   for_each_chunk(table, first, last, threads, [&](size_t c, int32_t t, int64_t begin, int64_t end) {
     const Tensor& tensor = table.tensors[t];
-    if (wants[t]) partial[c] = kernel.norms(tensor, table.args[tensor.args], table.layers[t], begin, end, wants[t]);
+    if (const Wanted wanted = wants[t] & among)
+      partial[c] = kernel.norms(tensor, table.args[tensor.args], table.layers[t], begin, end, wanted);
   });
   in_order(table, first, last, [&](int32_t t, size_t c) {
     Layer& layer = table.layers[t];
     const bool begins = table.chunks[c].begin == 0;
-    if (wants[t] & kWeight) layer.weight_norm2 = (begins ? 0 : layer.weight_norm2) + partial[c].weight2;
-    if (wants[t] & kGradient) layer.grad_norm2 = (begins ? 0 : layer.grad_norm2) + partial[c].grad2;
-    if (wants[t] & kDirection) layer.direction_norm2 = (begins ? 0 : layer.direction_norm2) + partial[c].direction2;
+    const Wanted wanted = wants[t] & among;
+    if (wanted & kWeight) layer.weight_norm2 = (begins ? 0 : layer.weight_norm2) + partial[c].weight2;
+    if (wanted & kGradient) layer.grad_norm2 = (begins ? 0 : layer.grad_norm2) + partial[c].grad2;
+    if (wanted & kDirection) layer.direction_norm2 = (begins ? 0 : layer.direction_norm2) + partial[c].direction2;
+    if (wanted & kAgreement) layer.agreeing = (begins ? 0 : layer.agreeing) + partial[c].direction2;
   });
+}
+
+// Sums all that is wanted, in two passes where some tensor wants a direction that a mask's scale enters.
+void measure(const Kernel& kernel, Table& table, const std::vector<Wanted>& wants, std::vector<Norms>& partial,
+             size_t first, size_t last, int threads) {
+  const auto [now, then] = passes(std::any_of(wants.begin(), wants.end(), needs_scaled_direction));
+  measure(kernel, table, wants, partial, first, last, threads, now);
+  if (then) measure(kernel, table, wants, partial, first, last, threads, then);
 }
 
 }  // namespace
@@ -143,7 +154,7 @@ void norms(const Kernel& kernel, Table& table, bool gradients, bool directions, 
     Layer& layer = table.layers[t];
     wants[t] = wanted(table.tensors[t], table.args[table.tensors[t].args], layer);
     if (gradients && !is_known(layer.grad_norm2)) wants[t] |= kGradient;
-    if (!directions) wants[t] &= ~kDirection;
+    if (!directions) wants[t] &= ~(kDirection | kAgreement);
     if (table.tensors[t].numel) continue;  // no chunk will come
     if (wants[t] & kWeight) layer.weight_norm2 = 0;
     if (wants[t] & kGradient) layer.grad_norm2 = 0;
@@ -197,8 +208,7 @@ void step(const Kernel& kernel, Table& table, int threads) {
       measure(kernel, table, wants, partial, first, last, threads);
       update(first, last);
     }
-    for (size_t t = 0; t < count; ++t)
-      if (wants[t] & kDirection) table.layers[t].direction_norm2 = kUnknown;
+    for (size_t t = 0; t < count; ++t) table.layers[t].direction_norm2 = table.layers[t].agreeing = kUnknown;
   }
   if (!carried) return;
   std::vector<Squares> of_tensor(count);

@@ -122,6 +122,13 @@ FUSED_OPT_FN void prepare(const Launch& launch, int64_t t, Shared<Rule, T>& shar
       else
         Rule::at_step(args.coefficients, step);
     }
+  if (shared.row.decay.data) {
+    double decay[1];
+    convert(shared.row.decay, 0, {}, decay);
+    args.coupled_decay *= decay[0];
+    args.decoupled_decay *= decay[0];
+    args.independent_decay *= decay[0];
+  }
   const double grad_scale = full_scale(launch.scalars, args.grad_scale);
   shared.rule = make<Rule, T>(args.coefficients);
 
@@ -130,10 +137,12 @@ FUSED_OPT_FN void prepare(const Launch& launch, int64_t t, Shared<Rule, T>& shar
   layer.grad_norm2 = grad_norm2(launch, shared.now, t);
   layer.direction_norm2 = norms.direction2;
   layer.part_norms = shared.now.part_norms;
+  layer.agreeing = fetch(&launch.agreeing[t]);
+  shared.now.wanted &= launch.among;
   layer.ratio = has_ratio(tensor, args) ? trust_ratio(args, grad_scale, layer) : 1;
   double lr[1] = {args.lr};
   if (shared.row.lr.data) convert(shared.row.lr, 0, {}, lr);
-  shared.by = factors<T>(args, lr[0], grad_scale, layer);
+  shared.by = factors<T>(tensor, args, lr[0], grad_scale, layer);
   shared.sigma = static_cast<T>(sigma(tensor, args, layer));
   shared.noisy = args.sigma != 0;
   shared.carries = carries_norm(tensor, args);
@@ -164,9 +173,9 @@ FUSED_OPT_FN void add_noise(const StepArgs& args, const Layer& layer, T sigma, i
 // Requests a group of every operand that the wanted norms need; a step needs those of its direction.
 template <int V, size_t... S>
 FUSED_OPT_FN void fetch_some(const Tensor& tensor, Wanted wanted, int64_t i, Raw<16>* raw, std::index_sequence<S...>) {
-  if (wanted & (kWeight | kDirection)) fetch_raw<V>(tensor.p, i, raw[0]);
-  if (wanted & (kGradient | kDirection)) fetch_raw<V>(tensor.g, i, raw[1]);
-  if (wanted & kDirection) (fetch_raw<V>(tensor.states[S], i, raw[2 + S]), ...);
+  if (wanted & (kWeight | kUpdates)) fetch_raw<V>(tensor.p, i, raw[0]);
+  if (wanted & (kGradient | kUpdates)) fetch_raw<V>(tensor.g, i, raw[1]);
+  if (wanted & kUpdates) (fetch_raw<V>(tensor.states[S], i, raw[2 + S]), ...);
 }
 
 template <int V, class Rule, class T, size_t... S>
@@ -181,7 +190,8 @@ FUSED_OPT_FN void step_some(const Shared<Rule, T>& shared, int64_t i, const Raw<
   convert(tensor.g, at[1], raw[1], g);
   (convert(tensor.states[S], at[2 + S], raw[2 + S], states[S]), ...);
 
-  apply(shared.rule, shared.by, V, p, g, states[S]...);
+  shared.by.plain ? apply<true>(shared.rule, shared.by, V, p, g, states[S]...)
+                  : apply<false>(shared.rule, shared.by, V, p, g, states[S]...);
   (store(tensor.states[S], at[2 + S], states[S]), ...);
   if (shared.noisy) add_noise(shared.row.args, shared.entry.layer, shared.sigma, i, p);
   store(tensor.p, at[0], p);
@@ -202,15 +212,21 @@ FUSED_OPT_FN void sum_some(const Shared<Rule, T>& shared, int64_t i, const Raw<1
   int64_t at[3 + sizeof...(S)];
   locate<V>(tensor, i, at, slots);
   T p[V], g[V];
-  if (shared.now.wanted & (kWeight | kDirection)) convert(tensor.p, at[0], raw[0], p);
-  if (shared.now.wanted & (kGradient | kDirection)) convert(tensor.g, at[1], raw[1], g);
-  if (shared.now.wanted & kWeight) add_squares(p, sums.weight2);
-  if (shared.now.wanted & kGradient) add_squares(g, sums.grad2);
-  if (shared.now.wanted & kDirection) {
+  const Wanted wanted = shared.now.wanted;
+  if (wanted & (kWeight | kUpdates)) convert(tensor.p, at[0], raw[0], p);
+  if (wanted & (kGradient | kUpdates)) convert(tensor.g, at[1], raw[1], g);
+  if (wanted & kWeight) add_squares(p, sums.weight2);
+  if (wanted & kGradient) add_squares(g, sums.grad2);
+  if (wanted & kUpdates) {
     T states[sizeof...(S) + 1][V];
     (convert(tensor.states[S], at[2 + S], raw[2 + S], states[S]), ...);
     FUSED_OPT_UNROLL
-    for (int k = 0; k < V; ++k) p[k] = direction(shared.rule, shared.by, p[k], g[k], states[S][k]...);
+    for (int k = 0; k < V; ++k) {
+      T beside, copies[] = {states[S][k]..., T()};
+      p[k] = wanted & kAgreement ? agreement(shared.rule, shared.by, p[k], g[k], copies[S]...)
+             : shared.by.plain   ? direction<true>(shared.rule, shared.by, p[k], g[k], beside, copies[S]...)
+                                 : direction<false>(shared.rule, shared.by, p[k], g[k], beside, copies[S]...);
+    }
     add_squares(p, sums.direction2);
   }
 }
@@ -351,6 +367,7 @@ FUSED_OPT_FN void norms(const Where& where, const Launch& launch, Shared<Rule<T>
           if (shared.now.wanted & kWeight) of_tensor.weight2 = shared.lanes[0].weight2;
           if (shared.now.wanted & kGradient) of_tensor.grad2 = shared.lanes[0].grad2;
           if (shared.now.wanted & kDirection) of_tensor.direction2 = shared.lanes[0].direction2;
+          if (shared.now.wanted & kAgreement) launch.agreeing[t] = shared.lanes[0].direction2;
           shared.all = launch.total && where.arrive(&launch.arrived[launch.count], 1, launch.active);
         });
         if (!shared.all) return;

@@ -80,6 +80,7 @@ Bucket::Bucket(const Machine& machine, const char* rule, bool wide, const std::v
     fixed_.norms = layout.take<Norms>(count_);
     fixed_.partial = layout.take<Norms>(chunks_);
     fixed_.ratios = layout.take<double>(count_);
+    fixed_.agreeing = layout.take<double>(count_);
     fixed_.arrived = layout.take<uint64_t>(count_ + 1);
     norm2_ = layout.take<double>(1);
   };
@@ -128,12 +129,13 @@ Bucket::~Bucket() {
 }
 
 Launch Bucket::launch(DeviceBuffer& buffer, const std::vector<Tensor>& tensors, const std::vector<Layer>& layers,
-                      const std::vector<Row>& rows, const DeviceScalars& scalars, void* stream, bool* any,
-                      bool gradients) {
+                      const std::vector<Row>& rows, const DeviceScalars& scalars, void* stream,
+                      std::pair<Wanted, Wanted>* passes, bool gradients) {
   if (rows.size() > tensors.size()) throw std::invalid_argument("more rows of arguments than tensors");
   auto* now = reinterpret_cast<Now*>(buffer.now());
   Launch launch = fixed_;
   launch.scalars = scalars;
+  bool any = false, scaled_directions = false;
   for (size_t t = 0; t < tensors.size(); ++t) {
     now[t] = Now();
     if (!tensors[t].active) continue;
@@ -146,8 +148,10 @@ Launch Bucket::launch(DeviceBuffer& buffer, const std::vector<Tensor>& tensors, 
     if (summed_ && !is_known(layer.grad_norm2)) layer.grad_norm2 = 0;  // on the device
     now[t].wanted =
         gradients ? (is_known(layer.grad_norm2) ? 0 : kGradient) : wanted(tensors[t], rows[now[t].row].args, layer);
-    *any |= now[t].wanted != 0;
+    any |= now[t].wanted != 0;
+    scaled_directions |= needs_scaled_direction(now[t].wanted);
   }
+  *passes = any ? fused_opt::passes(scaled_directions) : std::pair(Wanted{0}, Wanted{0});
   if (!launch.active) return launch;
   char* of_rows = buffer.now() + tensors.size() * sizeof(Now);
   std::memcpy(of_rows, rows.data(), rows.size() * sizeof(Row));
@@ -159,13 +163,13 @@ Launch Bucket::launch(DeviceBuffer& buffer, const std::vector<Tensor>& tensors, 
 
 void Bucket::sum_gradients(const std::vector<Tensor>& tensors, const std::vector<Layer>& layers,
                            const DeviceScalars& scalars, bool add, void* stream) {
-  bool any = false;
+  std::pair<Wanted, Wanted> passes;
   summed_ = false;
   if (tensors.empty()) {
     if (!add) machine_.clear(scalars.norm2, sizeof(double), stream);
     return;
   }
-  Launch launch = this->launch(sums_, tensors, layers, {Row()}, {}, stream, &any, true);
+  Launch launch = this->launch(sums_, tensors, layers, {Row()}, {}, stream, &passes, true);
   launch.scalars.norm2 = scalars.norm2;
   launch.total = true;
   launch.add = add;
@@ -192,13 +196,15 @@ void Bucket::run(const std::vector<Tensor>& tensors, std::vector<Layer>& layers,
           "a step with noise or averaging cannot be captured in a CUDA graph: every replay would draw the same "
           "numbers, or "
           "take the same sample. Step outside of the graph, or set noise and averaging of the groups to None");
-  bool any = false;
-  Launch launch = this->launch(step_, tensors, layers, rows, scalars, stream, &any, false);
+  std::pair<Wanted, Wanted> passes;
+  Launch launch = this->launch(step_, tensors, layers, rows, scalars, stream, &passes, false);
   summed_ = false;
   if (!launch.active) return;
-  if (any) {
+  for (const Wanted among : {passes.first, passes.second}) {
+    if (!among) continue;
     Launch sums = launch;
     sums.ratios = nullptr;
+    sums.among = among;
     machine_.norms(rule_, wide_, sums, stream);
   }
   machine_.update(rule_, wide_, launch, stream);

@@ -1,5 +1,6 @@
 // A plan's tensors on one GPU: tables in its memory, and what of them is new in a step.
 #pragma once
+#include <utility>
 #include <vector>
 
 #include "machine.h"
@@ -48,7 +49,7 @@ class Bucket {
 
  private:
   Launch launch(DeviceBuffer&, const std::vector<Tensor>&, const std::vector<Layer>&, const std::vector<Row>&,
-                const DeviceScalars&, void* stream, bool* any, bool gradients);
+                const DeviceScalars&, void* stream, std::pair<Wanted, Wanted>* passes, bool gradients);
 
   const Machine& machine_;
   const int rule_;

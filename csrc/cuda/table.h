@@ -88,7 +88,7 @@ struct Now {
 
 struct Row {
   StepArgs args;
-  Operand lr;  // where it is in device memory, if it is
+  Operand lr, decay;  // where they are in device memory, if they are: the decay times each kind of it in `args`
 };
 
 // What of a step's scale is in device memory.
@@ -105,10 +105,11 @@ struct Launch {
   const int64_t* first;  // chunks before each tensor, and all of them at the end
   const Now* now;
   const Row* rows;
-  Norms *norms, *partial;  // of the tensors; of the chunks, for the length of a launch
-  double* ratios;
-  uint64_t* arrived;  // chunks of each tensor that are done, and tensors that are: 0 between launches
+  Norms *norms, *partial;     // of the tensors; of the chunks, for the length of a launch
+  double *ratios, *agreeing;  // of the tensors
+  uint64_t* arrived;          // chunks of each tensor that are done, and tensors that are: 0 between launches
   DeviceScalars scalars;
+  Wanted among = ~Wanted{0};        // of what tensors want, what this launch sums
   bool total = false, add = false;  // what the sums of the gradients are for: scalars.norm2, with what is there or not
 };
 

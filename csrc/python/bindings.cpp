@@ -72,7 +72,7 @@ class DeviceBucket : public Bucket {
     args_.clear();
     for (const auto& of_row : args) {
       cuda::Row& row = args_.emplace_back();
-      row.args = read_step_args(of_row, kRules[rule_], &row.lr);
+      row.args = read_step_args(of_row, kRules[rule_], &row.lr, &row.decay);
     }
     const cuda::DeviceScalars scalars{reinterpret_cast<const float*>(found_inf),
                                       reinterpret_cast<const float*>(grad_scale), reinterpret_cast<double*>(norm2),

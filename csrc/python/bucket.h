@@ -124,7 +124,7 @@ class Bucket {
       const py::object grad = grad_of(parameter.tensor.ptr());
       parameter.gradient = grad.ptr();
       Layer& layer = table_.layers[t];
-      layer.grad_norm2 = layer.part_norms = layer.direction_norm2 = kUnknown;
+      layer.grad_norm2 = layer.part_norms = layer.direction_norm2 = layer.agreeing = kUnknown;
       tensor.active = !grad.is_none();
       if (!tensor.active) continue;
       ++active_;

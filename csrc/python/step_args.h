@@ -15,10 +15,13 @@ namespace {
 
 // Named tuples are read by position, which is what costs least; that their members are these is checked once.
 const std::pair<const char*, std::vector<std::string>> kNamedTuples[] = {
-    {"StepArgs", {"lr", "grad_scale", "coupled_decay", "decoupled_decay", "coefficients", "ratio", "noise", "fold"}},
+    {"StepArgs",
+     {"lr", "grad_scale", "coupled_decay", "decoupled_decay", "independent_decay", "coefficients", "ratio", "noise",
+      "fold", "cautious"}},
     {"RatioArgs", {"kind", "coefficient", "cap", "eps", "exempt"}},
     {"NoiseArgs", {"sigma", "relative", "seed", "step"}},
     {"Fold", {"add", "share", "restart", "write_back", "follow"}},
+    {"CautiousArgs", {"update", "decay", "scaled"}},
     {"Norms", {"weight2", "grad2", "direction2"}},
     {"PartNorms", {"sum_of_norms", "grad2"}},
 };
@@ -55,34 +58,41 @@ int check_rule(const py::object& rule) {
   return index;
 }
 
-// `lr`: receives the rate if it is a tensor; null where it may not be one.
-StepArgs read_step_args(const py::handle& given, const RuleShape& rule, Operand* lr = nullptr) {
+// `lr`, `decay`: receive the rate and the decay if they are tensors, and the decay in the arguments is 1 then; null
+// where they may not be tensors.
+StepArgs read_step_args(const py::handle& given, const RuleShape& rule, Operand* lr = nullptr,
+                        Operand* decay = nullptr) {
   const auto row = py::reinterpret_borrow<py::tuple>(given);
   StepArgs args;
-  if (lr && !PyFloat_Check(row[0].ptr()))
-    *lr = View(row[0]).operand();
-  else
-    args.lr = row[0].cast<double>();
+  const auto number = [&](int place, Operand* tensor, double instead) {
+    if (!tensor || PyFloat_Check(row[place].ptr())) return row[place].cast<double>();
+    *tensor = View(row[place]).operand();
+    return instead;
+  };
+  args.lr = number(0, lr, 0);
   args.grad_scale = row[1].cast<double>();
-  args.coupled_decay = row[2].cast<double>();
-  args.decoupled_decay = row[3].cast<double>();
-  const auto coefficients = row[4].cast<std::vector<double>>();
+  args.coupled_decay = number(2, decay, 1);
+  args.decoupled_decay = number(3, decay, 1);
+  args.independent_decay = number(4, decay, 1);
+  const auto coefficients = row[5].cast<std::vector<double>>();
   if (static_cast<int>(coefficients.size()) != rule.coefficients)
     throw py::value_error("rule '" + std::string(rule.name) + "' takes " + std::to_string(rule.coefficients) +
                           " coefficients, and was given " + std::to_string(coefficients.size()));
   std::copy(coefficients.begin(), coefficients.end(), args.coefficients);
-  if (!row[5].is_none()) {
+  if (!row[6].is_none()) {
     int kind;
     std::tie(kind, args.coefficient, args.cap, args.eps, args.exempt) =
-        row[5].cast<std::tuple<int, double, double, double, int>>();
+        row[6].cast<std::tuple<int, double, double, double, int>>();
     args.kind = static_cast<Kind>(kind);
   }
-  if (!row[6].is_none())
-    std::tie(args.sigma, args.relative, args.seed, args.noise_step) =
-        row[6].cast<std::tuple<double, bool, uint64_t, uint32_t>>();
   if (!row[7].is_none())
+    std::tie(args.sigma, args.relative, args.seed, args.noise_step) =
+        row[7].cast<std::tuple<double, bool, uint64_t, uint32_t>>();
+  if (!row[8].is_none())
     std::tie(args.add, args.share, args.restart, args.write_back, args.follow) =
-        row[7].cast<std::tuple<double, double, bool, bool, double>>();
+        row[8].cast<std::tuple<double, double, bool, bool, double>>();
+  if (!row[9].is_none())
+    std::tie(args.cautious_update, args.cautious_decay, args.scaled) = row[9].cast<std::tuple<bool, bool, bool>>();
   return args;
 }
 

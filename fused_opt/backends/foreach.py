@@ -96,7 +96,7 @@ class Bucket(reference.Bucket):
     def run(self, args: Sequence[StepArgs]) -> None:
         """Step every parameter that has a gradient."""
         together: dict[tuple[Any, ...], list[ParamEntry]] = {}
-        able = [self.function and not (of_row.noise and of_row.noise.sigma) for of_row in args]
+        able = [self._able(of_row) for of_row in args]
         exempt = [math.inf if of_row.ratio is None else of_row.ratio.exempt for of_row in args]
         for member, row in self.active:
             p, g = member.tensor, member.tensor.grad
@@ -119,6 +119,14 @@ class Bucket(reference.Bucket):
         for (row, *_), members in together.items():
             for some in _in_parts(members):
                 self._step_together(some, args[row])
+
+    def _able(self, args: StepArgs) -> bool:
+        """Whether torch.optim has a function for a step with these arguments."""
+        if self.function is None or args.cautious is not None or args.independent_decay:
+            return False
+        if args.decoupled_decay and self.function is not _adam:
+            return False
+        return not (args.noise and args.noise.sigma)
 
     def _step_together(self, members: Sequence[ParamEntry], args: StepArgs) -> None:
         assert self.function is not None

@@ -49,6 +49,7 @@ class Norm(IntFlag):
     WEIGHT = 1
     GRADIENT = 2
     DIRECTION = 4
+    AGREEMENT = 8  # how many elements of the update go the gradient's way
 
 
 class RatioArgs(NamedTuple):
@@ -83,17 +84,28 @@ class Fold(NamedTuple):
     follow: float = 0.0
 
 
+class CautiousArgs(NamedTuple):
+    """Masks, see :class:`fused_opt.Cautious`."""
+
+    update: bool
+    decay: bool
+    scaled: bool  # the update by the share that its mask leaves
+
+
 class StepArgs(NamedTuple):
     """What a step does to the parameters of one group that have taken equally many steps."""
 
     lr: float | Tensor  # a tensor only for a device bucket, and then on its device
     grad_scale: float  # multiplies every gradient: sign, unscaling and clipping in one factor
-    coupled_decay: float  # times the weights: added to the gradient before the rule
-    decoupled_decay: float  # times the weights: added to the rule's update
+    # Times the weights; one of them is not 0, and may be a tensor where the rate may.
+    coupled_decay: float | Tensor  # added to the gradient before the rule
+    decoupled_decay: float | Tensor  # added to the rule's update
+    independent_decay: float | Tensor  # beside the direction: not times the rate
     coefficients: Sequence[float]  # the rule's, for this step; before ``at_step`` where only the device has the count
     ratio: RatioArgs | None = None
     noise: NoiseArgs | None = None
     fold: Fold | None = None
+    cautious: CautiousArgs | None = None
 
 
 class Norms(NamedTuple):

@@ -231,8 +231,8 @@ def _place(p: Tensor) -> tuple[Any, ...]:
 
 def _of_first(args: Sequence[StepArgs]) -> list[StepArgs]:
     """Of the step that leaves the rule's update where there were zeros: 0 - (-1) * update."""
-    nothing: dict[str, Any] = dict.fromkeys(StepArgs._fields[5:])
-    return [of_key._replace(lr=-1.0, decoupled_decay=0.0, **nothing) for of_key in args]
+    nothing: dict[str, Any] = dict.fromkeys(StepArgs._fields[StepArgs._fields.index("ratio") :])
+    return [of_key._replace(lr=-1.0, decoupled_decay=0.0, independent_decay=0.0, **nothing) for of_key in args]
 
 
 def _run(bucket: interface.Bucket, args: Sequence[StepArgs], scalars: DeviceScalars | None) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..extras.noise import normal, normal_at
 from ..rule import UNKNOWN, Rule
 from ..tensors import norm2
-from .interface import Kind, Norms, ParamEntry, PartNorms, Standard, StepArgs, StepKey, is_known
+from .interface import CautiousArgs, Kind, Norms, ParamEntry, PartNorms, Standard, StepArgs, StepKey, is_known
 
 DEVICES = ("cpu", "cuda")  # and every other
 REUSABLE = False  # it does not see what was replaced; a plan of nothing but its buckets is made anew for every step
@@ -51,6 +51,19 @@ def accumulate(total: Tensor | None, part: Tensor) -> tuple[float, float]:
 def _kind(grad: Tensor | None) -> tuple[Any, ...] | None:
     """What may be the reason why another backend does not step a gradient."""
     return None if grad is None else (type(grad), grad.layout, grad.is_neg(), grad._is_zerotensor())
+
+
+def masked(masks: CautiousArgs, update: Tensor, given: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """The update where it goes the way of the gradient that the rule was given, and p where it does not go against that."""
+    kept, decaying = update, p
+    if masks.update:
+        keep = (update.sign() * given.sign() > 0).to(p.dtype)
+        if masks.scaled and keep.numel():
+            keep = keep / keep.double().mean().clamp(min=1e-3).to(p.dtype)
+        kept = update * keep
+    if masks.decay:
+        decaying = torch.where(update.sign() * p.sign() < 0, 0.0, p)
+    return kept, decaying
 
 
 def trust_ratio(member: ParamEntry, args: StepArgs, norms: Norms, sum_of_norms: float, decay: float) -> float:
@@ -143,7 +156,7 @@ class Bucket:
                 member.advance(args[row])
 
     def _direct(self, member: ParamEntry, args: StepArgs) -> tuple[Tensor, ...]:
-        """Parameter, gradient, direction and new states, real and dense, in the arithmetic's dtype."""
+        """Parameter, gradient, direction, what of p decays, new states: real and dense, in the arithmetic's dtype."""
         assert member.tensor.grad is not None
         tensors = [member.tensor, member.tensor.grad, *(member.states or ())]
         if member.differentiable:  # autograd keeps what is multiplied, and the step writes these
@@ -155,8 +168,12 @@ class Bucket:
             tensors[1] = tensors[1].clone()
         p, g, *states = ((tensor.to_dense() if tensor.is_sparse else tensor).to(dtype) for tensor in tensors)
         coupled, decoupled = args.coupled_decay * member.decay_scale, args.decoupled_decay * member.decay_scale
-        update, *new = self.rule.update(args.grad_scale * g + coupled * p, *states, *args.coefficients)
-        return p, g, update + decoupled * p, *new
+        given = args.grad_scale * g + coupled * p
+        update, *new = self.rule.update(given, *states, *args.coefficients)
+        decaying = p
+        if args.cautious is not None:
+            update, decaying = masked(args.cautious, update, given, p)
+        return p, g, update + decoupled * decaying, decaying, *new
 
     @staticmethod
     def _noise(member: ParamEntry, seed: int, step: int, p: Tensor) -> Tensor:
@@ -169,8 +186,8 @@ class Bucket:
 
     def _step_rows(self, member: ParamEntry, args: StepArgs) -> bool:
         """Step only the rows that a sparse gradient has, where all else would stay as it is; False: it would not."""
-        grad, decay = member.tensor.grad, args.coupled_decay or args.decoupled_decay
-        if grad is None or not grad.is_sparse or self.rule.coefficient_count or decay or any(args[5:]):
+        grad, decay = member.tensor.grad, any(args[2:5])
+        if grad is None or not grad.is_sparse or self.rule.coefficient_count or decay or any(args[6:]):
             return False
         member.tensor.add_(grad, alpha=-float(args.lr) * member.lr_scale * args.grad_scale)
         return True
@@ -178,7 +195,7 @@ class Bucket:
     def _step(self, member: ParamEntry, args: StepArgs) -> None:
         if self._step_rows(member, args):
             return
-        p, g, direction, *new = self._direct(member, args)
+        p, g, direction, decaying, *new = self._direct(member, args)
         ratio = 1.0
         if args.ratio is not None and member.tensor.ndim > args.ratio.exempt:
             norms = Norms(*[self._norm2(member, which, tensor) for which, tensor in enumerate((p, g, direction))])
@@ -186,6 +203,8 @@ class Bucket:
             ratio = trust_ratio(member, args, norms, self._parts.get(member.index, UNKNOWN), decay)
         self._ratios[member.index] = ratio
         updated = p - args.lr * member.lr_scale * ratio * direction
+        if isinstance(args.independent_decay, Tensor) or args.independent_decay:
+            updated = updated - args.independent_decay * member.decay_scale * decaying
         if args.noise is not None:
             updated = updated + self._sigma(member, args, p) * self._noise(
                 member, args.noise.seed, args.noise.step, p

@@ -24,6 +24,7 @@ from ..rule import Rule
 from .interface import (
     Backend,
     Bucket,
+    CautiousArgs,
     DeviceBucket,
     DeviceScalars,
     Fold,
@@ -39,8 +40,8 @@ from .interface import (
 
 #: ``FUSED_OPT_SELF_CHECK=0`` in the environment leaves the checks out.
 ENABLED = os.environ.get("FUSED_OPT_SELF_CHECK") != "0"
-NOISE, RELATIVE_NOISE, AVERAGE, CLIPPING = "noise", "relative noise", "averaging", "clipping"
-EXTRAS = frozenset([*(kind.name for kind in Kind), NOISE, RELATIVE_NOISE, AVERAGE, CLIPPING])
+NOISE, RELATIVE_NOISE, AVERAGE, CLIPPING, MASKS = "noise", "relative noise", "averaging", "clipping", "masks"
+EXTRAS = frozenset([*(kind.name for kind in Kind), NOISE, RELATIVE_NOISE, AVERAGE, CLIPPING, MASKS])
 
 
 class Variant(NamedTuple):
@@ -72,6 +73,8 @@ def extras_of(groups: Sequence[Mapping[str, Any]]) -> frozenset[str]:
             found.add(AVERAGE)
         if group["max_grad_norm"] is not None or group["nonfinite"] != "pass":
             found.add(CLIPPING)
+        if group["cautious"] is not None or group["decay"] == "independent":
+            found.add(MASKS)
     return frozenset(found)
 
 
@@ -158,12 +161,14 @@ class _Row(NamedTuple):
     kind: Kind | None = None
     noise: str | None = None
     average: bool = False
+    masks: CautiousArgs | None = None
 
     def within(self, extras: frozenset[str]) -> _Row:
         return _Row(
             self.kind if self.kind is not None and self.kind.name in extras else None,
             self.noise if self.noise in extras else None,
             self.average and AVERAGE in extras,
+            self.masks if MASKS in extras else None,
         )
 
     @property
@@ -177,6 +182,8 @@ _ROWS = (
     _Row(Kind.LARS, noise=RELATIVE_NOISE),
     _Row(Kind.CLARS, average=True),
     _Row(Kind.LAMB, noise=NOISE, average=True),
+    _Row(masks=CautiousArgs(True, True, True)),
+    _Row(Kind.LAMB, masks=CautiousArgs(True, False, True)),
 )
 _RATIOS = {
     Kind.LARS: RatioArgs(Kind.LARS, 0.5, math.inf, 0.0625, 0),
@@ -188,7 +195,7 @@ _SETTINGS: tuple[defaultdict[str, Any], ...] = (
     defaultdict(lambda: 0.5, betas=(0.75, 0.875, 0.9375), eps=0.0625, momentum=0.75, dampening=0.5, nesterov=True),
     defaultdict(lambda: 0.5, betas=(0.25, 0.5, 0.75), eps=0.0, momentum=0.5, dampening=0.25, nesterov=False),
 )
-_LR, _SIGMA, _SEED, _COUNT = 0.125, 0.0625, 0x9E3779B97F4A7C15, 4
+_LR, _DECAY, _SIGMA, _SEED, _COUNT = 0.125, 0.1875, 0.0625, 0x9E3779B97F4A7C15, 4
 _STEPS = 3  # and then one that is clipped, and one that is not made
 
 
@@ -264,23 +271,33 @@ class _Run:
         self.bucket.set_part_norms([PartNorms(2.5, 7.0) if m.index % 2 else None for m in self.members])
         return keys
 
-    def args(self, n: int, keys: Sequence[StepKey], lr: float | Tensor = _LR, scale: float = 1) -> list[StepArgs]:
-        return [self._of_row(n, key, lr, scale) for key in keys]
+    def args(
+        self,
+        n: int,
+        keys: Sequence[StepKey],
+        lr: float | Tensor = _LR,
+        scale: float = 1,
+        decay: float | Tensor = _DECAY,
+    ) -> list[StepArgs]:
+        return [self._of_row(n, key, lr, scale, decay) for key in keys]
 
-    def _of_row(self, n: int, key: StepKey, lr: float | Tensor, scale: float) -> StepArgs:
+    def _of_row(
+        self, n: int, key: StepKey, lr: float | Tensor, scale: float, decay: float | Tensor = _DECAY
+    ) -> StepArgs:
         row, step, scalar, earlier = key
-        odd, (kind, noise, average) = row % 2, self.rows[row]
+        odd, (kind, noise, average, masks) = row % 2, self.rows[row]
+        kind_of_decay = 1 if odd else 0 if masks is None else 2
         return StepArgs(
             lr,
             scale * (-0.5 if odd else 0.75),
-            0.0 if odd else 0.25,
-            0.125 if odd else 0.0,
+            *(decay if k == kind_of_decay else 0.0 for k in range(3)),
             self.rule.numbers(_settings(self.rule, odd), step, scalar, earlier),
             None if kind is None else _RATIOS[kind],
             None if noise is None else NoiseArgs(_SIGMA, noise == RELATIVE_NOISE, _SEED, n),
             Fold(0.375, 0.875, n == 0, n == 2 and bool(odd), 0.5 * (n == 2 and not odd))
             if average and n != 1
             else None,
+            masks,
         )
 
 
@@ -384,8 +401,10 @@ class _Comparison:
         if device is None:
             ours.bucket.run(ours.args(_STEPS, our_keys, scale=factor))
             return self._difference("after a step that is clipped")
-        lr, grad_scale, found_inf = (torch.tensor(x, dtype=torch.float32, device=device) for x in (_LR, 1 / scale, 0.0))
-        bucket.run(ours.args(_STEPS, our_keys, lr), DeviceScalars(found_inf, grad_scale, sums, limit))
+        lr, decay, grad_scale, found_inf = (
+            torch.tensor(x, dtype=torch.float32, device=device) for x in (_LR, _DECAY, 1 / scale, 0.0)
+        )
+        bucket.run(ours.args(_STEPS, our_keys, lr, decay=decay), DeviceScalars(found_inf, grad_scale, sums, limit))
         if found := self._difference("after a step that is clipped"):
             return found
         bucket.run(ours.args(_STEPS, ours.collect()), DeviceScalars(found_inf.fill_(1.0)))

@@ -1,4 +1,4 @@
-"""What is fused into the pass that updates: trust ratios, noise, averaging, clipping.
+"""What is fused into the pass that updates: trust ratios, noise, averaging, masks, kinds of decay, clipping.
 
 ``EXTRAS`` is the only list of them: it drives the keywords and their checks, the keys of ``param_groups``, the arguments of a
 step, what checkpoints carry, what ZeroRedundancyOptimizer must refuse, and the documentation of the keywords.
@@ -15,6 +15,7 @@ import torch
 
 from .averaging import AVERAGING, EMA, PSWA, PSWM, PWALKS, SWM, Averaging, ScheduleFree
 from .clipping import MAX_GRAD_NORM, NONFINITE
+from .decay import CAUTIOUS, DECAY, Cautious
 from .extra import Extra
 from .noise import NOISE, WeightNoise
 from .trust_ratio import TRUST_RATIO, TrustRatio
@@ -27,6 +28,7 @@ __all__ = [
     "PWALKS",
     "SWM",
     "Averaging",
+    "Cautious",
     "Extra",
     "Extras",
     "ScheduleFree",
@@ -34,7 +36,7 @@ __all__ = [
     "WeightNoise",
 ]
 
-EXTRAS = (TRUST_RATIO, NOISE, AVERAGING, MAX_GRAD_NORM, NONFINITE)
+EXTRAS = (TRUST_RATIO, NOISE, AVERAGING, CAUTIOUS, DECAY, MAX_GRAD_NORM, NONFINITE)
 #: Those that a step's arguments speak of, in the order of ``StepArgs``.
 IN_ARGS = tuple((extra, extra.args) for extra in EXTRAS if extra.args is not None)
 NO_ARGS = (None,) * len(IN_ARGS)
@@ -52,6 +54,8 @@ class Extras(TypedDict, total=False):
     trust_ratio: TrustRatio | None
     noise: WeightNoise | None
     averaging: Averaging | None
+    cautious: Cautious | None
+    decay: str | None
     max_grad_norm: float | None
     nonfinite: str
     state_dtype: torch.dtype | None

@@ -84,7 +84,7 @@ class Adagrad(FusedOptimizer):
         params: ParamsT,
         lr: float | Tensor = 1e-2,
         lr_decay: float = 0,
-        weight_decay: float = 0,
+        weight_decay: float | Tensor = 0,
         initial_accumulator_value: float = 0,
         eps: float = 1e-10,
         foreach: bool | None = None,

@@ -122,7 +122,7 @@ class Adam(FusedOptimizer):
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0,
+        weight_decay: float | Tensor = 0,
         amsgrad: bool = False,
         *,
         foreach: bool | None = None,
@@ -189,7 +189,7 @@ class AdamW(Adam):
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 1e-2,
+        weight_decay: float | Tensor = 1e-2,
         amsgrad: bool = False,
         *,
         maximize: bool = False,
@@ -214,6 +214,11 @@ class AdamW(Adam):
             decoupled_weight_decay=True,
             **extras,
         )
+
+    def _check(self, options: Mapping[str, Any]) -> None:
+        super()._check(
+            {**options, "decoupled_weight_decay": False}
+        )  # which decay= may overrule: it is no argument here
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -86,7 +86,7 @@ class Adamax(FusedOptimizer):
         lr: float | Tensor = 2e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0,
+        weight_decay: float | Tensor = 0,
         foreach: bool | None = None,
         *,
         maximize: bool = False,

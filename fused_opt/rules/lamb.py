@@ -45,7 +45,7 @@ class LAMB(AdamW):
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-6,
-        weight_decay: float = 1e-2,
+        weight_decay: float | Tensor = 1e-2,
         *,
         coefficient: float | None = None,
         cap: float | None = None,

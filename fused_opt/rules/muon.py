@@ -249,6 +249,16 @@ class Muon(FusedOptimizer):
                 f"trust_ratio={ratio.kind!r} divides by norms of the gradient, which an orthogonalized update does not have. "
                 f"What would work: 'lamb', or trust_ratio in adamw= or in a group with use_muon=False"
             )
+        if options.get("decay") == COUPLED:
+            raise ValueError(
+                "decay='coupled' is decay that the rule sees, and Muon's update has the same size whatever it is given. What "
+                "would work: 'decoupled' or 'independent', or decay in adamw= or in a group with use_muon=False"
+            )
+        if (cautious := options.get("cautious")) is not None and cautious.args.update:
+            raise ValueError(
+                f"cautious={cautious!r} compares every element of the update with the gradient's, which says nothing of an "
+                f"orthogonalized update. What would work: Cautious('decay'), or a group with use_muon=False"
+            )
         for item in options.get("params", ()):
             p = item[1] if isinstance(item, tuple) else item
             if isinstance(p, Tensor) and not _is_matrix(p):

@@ -109,7 +109,7 @@ class NAdam(FusedOptimizer):
         lr: float | Tensor = 2e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0,
+        weight_decay: float | Tensor = 0,
         momentum_decay: float = 4e-3,
         decoupled_weight_decay: bool = False,
         *,

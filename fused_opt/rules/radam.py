@@ -106,7 +106,7 @@ class RAdam(FusedOptimizer):
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0,
+        weight_decay: float | Tensor = 0,
         decoupled_weight_decay: bool = False,
         *,
         foreach: bool | None = None,

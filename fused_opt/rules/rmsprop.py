@@ -123,7 +123,7 @@ class RMSprop(FusedOptimizer):
         lr: float | Tensor = 1e-2,
         alpha: float = 0.99,
         eps: float = 1e-8,
-        weight_decay: float = 0,
+        weight_decay: float | Tensor = 0,
         momentum: float = 0,
         centered: bool = False,
         capturable: bool = False,

@@ -33,15 +33,18 @@ SUMS = tl.constexpr(512)  # partial sums that are added at once
 FIRST, NUMEL, CHUNK, NDIM, INDEX = (tl.constexpr(column) for column in range(5))
 LR_SCALE, DECAY_SCALE, P, AVERAGE, STATES = (tl.constexpr(column) for column in range(5, 10))
 G, ROW, WANTS, PARTS, GRAD2, ROWS = (tl.constexpr(column) for column in range(6))
-WANT_WEIGHT, WANT_GRAD, WANT_DIRECTION = (tl.constexpr(norm.value) for norm in Norm)
+WANT_WEIGHT, WANT_GRAD, WANT_DIRECTION, WANT_AGREEMENT = (tl.constexpr(norm.value) for norm in Norm)
+WANT_UPDATE = tl.constexpr((Norm.DIRECTION | Norm.AGREEMENT).value)
 UNKNOWN, LAMB = tl.constexpr(UNKNOWN_NORM), tl.constexpr(Kind.LAMB.value)
 
 # A row of arguments, as StepArgs: lr, grad_scale, two decays, 8 coefficients; kind, coefficient, cap, eps, exempt; sigma,
-# relative, seed, step; add, share, restart, write_back, follow.
+# relative, seed, step; add, share, restart, write_back, follow; the third decay; whether masks are of the update, of the
+# decay, and scaled.
 MOST_COEFFICIENTS = 8
-ROW_FORMAT = struct.Struct("=19dQq5d")
+ROW_FORMAT = struct.Struct("=19dQq9d")
 COUPLED, DECOUPLED, COEFFICIENTS_AT = tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
-RATIO, NOISE, FOLD, WIDTH = tl.constexpr(12), tl.constexpr(17), tl.constexpr(21), tl.constexpr(26)
+RATIO, NOISE, FOLD, WIDTH = tl.constexpr(12), tl.constexpr(17), tl.constexpr(21), tl.constexpr(30)
+INDEPENDENT, MASKS = tl.constexpr(26), tl.constexpr(27)
 
 
 def chunk_size(numel: int) -> int:
@@ -144,6 +147,30 @@ def _decays(row, decay_scale, T: tl.constexpr):
 
 
 @triton.jit
+def _scale(row, agreements, numel, chunks):
+    """What a mask multiplies the update with where it does not leave it out; ``agreements``: counts of the chunks."""
+    scale = tl.full((), 1, tl.float64)
+    if (tl.load(row + MASKS) != 0) & (tl.load(row + MASKS + 2) != 0) & (numel > 0):
+        elements = numel.to(tl.float64)
+        scale = elements / tl.maximum(_sum(agreements, chunks), elements / 1000)
+    return scale
+
+
+@triton.jit
+def _agree(a, b):
+    """By their signs, since a product of small numbers is 0."""
+    return ((a > 0) & (b > 0)) | ((a < 0) & (b < 0))
+
+
+@triton.jit
+def _masked(row, update, g, p, scale):
+    """The update and the weights that decay, after the masks."""
+    otherwise = tl.where(tl.load(row + MASKS) != 0, 0.0, scale)
+    against = tl.where(tl.load(row + MASKS + 1) != 0, 0.0, p)
+    return tl.where(_agree(update, g), scale, otherwise).to(p.dtype) * update, tl.where(_agree(update, -p), against, p)
+
+
+@triton.jit
 def _states(addresses, start, end, DTYPES: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
     """Blocks of a rule's states."""
     states = ()
@@ -161,6 +188,7 @@ def update(
     carried,  # sums of squares of the weights as they are, one for every chunk
     leaving,  # those of the weights as they will be: another buffer, since other programs still read this one
     gradients,  # those of the gradients, for LAMB of the directions
+    agreements,  # how many elements of the update go the gradient's way
     ratios,
     count,
     RULE: tl.constexpr,
@@ -170,6 +198,7 @@ def update(
     COEFFICIENTS: tl.constexpr,
     NOISY: tl.constexpr,
     NORMS: tl.constexpr,
+    MASKED: tl.constexpr,  # there are masks, or decay that is not times the rate
 ):
     """Step one chunk: everything that a step does to it, in one pass."""
     chunk = tl.program_id(0)
@@ -183,6 +212,7 @@ def update(
         decay_scale = tl.load(layers + DECAY_SCALE * count + t)
         grad_scale = tl.load(row + 1)
         sigma = tl.load(row + NOISE)
+        chunks = tl.maximum(tl.cdiv(numel, size), 1)
         ratio = tl.full((), 1, tl.float64)
         carries = False
         if NORMS:
@@ -190,7 +220,6 @@ def update(
             has_ratio = (kind != 0) & (tl.load(tensors + NDIM * count + t) > exempt)
             carries = has_ratio | (relative & (sigma > 0))
             if carries:
-                chunks = tl.maximum(tl.cdiv(numel, size), 1)
                 weight2 = _sum(carried + first, chunks)
                 if has_ratio:
                     grad2 = tl.load(numbers + GRAD2 * count + t)
@@ -215,6 +244,9 @@ def update(
         lr = (tl.load(row) * tl.load(layers + LR_SCALE * count + t) * ratio).to(T)
         coefficients = _coefficients(row, COEFFICIENTS, T)
         coupled, decoupled = _decays(row, decay_scale, T)
+        if MASKED:
+            scale = _scale(row, agreements + first, numel, chunks)
+            independent = (tl.load(row + INDEPENDENT) * decay_scale).to(T)
         # The seed and the step lie among the floats as integers.
         seed_and_t = words + ROWS * count + row_index * WIDTH + NOISE + 2
         seed, noise_t, index = tl.load(seed_and_t), tl.load(seed_and_t + 1), tl.load(tensors + INDEX * count + t)
@@ -238,7 +270,11 @@ def update(
                 results = RULE(g, *_states(addresses, start, end, DTYPES, T, BLOCK), *coefficients)
                 for k in tl.static_range(2, len(DTYPES)):
                     _store(addresses[k], start, end, results[k - 1], DTYPES[k], BLOCK)
-                p -= lr * (results[0] + decoupled * p)
+                if MASKED:
+                    update, decaying = _masked(row, results[0], g, p, scale)
+                    p -= lr * (update + decoupled * decaying) + independent * decaying
+                else:
+                    p -= lr * (results[0] + decoupled * p)
                 if NOISY:
                     if sigma != 0:
                         z = normal(start // 4 + tl.arange(0, BLOCK // 4), index, noise_t, seed)
@@ -268,17 +304,19 @@ def norms(
     numbers,
     carried,
     gradients,
+    agreements,
     count,
     RULE: tl.constexpr,
     DTYPES: tl.constexpr,
     T: tl.constexpr,
     COEFFICIENTS: tl.constexpr,
-    WANTED: tl.constexpr,  # by any tensor; what one does not want of it is not stored
+    WANTED: tl.constexpr,  # by any tensor, and of this launch; what one does not want of it is not stored
+    MASKED: tl.constexpr,
 ):
     """Sum the squares of one chunk, before the weights may be touched."""
     chunk = tl.program_id(0)
     t = _find(tensors + FIRST * count, count, chunk)
-    wanted = tl.load(words + WANTS * count + t)
+    wanted = tl.load(words + WANTS * count + t) & WANTED
     if wanted != 0:
         first = tl.load(tensors + FIRST * count + t)
         numel = tl.load(tensors + NUMEL * count + t)
@@ -292,20 +330,32 @@ def norms(
         weight2 = tl.full((), 0, tl.float64)
         grad2 = tl.full((), 0, tl.float64)
         direction2 = tl.full((), 0, tl.float64)
+        agreeing = tl.full((), 0, tl.float64)
+        if WANT_UPDATE & WANTED:
+            row = numbers + ROWS * count + tl.load(words + ROW * count + t) * WIDTH
+            coupled, decoupled = _decays(row, decay_scale, T)
+            if MASKED and (WANT_DIRECTION & WANTED):
+                scale = _scale(row, agreements + first, numel, tl.maximum(tl.cdiv(numel, size), 1))
         for BLOCK in tl.static_range(FULL, TAIL - 1, TAIL - FULL):  # FULL, then TAIL
             stop = full if BLOCK == FULL else end
             of_weights = tl.zeros([BLOCK // 4], tl.float64)
             of_gradient = tl.zeros([BLOCK // 4], tl.float64)
             of_direction = tl.zeros([BLOCK // 4], tl.float64)
+            of_agreement = tl.zeros([BLOCK // 4], tl.float64)
             for start in range(begin, stop, BLOCK):
-                if WANT_DIRECTION & WANTED:
-                    row = numbers + ROWS * count + tl.load(words + ROW * count + t) * WIDTH
-                    coupled, decoupled = _decays(row, decay_scale, T)
+                if WANT_UPDATE & WANTED:
                     p = _load(addresses[0], start, end, DTYPES[0], T, BLOCK)
                     g = tl.load(row + 1).to(T) * _load(addresses[1], start, end, DTYPES[1], T, BLOCK) + coupled * p
                     states = _states(addresses, start, end, DTYPES, T, BLOCK)
                     results = RULE(g, *states, *_coefficients(row, COEFFICIENTS, T))
-                    of_direction += _squares(results[0] + decoupled * p, start, end, BLOCK)
+                    if WANT_AGREEMENT & WANTED:
+                        of_agreement += _squares(tl.where(_agree(results[0], g), 1.0, 0.0), start, end, BLOCK)
+                    if WANT_DIRECTION & WANTED:
+                        if MASKED:
+                            update, p = _masked(row, results[0], g, p, scale)
+                            of_direction += _squares(update + decoupled * p, start, end, BLOCK)
+                        else:
+                            of_direction += _squares(results[0] + decoupled * p, start, end, BLOCK)
                 if WANT_WEIGHT & WANTED:
                     of_weights += _squares(_load(addresses[0], start, end, DTYPES[0], T, BLOCK), start, end, BLOCK)
                 if WANT_GRAD & WANTED:
@@ -313,6 +363,7 @@ def norms(
             weight2 += tl.sum(of_weights)
             grad2 += tl.sum(of_gradient)
             direction2 += tl.sum(of_direction)
+            agreeing += tl.sum(of_agreement)
             begin = stop
         if wanted & WANT_WEIGHT:
             tl.store(carried + chunk, weight2)
@@ -320,6 +371,8 @@ def norms(
             tl.store(gradients + chunk, grad2)
         if wanted & WANT_DIRECTION:
             tl.store(gradients + chunk, direction2)
+        if wanted & WANT_AGREEMENT:
+            tl.store(agreements + chunk, agreeing)
 
 
 @triton.jit(do_not_specialize=["total", "part", "numel", "size"])

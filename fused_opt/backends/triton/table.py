@@ -15,7 +15,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ...rule import UNKNOWN, Rule
-from ..interface import Fold, Kind, NoiseArgs, Norm, ParamEntry, PartNorms, RatioArgs, StepArgs, StepKey, is_known
+from ..interface import (
+    CautiousArgs,
+    Fold,
+    Kind,
+    NoiseArgs,
+    Norm,
+    ParamEntry,
+    PartNorms,
+    RatioArgs,
+    StepArgs,
+    StepKey,
+    is_known,
+)
 from . import kernel, rules
 from .counts import Counts
 
@@ -24,6 +36,7 @@ TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: t
 #: As nvcc compiles csrc/cuda/: a multiplication and an addition are two roundings, so the bits are the native backend's.
 OPTIONS = {"enable_fp_fusion": False}
 NO_RATIO, NO_NOISE, NO_FOLD = (0, 1.0, 0.0, 0.0, 0), NoiseArgs(0.0, False, 0, 0), Fold(0.0, 0.0, False, False)
+NO_MASKS = CautiousArgs(False, False, False)
 
 _grad, _dtype, _shape, _version = map(attrgetter, ("grad", "dtype", "shape", "_version"))
 
@@ -68,7 +81,7 @@ class Table:
         columns, self.chunks = self._columns()
         self.tensors = torch.tensor(columns, dtype=torch.int64, device="cpu").to(self.device)
         # Of even width, so that every row is aligned to 16 bytes: Triton compiles a kernel anew for other alignments.
-        self.sums = torch.zeros(3, self.chunks + self.chunks % 2, dtype=torch.float64, device=self.device)
+        self.sums = torch.zeros(4, self.chunks + self.chunks % 2, dtype=torch.float64, device=self.device)
         self.ratios = torch.ones(len(members), dtype=torch.float64, device=self.device)
         self.stream = self._stream()
         self.turn = 0  # which of the first two rows of `sums` holds the carried sums of squares
@@ -176,11 +189,11 @@ class Table:
         """The first arguments of the kernels."""
         return self.tensors, self.tensors.view(torch.float64), self.words, self.words.view(torch.float64)
 
-    def _sum(self, wanted: int) -> None:
-        """Sum what the words say of every tensor, all of it in the bits of `wanted`."""
+    def _sum(self, wanted: int, masked: bool = False) -> None:
+        """Sum what the words say of every tensor, as far as it is in the bits of `wanted`."""
         launch(
-            kernel.norms, self.device, self.chunks, *self._tables(), self.sums[self.turn], self.sums[2],
-            len(self.members), self.function, self.types, arithmetic(self.p_dtype), self.coefficients, wanted,
+            kernel.norms, self.device, self.chunks, *self._tables(), self.sums[self.turn], self.sums[2], self.sums[3],
+            len(self.members), self.function, self.types, arithmetic(self.p_dtype), self.coefficients, wanted, masked,
         )  # fmt: skip
 
     def grad_norm2(self) -> float:
@@ -201,24 +214,30 @@ class Table:
             return
         carries = [False] * len(self.members)
         wanted = [0] * len(self.members)
-        if any(of_row.ratio is not None or (of_row.noise is not None and of_row.noise.relative) for of_row in args):
+        if any(_needs_sums(of_row) for of_row in args):
             versions = list(map(_version, self.parameters))
             for i, row in enumerate(self.rows):
                 if row >= 0:
                     valid = self.versions[i] == versions[i]
                     carries[i], wanted[i] = self._want(self.members[i], args[row], valid, self.parts[i], self.grad2[i])
         self._upload(wanted, args)
+        masked = any(of_row.cautious is not None or of_row.independent_decay for of_row in args)
         if any(wanted):
             together = 0
             for bits in wanted:
                 together |= bits
-            self._sum(together)
+            directions = (
+                int(together & Norm.DIRECTION) if together & Norm.AGREEMENT else 0
+            )  # a mask's scale enters them
+            self._sum(int(together) & ~directions, masked)
+            if directions:
+                self._sum(directions, masked)
         folds = any(of_row.fold is not None for of_row in args)
         launch(
             kernel.update, self.device, self.chunks, *self._tables(), self.sums[self.turn], self.sums[1 - self.turn],
-            self.sums[2], self.ratios, len(self.members), self.function, self.types,
+            self.sums[2], self.sums[3], self.ratios, len(self.members), self.function, self.types,
             self.average_type if folds else None, arithmetic(self.p_dtype), self.coefficients,
-            any(of_row.noise is not None for of_row in args), any(carries),
+            any(of_row.noise is not None for of_row in args), any(carries), masked,
         )  # fmt: skip
         self._advance(carries, args)
 
@@ -232,6 +251,8 @@ class Table:
             wanted |= Norm.DIRECTION
         elif kind and not (kind == Kind.CLARS and is_known(parts)) and not is_known(grad2) and not self.summed:
             wanted |= Norm.GRADIENT
+        if args.cautious is not None and args.cautious.scaled:
+            wanted |= Norm.AGREEMENT
         return carries, int(wanted)
 
     def _advance(self, carries: list[bool], args: Sequence[StepArgs]) -> None:
@@ -250,8 +271,17 @@ class Table:
             ]
 
 
+def _needs_sums(args: StepArgs) -> bool:
+    """Whether a step with these arguments may have to sum something first."""
+    relative = args.noise is not None and args.noise.relative
+    return args.ratio is not None or relative or (args.cautious is not None and args.cautious.scaled)
+
+
 def pack(args: StepArgs) -> bytes:
     """A row of arguments as the kernels read it."""
     coefficients = [*args.coefficients, *[0.0] * (kernel.MOST_COEFFICIENTS - len(args.coefficients))]
     ratio: RatioArgs | tuple[float, ...] = args.ratio or NO_RATIO
-    return kernel.ROW_FORMAT.pack(*args[:4], *coefficients, *ratio, *(args.noise or NO_NOISE), *(args.fold or NO_FOLD))
+    return kernel.ROW_FORMAT.pack(
+        *args[:4], *coefficients, *ratio, *(args.noise or NO_NOISE), *(args.fold or NO_FOLD), args.independent_decay,
+        *(args.cautious or NO_MASKS),
+    )  # fmt: skip
