@@ -165,6 +165,15 @@ def one_pass(name: str, contenders: dict[str, Make], baseline: str, *targets: Ta
     return Case(name, SHAPES["ResNet-50"], contenders, baseline, targets)
 
 
+def beside_adamw(name: str, **options: Any) -> Case:
+    """A kind of decay or a mask over GPT-2's shapes, beside the plain step."""
+    plain = partial(stepping, fused_opt.AdamW, **ADAMW)
+    contenders = {name: partial(plain, **options), "fused_opt.AdamW": plain}
+    return Case(
+        name, SHAPES["GPT-2 small"], contenders, "fused_opt.AdamW", (Target(name, "time", 1.1, "fused_opt.AdamW"),)
+    )
+
+
 ours_sgd = partial(stepping, fused_opt.SGD, **SGD)
 TABLES = [
     against_torch("SGD", {"lr": 1e-3, "momentum": 0.9}, {"300 of 8x8": 10, "300 of 64x64": 5, "30 of 1024x1024": 1.2}),
@@ -181,6 +190,16 @@ TABLES = [
             muon("300 of 8x8", SHAPES["300 of 8x8"], Target("fused_opt", "speed", 3, "torch")),
             muon("100 of 64x64", [(64, 64)] * 100, Target("fused_opt", "speed", 1, "torch")),
             muon("4 of 256x1024", [(256, 1024)] * 4, Target("fused_opt", "time", 1.1, "torch")),
+        ],
+    ),
+    Table(
+        "decay",
+        "Kinds of decay and masks, AdamW, GPT-2's shapes, float32",
+        [
+            beside_adamw("independent decay", decay="independent"),
+            beside_adamw("cautious decay", cautious=fused_opt.Cautious("decay")),
+            beside_adamw("cautious update, unscaled", cautious=fused_opt.Cautious("update", scaled=False)),
+            beside_adamw("cautious update", cautious=fused_opt.Cautious("update")),
         ],
     ),
     Table(

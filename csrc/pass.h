@@ -86,51 +86,59 @@ FUSED_OPT_FN Rule make(const double (&coefficients)[kMaxCoefficients]) {
   return rule;
 }
 
-// Neither masks nor decay beside the direction.
-FUSED_OPT_FN bool is_plain(const StepArgs& args) {
-  return !args.cautious_update && !args.cautious_decay && args.independent_decay == 0;
-}
-
-// What all elements of a tensor are multiplied with; those of an array where update and gradient (or weight) do not go
-// the same way, and where they do.
+// What all elements of a tensor are multiplied with.
 template <class T>
 struct Factors {
   T lr, grad_scale, coupled_decay, decoupled_decay;
-  bool plain;
-  T update[2], decoupled[2], independent[2];  // unless it is plain
 };
 template <class T>
-FUSED_OPT_FN Factors<T> factors(const Tensor& tensor, const StepArgs& args, double lr, double grad_scale,
-                                const Layer& layer) {
-  Factors<T> by{static_cast<T>(lr * layer.lr_scale * layer.ratio), static_cast<T>(grad_scale),
-                static_cast<T>(args.coupled_decay * layer.decay_scale),
-                static_cast<T>(args.decoupled_decay * layer.decay_scale), is_plain(args)};
-  if (by.plain) return by;
-  const double numel = static_cast<double>(tensor.numel), least = numel / 1000;
-  const bool scaled = args.cautious_update && args.scaled && is_known(layer.agreeing) && numel > 0;
-  by.update[1] = static_cast<T>(scaled ? numel / (layer.agreeing > least ? layer.agreeing : least) : 1);
-  by.update[0] = args.cautious_update ? T(0) : by.update[1];
-  by.decoupled[1] = by.decoupled_decay;
-  by.decoupled[0] = args.cautious_decay ? T(0) : by.decoupled[1];
-  by.independent[1] = static_cast<T>(args.independent_decay * layer.decay_scale);
-  by.independent[0] = args.cautious_decay ? T(0) : by.independent[1];
-  return by;
-}
-
-// By their signs, since a product of small numbers is 0.
-template <class T>
-FUSED_OPT_FN bool agree(T a, T b) {
-  return ((a > 0) & (b > 0)) | ((a < 0) & (b < 0));
-}
-template <class T>
-FUSED_OPT_FN bool disagree(T a, T b) {
-  return ((a > 0) & (b < 0)) | ((a < 0) & (b > 0));
+FUSED_OPT_FN Factors<T> factors(const StepArgs& args, double lr, double grad_scale, const Layer& layer) {
+  return {static_cast<T>(lr * layer.lr_scale * layer.ratio), static_cast<T>(grad_scale),
+          static_cast<T>(args.coupled_decay * layer.decay_scale),
+          static_cast<T>(args.decoupled_decay * layer.decay_scale)};
 }
 
 // The gradient that the rule is given.
 template <class T>
 FUSED_OPT_FN T given(const Factors<T>& by, T p, T g) {
   return by.grad_scale * g + by.coupled_decay * p;
+}
+
+// The direction in which an element goes: the rule's update between the two decays.
+template <class Rule, class T, class... State>
+FUSED_OPT_FN T direction(const Rule& rule, const Factors<T>& by, T p, T g, State&... states) {
+  return rule(given(by, p, g), states...) + by.decoupled_decay * p;
+}
+
+// ---- masks, and decay beside the direction
+
+FUSED_OPT_FN bool is_plain(const StepArgs& args) {
+  return !args.cautious_update && !args.cautious_decay && args.independent_decay == 0;
+}
+
+// What update and decays are multiplied with where update and gradient (or weight) go the same way, and where not.
+template <class T>
+struct Masks {
+  T agreeing, others, decoupled, decoupled_against, independent, independent_against;
+};
+template <class T>
+FUSED_OPT_FN Masks<T> masks(const Tensor& tensor, const StepArgs& args, const Layer& layer) {
+  const double numel = static_cast<double>(tensor.numel), least = numel / 1000;
+  const bool scaled = args.cautious_update && args.scaled && is_known(layer.agreeing) && numel > 0;
+  Masks<T> masks;
+  masks.agreeing = static_cast<T>(scaled ? numel / (layer.agreeing > least ? layer.agreeing : least) : 1);
+  masks.others = args.cautious_update ? T(0) : masks.agreeing;
+  masks.decoupled = static_cast<T>(args.decoupled_decay * layer.decay_scale);
+  masks.independent = static_cast<T>(args.independent_decay * layer.decay_scale);
+  masks.decoupled_against = args.cautious_decay ? T(0) : masks.decoupled;
+  masks.independent_against = args.cautious_decay ? T(0) : masks.independent;
+  return masks;
+}
+
+// By the signs, since a product of small numbers is 0.
+template <class T>
+FUSED_OPT_FN bool agree(T a, T b) {
+  return ((a > 0) & (b > 0)) | ((a < 0) & (b < 0));
 }
 
 // Whether the update of an element goes the gradient's way, as a number.
@@ -140,16 +148,15 @@ FUSED_OPT_FN T agreement(const Rule& rule, const Factors<T>& by, T p, T g, State
   return agree(rule(gradient, states...), gradient) ? T(1) : T(0);
 }
 
-// The direction in which an element goes: the rule's update between the two decays. `beside`: the decay that is not
-// times the learning rate.
-template <bool kPlain, class Rule, class T, class... State>
-FUSED_OPT_FN T direction(const Rule& rule, const Factors<T>& by, T p, T g, T& beside, State&... states) {
+// `beside`: the decay that is not times the learning rate.
+template <class Rule, class T, class... State>
+FUSED_OPT_FN T masked_direction(const Rule& rule, const Factors<T>& by, const Masks<T>& masks, T p, T g, T& beside,
+                                State&... states) {
   const T gradient = given(by, p, g), update = rule(gradient, states...);
-  if constexpr (kPlain) return update + by.decoupled_decay * p;
-  const bool against = disagree(update, p);
-  beside = (against ? by.independent[0] : by.independent[1]) * p;
-  return (agree(update, gradient) ? by.update[1] : by.update[0]) * update +
-         (against ? by.decoupled[0] : by.decoupled[1]) * p;
+  const bool against = agree(update, -p);
+  beside = (against ? masks.independent_against : masks.independent) * p;
+  return (agree(update, gradient) ? masks.agreeing : masks.others) * update +
+         (against ? masks.decoupled_against : masks.decoupled) * p;
 }
 
 // Standard deviation of the noise on a tensor.
@@ -158,14 +165,21 @@ FUSED_OPT_FN double sigma(const Tensor& tensor, const StepArgs& args, const Laye
   return args.sigma * (args.relative && whole ? square_root(layer.weight_norm2 / static_cast<double>(whole)) : 1);
 }
 
-template <bool kPlain, class Rule, class T, class... State>
+template <class Rule, class T, class... State>
 FUSED_OPT_FN void apply(const Rule rule, const Factors<T> by, const int64_t n, T* __restrict p, const T* __restrict g,
                         State* __restrict... states) {
   FUSED_OPT_UNROLL
+  for (int64_t i = 0; i < n; ++i) p[i] -= by.lr * direction(rule, by, p[i], g[i], states[i]...);
+}
+
+template <class Rule, class T, class... State>
+FUSED_OPT_FN void apply_masked(const Rule rule, const Factors<T> by, const Masks<T> masks, const int64_t n,
+                               T* __restrict p, const T* __restrict g, State* __restrict... states) {
+  FUSED_OPT_UNROLL
   for (int64_t i = 0; i < n; ++i) {
-    T beside = 0;
-    const T along = direction<kPlain>(rule, by, p[i], g[i], beside, states[i]...);
-    p[i] -= kPlain ? by.lr * along : by.lr * along + beside;
+    T beside;
+    const T along = masked_direction(rule, by, masks, p[i], g[i], beside, states[i]...);
+    p[i] -= by.lr * along + beside;
   }
 }
 

@@ -58,8 +58,11 @@ class Groups:
             TypeError, ValueError: as the constructor of the optimizer.
         """
         found = [self._settings(group) for group in groups]
-        if found == self._seen:
-            return
+        try:
+            if found == self._seen:
+                return
+        except RuntimeError:  # a tensor of several elements, which the checks refuse
+            pass
         for group in groups:
             optimizer._check_all({**group, "lr": 0.0})
         self.wants_norm = wants_norm(groups)

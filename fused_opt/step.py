@@ -13,7 +13,7 @@ from typing_extensions import Self
 from .backends.interface import DeviceScalars, Norm, StepArgs, StepKey
 from .extras import NO_ARGS, step_args
 from .extras.clipping import PASS, RAISE, allows, clip_factor
-from .extras.decay import DECAYS, INDEPENDENT
+from .extras.decay import COUPLED, DECOUPLED
 from .groups import Groups
 from .parts.tracker import PartTracker
 from .plan import Plan
@@ -68,15 +68,18 @@ class Step:
     def _args(self) -> list[list[StepArgs]]:
         """For every bucket, what a step does to the parameters of every key."""
         groups, specs = self.param_groups, self.groups.specs
-        of_group = []
+        of_group: list[tuple[Any, Any, Any, Any, Any]] = []
         for group, spec, lr in zip(groups, specs, self.lrs):
             decay = on_device(group, group["weight_decay"], self.device)
             if spec.averaged and self.stepping:
                 lr = lr * group["averaging"].rate
             scale = -self.scale if group["maximize"] else self.scale
-            if spec.decay == INDEPENDENT and not self.stepping:
-                decay = 0.0
-            of_group.append((lr, scale, *[decay if kind == spec.decay else 0.0 for kind in DECAYS]))
+            if spec.decay == COUPLED:
+                of_group.append((lr, scale, decay, 0.0, 0.0))
+            elif spec.decay == DECOUPLED:
+                of_group.append((lr, scale, 0.0, decay, 0.0))
+            else:
+                of_group.append((lr, scale, 0.0, 0.0, decay if self.stepping else 0.0))
         return [
             [
                 StepArgs(*of_group[g], specs[g].rule.numbers(groups[g], step, scalar, earlier), *self.extras[g])

@@ -211,7 +211,8 @@ template <class T, size_t... S, class Rule>
 __attribute__((noinline)) Squares update_blocks(const Rule& rule, const Factors<T>& by, const Tensor& tensor,
                                                 const StepArgs& args, const Layer& layer, int64_t begin, int64_t end,
                                                 std::index_sequence<S...>) {
-  const bool carries = carries_norm(tensor, args), averages = fused_opt::averages(args);
+  const bool carries = carries_norm(tensor, args), averages = fused_opt::averages(args), plain = is_plain(args);
+  const auto masks = fused_opt::masks<T>(tensor, args, layer);
   const T sigma = static_cast<T>(fused_opt::sigma(tensor, args, layer));
   alignas(64) T buffers[3 + sizeof...(S)][kBlock];
   alignas(64) float z[kDraw];
@@ -229,7 +230,10 @@ __attribute__((noinline)) Squares update_blocks(const Rule& rule, const Factors<
     const T* g = load(tensor, tensor.g, begin, n, buffers[1]);
     T* states[] = {load(tensor, tensor.states[S], begin, n, buffers[2 + S])..., nullptr};
     if (carries) found.add(p, n);
-    by.plain ? apply<true>(rule, by, n, p, g, states[S]...) : apply<false>(rule, by, n, p, g, states[S]...);
+    if (plain)
+      apply(rule, by, n, p, g, states[S]...);
+    else
+      apply_masked(rule, by, masks, n, p, g, states[S]...);
     (store(tensor, tensor.states[S], begin, n, states[S]), ...);
     if (args.sigma != 0)
       for (int64_t k = 0; k < n; ++k) p[k] += sigma * static_cast<T>(z[begin % kDraw + k]);
@@ -256,14 +260,14 @@ Squares update_as(const Tensor& tensor, const StepArgs& args, const Layer& layer
   // From here on prefetching by blocks gains more than the blocks cost.
   constexpr int64_t kLong = 8192;
   const auto rule = make<Rule<T>, T>(args.coefficients);
-  const auto by = factors<T>(tensor, args, args.lr, args.grad_scale, layer);
+  const auto by = factors<T>(args, args.lr, args.grad_scale, layer);
   bool in_one_go = (end - begin < kLong || !kPrefetches) && lies_ready<T>(tensor, tensor.p) &&
                    lies_ready<T>(tensor, tensor.g) && !carries_norm(tensor, args) && !averages(args) &&
-                   args.sigma == 0 && by.plain;
+                   args.sigma == 0 && is_plain(args);
   ((in_one_go &= lies_ready<T>(tensor, tensor.states[S])), ...);
   if (!in_one_go) return update_blocks<T>(rule, by, tensor, args, layer, begin, end, states);
-  apply<true>(rule, by, end - begin, static_cast<T*>(tensor.p.data) + begin,
-              static_cast<const T*>(tensor.g.data) + begin, static_cast<T*>(tensor.states[S].data) + begin...);
+  apply(rule, by, end - begin, static_cast<T*>(tensor.p.data) + begin, static_cast<const T*>(tensor.g.data) + begin,
+        static_cast<T*>(tensor.states[S].data) + begin...);
   return {};
 }
 
@@ -271,7 +275,8 @@ template <template <class> class Rule, class T, size_t... S>
 Norms norms_as(const Tensor& tensor, const StepArgs& args, const Layer& layer, int64_t begin, int64_t end,
                Wanted wanted, std::index_sequence<S...>) {
   const auto rule = make<Rule<T>, T>(args.coefficients);
-  const auto by = factors<T>(tensor, args, args.lr, args.grad_scale, layer);
+  const auto by = factors<T>(args, args.lr, args.grad_scale, layer);
+  const auto masks = fused_opt::masks<T>(tensor, args, layer);
   alignas(64) T buffers[3 + sizeof...(S)][kBlock];
   SumOfSquares weight2, grad2, direction2;
   for_each_block(begin, end, [&](int64_t begin, auto n) {
@@ -293,10 +298,12 @@ Norms norms_as(const Tensor& tensor, const StepArgs& args, const Layer& layer, i
       };
       if (wanted & kAgreement)
         each([&](T p, T g, T&, auto&... states) { return agreement(rule, by, p, g, states...); });
-      else if (by.plain)
-        each([&](T p, T g, T& beside, auto&... states) { return direction<true>(rule, by, p, g, beside, states...); });
+      else if (is_plain(args))
+        each([&](T p, T g, T&, auto&... states) { return direction(rule, by, p, g, states...); });
       else
-        each([&](T p, T g, T& beside, auto&... states) { return direction<false>(rule, by, p, g, beside, states...); });
+        each([&](T p, T g, T& beside, auto&... states) {
+          return masked_direction(rule, by, masks, p, g, beside, states...);
+        });
       direction2.add(directions, n);
     }
   });

@@ -71,9 +71,10 @@ struct Shared {
   Norms lanes[kThreads];
   Rule rule;
   Factors<T> by;
+  Masks<T> masks;
   T sigma;
   int head;
-  bool carries, averages, noisy;
+  bool plain, carries, averages, noisy;
   bool kept, counts, last, all;  // see walk()
 };
 
@@ -142,7 +143,9 @@ FUSED_OPT_FN void prepare(const Launch& launch, int64_t t, Shared<Rule, T>& shar
   layer.ratio = has_ratio(tensor, args) ? trust_ratio(args, grad_scale, layer) : 1;
   double lr[1] = {args.lr};
   if (shared.row.lr.data) convert(shared.row.lr, 0, {}, lr);
-  shared.by = factors<T>(tensor, args, lr[0], grad_scale, layer);
+  shared.by = factors<T>(args, lr[0], grad_scale, layer);
+  shared.plain = is_plain(args);
+  shared.masks = masks<T>(tensor, args, layer);
   shared.sigma = static_cast<T>(sigma(tensor, args, layer));
   shared.noisy = args.sigma != 0;
   shared.carries = carries_norm(tensor, args);
@@ -190,8 +193,10 @@ FUSED_OPT_FN void step_some(const Shared<Rule, T>& shared, int64_t i, const Raw<
   convert(tensor.g, at[1], raw[1], g);
   (convert(tensor.states[S], at[2 + S], raw[2 + S], states[S]), ...);
 
-  shared.by.plain ? apply<true>(shared.rule, shared.by, V, p, g, states[S]...)
-                  : apply<false>(shared.rule, shared.by, V, p, g, states[S]...);
+  if (shared.plain)
+    apply(shared.rule, shared.by, V, p, g, states[S]...);
+  else
+    apply_masked(shared.rule, shared.by, shared.masks, V, p, g, states[S]...);
   (store(tensor.states[S], at[2 + S], states[S]), ...);
   if (shared.noisy) add_noise(shared.row.args, shared.entry.layer, shared.sigma, i, p);
   store(tensor.p, at[0], p);
@@ -224,8 +229,8 @@ FUSED_OPT_FN void sum_some(const Shared<Rule, T>& shared, int64_t i, const Raw<1
     for (int k = 0; k < V; ++k) {
       T beside, copies[] = {states[S][k]..., T()};
       p[k] = wanted & kAgreement ? agreement(shared.rule, shared.by, p[k], g[k], copies[S]...)
-             : shared.by.plain   ? direction<true>(shared.rule, shared.by, p[k], g[k], beside, copies[S]...)
-                                 : direction<false>(shared.rule, shared.by, p[k], g[k], beside, copies[S]...);
+             : shared.plain ? direction(shared.rule, shared.by, p[k], g[k], copies[S]...)
+                            : masked_direction(shared.rule, shared.by, shared.masks, p[k], g[k], beside, copies[S]...);
     }
     add_squares(p, sums.direction2);
   }

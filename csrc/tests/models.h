@@ -119,12 +119,17 @@ const std::vector<Case> kPlain = {
     {"fresh average", [](StepArgs& args) { args.add = 1, args.share = 1, args.restart = true; }},
     {"followed", [](StepArgs& args) { args.add = 0.5, args.share = 1, args.follow = 0.75; }},
     {"written back", [](StepArgs& args) { args.sigma = 0.01, args.add = 0.5, args.share = 1, args.write_back = true; }},
+    {"masks", [](StepArgs& args) { args.cautious_update = args.cautious_decay = args.scaled = true; }},
+    {"independent decay and an unscaled mask",
+     [](StepArgs& args) { args.decoupled_decay = 0, args.independent_decay = 0.02, args.cautious_update = true; }},
 };
 const std::vector<Case> kNormed = {
     {"lars", [](StepArgs& args) { args.kind = Kind::kLARS, args.cap = 10, args.exempt = -1; }},
     {"clars", [](StepArgs& args) { args.kind = Kind::kCLARS, args.cap = 10, args.eps = 1e-6; }},
     {"lamb", [](StepArgs& args) { args.kind = Kind::kLAMB, args.cap = INFINITY; }},
     {"relative noise", [](StepArgs& args) { args.sigma = 0.01, args.relative = true; }},
+    {"lamb with a scaled mask",
+     [](StepArgs& args) { args.kind = Kind::kLAMB, args.cap = INFINITY, args.cautious_update = args.scaled = true; }},
 };
 const DType F32 = DType::kFloat32, F64 = DType::kFloat64, B16 = DType::kBFloat16, F16 = DType::kFloat16;
 const std::vector<Storage> kStorages = {

@@ -171,6 +171,8 @@ void a_step_is_one_launch_where_norms_are_carried() {
   launches(kNormed[1], false, true, {1, 0});   // CLARS: the weights' norm once, then it is carried
   launches(kNormed[0], true, false, {2, 1});   // the norm that clips serves the ratio
   launches(kNormed[3], false, false, {1, 0});
+  launches(kNormed[4], false, false, {2, 2});  // LAMB of a mask: its scale is counted before the direction's norm
+  launches(kPlain[5], false, false, {1, 1});
 }
 
 }  // namespace

@@ -162,7 +162,7 @@ void norms_have_the_values_of_the_cpus() {
     for (const Storage& kind : kStorages)
       for (const Case& some : kNormed) {
         Model ours(kSizes, rule.states, kind, true), theirs(kSizes, rule.states, kind, true);
-        const bool exact = some.name != "lamb";
+        const bool exact = some.name.rfind("lamb", 0) != 0;
         for (Model* model : {&ours, &theirs}) {
           model->table.args[0] = args_of(rule.name);
           some.change(model->table.args[0]);

@@ -58,15 +58,15 @@ def masked(masks: CautiousArgs, update: Tensor, given: Tensor, p: Tensor) -> tup
     kept, decaying = update, p
     if masks.update:
         keep = (update.sign() * given.sign() > 0).to(p.dtype)
-        if masks.scaled and keep.numel():
-            keep = keep / keep.double().mean().clamp(min=1e-3).to(p.dtype)
+        if masks.scaled and (n := keep.numel()):
+            keep *= n / max(keep.double().sum().item(), n / 1000)
         kept = update * keep
     if masks.decay:
         decaying = torch.where(update.sign() * p.sign() < 0, 0.0, p)
     return kept, decaying
 
 
-def trust_ratio(member: ParamEntry, args: StepArgs, norms: Norms, sum_of_norms: float, decay: float) -> float:
+def trust_ratio(member: ParamEntry, args: StepArgs, norms: Norms, sum_of_norms: float, decay: Any) -> float:
     """The ratio of fused_opt.extras.trust_ratio; ``sum_of_norms``: of the gradient's parts, where known."""
     assert args.ratio is not None
     kind, coefficient, cap, eps, _ = args.ratio

@@ -286,11 +286,12 @@ class _Run:
     ) -> StepArgs:
         row, step, scalar, earlier = key
         odd, (kind, noise, average, masks) = row % 2, self.rows[row]
-        kind_of_decay = 1 if odd else 0 if masks is None else 2
         return StepArgs(
             lr,
             scale * (-0.5 if odd else 0.75),
-            *(decay if k == kind_of_decay else 0.0 for k in range(3)),
+            0.0 if odd or masks else decay,
+            decay if odd else 0.0,
+            decay if masks and not odd else 0.0,
             self.rule.numbers(_settings(self.rule, odd), step, scalar, earlier),
             None if kind is None else _RATIOS[kind],
             None if noise is None else NoiseArgs(_SIGMA, noise == RELATIVE_NOISE, _SEED, n),

@@ -23,6 +23,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..checks import check_betas, check_number, real, whole
+from ..extras.decay import COUPLED
 from ..optimizer import Extras, FusedOptimizer, ParamsT
 from ..rule import Matrices, Rule
 from .adam import ADAM_RULE

@@ -30,6 +30,8 @@ UPDATES = {
     "adam, float64": ("adam", (F64,) * 4),
     "momentum_sgd, trust ratio": ("momentum_sgd", (F32,) * 3, None, False, True),
     "adam, everything": ("adam", (F32,) * 4, F32, True, True),
+    "adam, masks": ("adam", (F32,) * 4, None, False, False, True),
+    "adam, everything and masks": ("adam", (F32,) * 4, F32, True, True, True),
 }
 needs_tools = pytest.mark.skipif(not (TOOLS / "cuobjdump").exists(), reason="this Triton comes without NVIDIA's tools")
 TABLES = {"tensors": "*i64", "layers": "*fp64", "words": "*i64", "numbers": "*fp64", "carried": "*fp64"}
@@ -44,13 +46,20 @@ def compiled(function, architecture, arguments, **constants):
     return triton.compile(source, target=target, options={"num_warps": 4, **backend.table.OPTIONS})
 
 
-def update(architecture, rule, dtypes, average=None, noisy=False, norms=False):
+def update(architecture, rule, dtypes, average=None, noisy=False, norms=False, masked=False):
     function = getattr(rules, rule)
-    arguments = {**TABLES, "leaving": "*fp64", "gradients": "*fp64", "ratios": "*fp64", "count": "i32"}
+    arguments = {
+        **TABLES,
+        "leaving": "*fp64",
+        "gradients": "*fp64",
+        "agreements": "*fp64",
+        "ratios": "*fp64",
+        "count": "i32",
+    }
     return compiled(
         kernel.update, architecture, arguments, RULE=function, DTYPES=dtypes, AVERAGE_DTYPE=average,
         T=F64 if dtypes[0] == F64 else F32, COEFFICIENTS=len(function.arg_names) - len(dtypes) + 1, NOISY=noisy,
-        NORMS=norms,
+        NORMS=norms, MASKED=masked,
     )  # fmt: skip
 
 
@@ -97,12 +106,12 @@ def test_compiles_to_wide_accesses_without_spills(name, architecture, tmp_path):
 
 
 @needs_tools
-@pytest.mark.parametrize("wanted", [1, 2, 7])
-def test_norms_compile(wanted, tmp_path):
+@pytest.mark.parametrize(("wanted", "masked"), [(1, False), (2, False), (7, False), (11, True), (4, True)])
+def test_norms_compile(wanted, masked, tmp_path):
     function = rules.adam
     binary = compiled(
-        kernel.norms, 90, {**TABLES, "gradients": "*fp64", "count": "i32"}, RULE=function, DTYPES=(F32,) * 4, T=F32,
-        COEFFICIENTS=6, WANTED=wanted,
+        kernel.norms, 90, {**TABLES, "gradients": "*fp64", "agreements": "*fp64", "count": "i32"}, RULE=function,
+        DTYPES=(F32,) * 4, T=F32, COEFFICIENTS=6, WANTED=wanted, MASKED=masked,
     )  # fmt: skip
     assert usage(binary, tmp_path)[1:] == [0, 0]
     assert wide(binary, "ld") >= (2 if wanted < 4 else 8)

@@ -35,6 +35,7 @@ def check_elementwise_steps_are_the_same_to_the_last_bit(rank, world):
         (fused_opt.AdamW, torch.float32): {"amsgrad": True},
         (fused_opt.Adam, torch.bfloat16): {"state_dtype": torch.float32},
         (fused_opt.SGD, torch.float64): {},
+        (fused_opt.Lion, torch.float32): {"decay": "independent", "cautious": fused_opt.Cautious("both", scaled=False)},
     }
     for backend, ((cls, dtype), options), (mesh, cut) in product(BACKENDS, makers.items(), layouts(world)):
         make = partial(cls, lr=0.1, backend=backend, **options, **EVERYTHING)
@@ -326,6 +327,12 @@ def check_refusals_change_nothing(rank, world):
     )
     optimizer.state[q]["momentum_buffer"] = distribute_tensor(plain, mesh, [Shard(1)])
     raises(RuntimeError, r"Shard\(dim=0\).*and its state 'momentum_buffer' a DTensor.*Shard\(dim=1\)", optimizer.step)
+    assert torch.equal(whole(q.detach()), plain)
+
+    counts = fused_opt.SGD([q], lr=0.5, cautious=fused_opt.Cautious("update"))
+    raises(
+        RuntimeError, r"a scaled mask counts the elements of whole tensors. Cautious\(..., scaled=False\)", counts.step
+    )
     assert torch.equal(whole(q.detach()), plain)
 
     pending = torch.nn.Parameter(DTensor.from_local(plain, mesh, [Partial()], run_check=False))

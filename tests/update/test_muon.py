@@ -285,6 +285,8 @@ def test_gradients_are_let_go(backend):
         ({"differentiable": True}, "differentiable=True: a step of Muon"),
         ({"capturable": True}, "capturable=True: a step of Muon"),
         ({"trust_ratio": fused_opt.TrustRatio("lars")}, "'lars' divides by norms of the gradient"),
+        ({"decay": "coupled"}, "decay='coupled' is decay that the rule sees"),
+        ({"cautious": fused_opt.Cautious("both")}, "compares every element of the update with the gradient's"),
         ({"adamw": {"beta": 1}}, "'beta', which is no key"),
     ],
     ids=str,
