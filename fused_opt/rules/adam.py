@@ -100,7 +100,7 @@ class Adam(FusedOptimizer):
         differentiable: as :class:`fused_opt.SGD`; ``betas`` can be tensors that require grad, too.
         fused: accepted as torch.optim accepts it; every step is fused. As there, ``True`` has torch.amp.GradScaler leave the
             unscaling of gradients to the step, which saves a pass over them; Lightning does not clip such gradients.
-        decoupled_weight_decay: AdamW's decay.
+        decoupled_weight_decay: AdamW's decay, ``decay="decoupled"``; False leaves it to ``decay``.
         **extras: see :class:`fused_opt.FusedOptimizer`.
 
     Raises:

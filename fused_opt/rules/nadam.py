@@ -84,7 +84,7 @@ class NAdam(FusedOptimizer):
         eps: added to the denominator, at least 0.
         weight_decay: at least 0; added to the gradient, or to the direction with ``decoupled_weight_decay``.
         momentum_decay: how fast the momentum grows from half of ``betas[0]`` to the whole, at least 0.
-        decoupled_weight_decay: AdamW's decay.
+        decoupled_weight_decay: AdamW's decay, ``decay="decoupled"``; False leaves it to ``decay``.
         foreach, capturable, fused: as :class:`fused_opt.Adam`; torch.optim.NAdam has no ``fused``.
         differentiable: as :class:`fused_opt.SGD`; ``betas`` are not followed.
         maximize: ascend instead.

@@ -82,7 +82,7 @@ class RAdam(FusedOptimizer):
         betas: decay rates of the two moments, both floats or both 1-element Tensors, each in [0, 1).
         eps: added to the denominator, at least 0.
         weight_decay: at least 0; added to the gradient, or to the direction with ``decoupled_weight_decay``.
-        decoupled_weight_decay: AdamW's decay.
+        decoupled_weight_decay: AdamW's decay, ``decay="decoupled"``; False leaves it to ``decay``.
         foreach, capturable, differentiable, fused: as :class:`fused_opt.Adam`; torch.optim.RAdam has no ``fused``.
         maximize: ascend instead.
         **extras: see :class:`fused_opt.FusedOptimizer`.

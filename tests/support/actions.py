@@ -421,6 +421,12 @@ def trust_ratio(run, index):
         run.group(index)["trust_ratio"] = RATIOS[index % len(RATIOS)]
 
 
+def decay(run, index):
+    group = run.group(index)
+    if run.extras and not group.get("decoupled_weight_decay"):
+        group["decay"] = [None, "coupled", "decoupled", "independent"][index % 4]
+
+
 def clipping(run, index):
     if run.extras:
         for group in run.optimizer.param_groups:
@@ -533,6 +539,7 @@ ACTIONS = [
     noise,
     averaging,
     trust_ratio,
+    decay,
     clipping,
     clipping_in_one_group,
     step_with_a_nan,
