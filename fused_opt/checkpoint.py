@@ -15,10 +15,11 @@ from .extras.averaging import AVERAGE, LR_SQUARES
 from .groups import Groups, name_of
 from .plan import Plan
 from .rule import Rule
+from .states import WithStates
 from .warn import warn_once
 
 
-class Checkpoints(torch.optim.Optimizer):
+class Checkpoints(WithStates):
     """The part of FusedOptimizer that saves and loads."""
 
     backend: str
@@ -36,7 +37,8 @@ class Checkpoints(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"backend": self.backend, "state_dtype": self.state_dtype, "_scales": self._scales}
-        return {**super().__getstate__(), **own}
+        # A state may be copied with it, by the same deepcopy or pickle.
+        return {**super().__getstate__(), **own, "_states_are_known": True}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._plan = self._last = None
@@ -49,7 +51,7 @@ class Checkpoints(torch.optim.Optimizer):
         for group, was in zip(self.param_groups, before or [{}] * len(self.param_groups)):
             for key, value in self.defaults.items():  # a checkpoint of torch.optim, or one older than the key
                 group.setdefault(key, value if key in COUNTS else was.get(key, value))
-            for of_p in (self.state[p] for p in group["params"] if p in self.state):
+            for of_p in (self._states[p] for p in group["params"] if p in self._states):
                 # What torch.distributed.checkpoint makes of a state that a flattened checkpoint lacks.
                 for slot in [slot for slot, value in of_p.items() if isinstance(value, dict) and not value]:
                     del of_p[slot]
@@ -98,12 +100,12 @@ class Checkpoints(torch.optim.Optimizer):
                     continue
                 # torch has cast all but the step count to the parameter's dtype.
                 if slot in scalars:
-                    self.state[p][slot] = value.to(device="cpu", dtype=torch.float32)
+                    self._states[p][slot] = value.to(device="cpu", dtype=torch.float32)
                 elif slot == AVERAGE or (self.state_dtype is not None and slot != "step" and not p.is_complex()):
                     dtype = value.dtype if slot == AVERAGE else self.state_dtype
-                    self.state[p][slot] = value.to(device=p.device, dtype=dtype)
-                if self.state[p][slot] is value:
-                    self.state[p][slot] = value.clone()
+                    self._states[p][slot] = value.to(device=p.device, dtype=dtype)
+                if self._states[p][slot] is value:
+                    self._states[p][slot] = value.clone()
 
     def _adapted_groups(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Groups of a state_dict with the extras of this optimizer, checked."""

@@ -86,6 +86,7 @@ class FusedOptimizer(Checkpoints):
         self._parts: PartTracker | None = None
         self._last: Plan | None = None  # the plan of the last step
         super().__init__(params, defaults)
+        self._states_are_known = False
         self._partial = within_zero()
         for group in self.param_groups if self._partial else ():
             of_all = [extra for extra in EXTRAS if extra.of_all_parameters]
@@ -232,6 +233,8 @@ class FusedOptimizer(Checkpoints):
             step.complete_norms()
             if step.clip():
                 step.run()
+                if self._states_are_known:
+                    step.count_writes_to_states()
                 self._finish(step)
             else:
                 self._skip(step)
@@ -257,7 +260,7 @@ class FusedOptimizer(Checkpoints):
             self._parts.recheck()
         try:
             if plan is not None and plan.specs == self._groups.specs:
-                keys = plan.collect_gradients(groups, self.state)
+                keys = plan.collect_gradients(groups, self._states)
             if plan is None or keys is None:
                 return HostStep(groups, self._groups, None, None, found_inf, grad_scale)
             kind = HostStep if plan.device is None or host_decides(groups, found_inf) else DeviceStep
@@ -284,12 +287,12 @@ class FusedOptimizer(Checkpoints):
         if self._parts is None:
             warn_without_parts(self.param_groups)
         step.plan = plan = Plan(
-            self.param_groups, self.state, self._groups.specs, self.backend, self.state_dtype, self._multipliers()
+            self.param_groups, self._states, self._groups.specs, self.backend, self.state_dtype, self._multipliers()
         )
         if plan.new_states and not step.stepping and self._gradients_are_zero():
             plan.new_states.keep()  # torch.distributed.checkpoint makes states so: as if it had never stepped
             return False
-        keys = plan.collect_gradients(self.param_groups, self.state)
+        keys = plan.collect_gradients(self.param_groups, self._states)
         assert keys is not None
         step.keys = keys
         return True
@@ -304,7 +307,7 @@ class FusedOptimizer(Checkpoints):
             for group, spec, args, lr in zip(self.param_groups, self._groups.specs, step.extras, step.lrs):
                 group["steps"] += 1
                 if (fold := args[FOLD]) is not None:
-                    finish(group, self.state, fold, (*spec.rule.states, *spec.rule.scalars), lr)
+                    finish(group, self._states, fold, (*spec.rule.states, *spec.rule.scalars), lr)
         if self._parts is not None:
             self._parts.reset()
 
@@ -392,7 +395,7 @@ class FusedOptimizer(Checkpoints):
         averaged = [group for group in self.param_groups if group["averaging"] is not None]
         if not averaged:
             raise RuntimeError("no group of this optimizer has averaging=; fused_opt.EMA(beta) is one")
-        with swapped_in(averaged, self.state), _batch_norm_noticed() if model is None else buffers_restored(model):
+        with swapped_in(averaged, self._states), _batch_norm_noticed() if model is None else buffers_restored(model):
             before, self._holds_averages = self._holds_averages, True
             try:
                 yield

@@ -148,6 +148,12 @@ class Plan:
             if shard.tensor.grad is not None:
                 shard.written()
 
+    def count_writes_to_states(self) -> None:
+        """Have a backward through states that the step has written fail, as it does after torch.optim's."""
+        written = [state for bucket in self.buckets for state in bucket.written_states()]
+        written += [state for shard in self.shards if shard.tensor.grad is not None for state in shard.states]
+        torch.autograd.graph.increment_version(written)
+
 
 def _bucket(
     key: _Key, members: list[ParamEntry], param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]

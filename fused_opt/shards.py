@@ -182,6 +182,11 @@ class Shard:
             self._bound = grad
         return True
 
+    @property
+    def states(self) -> list[Any]:
+        """What ``hold`` was given."""
+        return [state for state, _ in self._states]
+
     def unbind(self) -> None:
         """Remove the gradient from ``tensor``."""
         self.tensor.grad = self._bound = None

@@ -96,6 +96,11 @@ class Step:
             bucket.set_part_norms([parts.norms(member.parameter) for member in bucket.members])
         self.parts = parts
 
+    def count_writes_to_states(self) -> None:
+        """Tell autograd that the step has written the states."""
+        assert self.plan is not None
+        self.plan.count_writes_to_states()
+
     def complete_norms(self) -> None:
         """Where shards are stepped, add up the norms of whole tensors over processes."""
         assert self.plan is not None

@@ -160,7 +160,8 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Bucket>(m, "Bucket")
       .def("collect_gradients", &Bucket::collect_gradients)
       .def("set_part_norms", &Bucket::set_part_norms)
-      .def("touched", &Bucket::touched);
+      .def("touched", &Bucket::touched)
+      .def("written_states", &Bucket::written_states);
   py::class_<CPUBucket, Bucket>(m, "CPUBucket")
       .def(py::init<const py::object&, const py::sequence&, const py::list&, const py::dict&,
                     const std::optional<std::string>&>())

@@ -157,6 +157,21 @@ class Bucket {
       if (table_.tensors[t].active) list.append(parameters_[t].tensor);
     return list;
   }
+  // The states, averages and counts that `run` writes.
+  py::list written_states() const {
+    py::list list;
+    const auto add = [&](const std::optional<Held>& held) {
+      if (held) list.append(held->object);
+    };
+    for (size_t t = 0; t < parameters_.size(); ++t) {
+      if (!table_.tensors[t].active) continue;
+      for (const Held& state : parameters_[t].states) list.append(state.object);
+      add(parameters_[t].step);
+      add(parameters_[t].scalar);
+      add(parameters_[t].average);
+    }
+    return list;
+  }
 
  protected:
   static int64_t version_now(const Parameter& parameter) {

@@ -216,6 +216,9 @@ class Bucket(Protocol):
     def run(self, args: Sequence[StepArgs]) -> None:
         """Step every parameter that has a gradient, with arguments for every pair that ``collect_gradients`` returned."""
 
+    def written_states(self) -> list[Tensor]:
+        """What ``run`` has written besides the parameters, and autograd has not seen."""
+
     def ratios(self) -> list[float]:
         """The trust ratio of every member in the last step; 1 where it has none."""
 

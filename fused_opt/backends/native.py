@@ -147,6 +147,10 @@ class _Bucket:
         """For every member the sum of its gradient's parts' norms and the gradient's sum of squares, where known."""
         self.core.set_part_norms(norms)
 
+    def written_states(self) -> list[Tensor]:
+        """What ``run`` has written besides the parameters, and autograd has not seen."""
+        return self.core.written_states()
+
 
 class CPUBucket(_Bucket):
     """Parameters that torch's threads step."""

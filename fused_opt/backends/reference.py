@@ -240,6 +240,10 @@ class Bucket:
             w = v if write_back else p + follow * by
             member.tensor.copy_(torch.view_as_complex(w) if member.tensor.is_complex() else w)
 
+    def written_states(self) -> list[Tensor]:
+        """None: autograd sees what PyTorch writes."""
+        return []
+
     def ratios(self) -> list[float]:
         """The trust ratio of every member in the last step."""
         return [self._ratios[member.index] for member in self.members]

@@ -106,7 +106,7 @@ class Adagrad(FusedOptimizer):
             "fused": fused,
         }
         super().__init__(params, defaults, **extras)
-        states = NewStates(self.state, self.state_dtype)
+        states = NewStates(self._states, self.state_dtype)
         for group in self.param_groups:
             for p in group["params"]:
                 if not is_lazy(p):

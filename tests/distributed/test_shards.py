@@ -90,11 +90,12 @@ def check_a_write_between_steps_is_seen(rank, world):
 
 
 def check_autograd_sees_the_step(rank, world):
-    _, spread = both(lambda p: fused_opt.SGD(p, lr=0.1), *layouts(world)[0])
-    loss = sum((q * q).sum() for q in parameters_of(spread))
-    loss.backward(retain_graph=True)
-    spread.step()
-    raises(RuntimeError, "modified by an inplace operation", loss.backward)
+    _, spread = both(lambda p: fused_opt.SGD(p, lr=0.1, momentum=0.9), *layouts(world)[0])
+    for read in (lambda q: q * q, lambda q: q * spread.state[q]["momentum_buffer"]):
+        loss = sum(read(q).sum() for q in parameters_of(spread))
+        loss.backward(retain_graph=True)
+        spread.step()
+        raises(RuntimeError, "modified by an inplace operation", loss.backward)
 
 
 def check_a_shard_that_is_not_finite_stops_every_process(rank, world):

@@ -3,6 +3,9 @@
 Every event is done to an optimizer of ours and to torch's own, which looks at everything anew at every step.
 """
 
+import collections
+import copy
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -132,6 +135,60 @@ def test_autograd_catches_a_backward_through_weights_that_a_step_changed(name, s
         lost.backward()
     kept.backward()
     torch.testing.assert_close(q.grad, 2 * q.detach())
+
+
+def written_through(states):
+    """What must fail when a step has written those states: a backward for each, and one that is good before."""
+    factor = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+    return {slot: (factor * value).sum() for slot, value in states.items()}
+
+
+@pytest.mark.parametrize("known", ["by name", "from a state_dict", "copied with it", "given"])
+@pytest.mark.parametrize("name", ["SGD", "Adam", "NAdam"])
+def test_autograd_catches_a_backward_through_states_that_a_step_changed(name, known, every_kernel):
+    """Averages and step counts, too, however one came by them."""
+    parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    options = {"momentum": 0.9} if name == "SGD" else {}
+    optimizer = getattr(fused_opt, name)(parameters, backend=every_kernel, averaging=fused_opt.EMA(0.5), **options)
+    for p in parameters:
+        p.grad = torch.ones(3)
+    optimizer.step()
+    if known == "by name":
+        states = [optimizer.state[p] for p in parameters]
+    elif known == "from a state_dict":
+        states = list(optimizer.state_dict()["state"].values())
+    elif known == "copied with it":
+        optimizer, states = copy.deepcopy((optimizer, list(optimizer.state.values())))
+        parameters = optimizer.param_groups[0]["params"]
+        for p in parameters:
+            p.grad = torch.ones(3)
+    else:
+        states = [{slot: value.clone() for slot, value in of_p.items()} for of_p in optimizer._states.values()]
+        optimizer.state = collections.defaultdict(dict, zip(parameters, map(dict, states)))
+    assert {"SGD": 2, "Adam": 4, "NAdam": 5}[name] == len(states[0])
+    lost, kept = map(written_through, states)
+    parameters[1].grad = None  # of what is left alone the backward stays good
+    optimizer.step()
+    for slot in lost:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            lost[slot].backward()
+        if slot != "average":  # a sample is of all weights
+            kept[slot].backward()
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+def test_writes_to_states_that_nobody_has_cost_nothing():
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = fused_opt.Adam([p], backend="native")
+    p.grad = torch.ones(3)
+    for _ in range(3):
+        optimizer.step()
+    optimizer.load_state_dict(copy.deepcopy(fused_opt.Adam([p]).state_dict()))
+    optimizer.step()
+    assert not optimizer._states_are_known
+    assert optimizer.state[p]["exp_avg"]._version == 0
+    optimizer.step()
+    assert optimizer.state[p]["exp_avg"]._version == 1
 
 
 @pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))

@@ -180,6 +180,10 @@ class Bucket:
         for table in self.tables:
             table.run(args)
 
+    def written_states(self) -> list[Tensor]:
+        """What ``run`` has written besides the parameters, and autograd has not seen."""
+        return [state for table in self.tables for state in table.written_states()]
+
     def ratios(self) -> list[float]:
         """The trust ratio of every member in the last step."""
         ratios = [1.0] * len(self.members)

@@ -241,6 +241,12 @@ class Table:
         )  # fmt: skip
         self._advance(carries, args)
 
+    def written_states(self) -> list[Tensor]:
+        """What a step has written besides the parameters, and autograd has not seen."""
+        stepped = [member for member, row in zip(self.members, self.rows) if row >= 0]
+        written = [tensor for m in stepped for tensor in (*(m.states or ()), m.average, m.scalar) if tensor is not None]
+        return written + [m.step for m in stepped if m.step is not None and self.counts.cells]
+
     def _want(self, member: ParamEntry, args: StepArgs, valid: bool, parts: float, grad2: float) -> tuple[bool, int]:
         """Whether the norm of the new weights is carried, and what must be summed before they are made."""
         ratio, noise = args.ratio, args.noise
