@@ -52,7 +52,8 @@ inline bool sums_in_float64(const Tensor& tensor) {
   return tensor.g.dtype == DType::kFloat64 || tensor.p.dtype == DType::kFloat64;
 }
 
-// Where the elements of a shard are in the row-major order of the whole tensor, which keys the noise.
+// Where elements are in the row-major order of the whole tensor, which keys the noise: those of a shard, or of a tensor
+// that is walked in another order, that of its memory, to which its `sizes` belong then.
 struct ShardLayout {
   int64_t offset = 0;                // of the first
   int64_t run = 1;                   // consecutive elements that are so in the whole
@@ -75,7 +76,7 @@ struct Layer {
   bool finite = true;   // whether the norms that the ratio needs are numbers
   bool carries = true;  // until the weights were found to be others than those whose norm was carried
 
-  const ShardLayout* shard = nullptr;  // of a shard
+  const ShardLayout* shard = nullptr;  // where noise needs one
 };
 
 // What a step does to the tensors of one row of arguments.
@@ -105,7 +106,7 @@ struct StepArgs {
   bool cautious_update = false, cautious_decay = false, scaled = false;
 };
 
-// Which element of the whole tensor is element i of a shard, in row-major order both.
+// Which element of the whole tensor, in row-major order, is element i of what is walked.
 inline int64_t in_whole(const Tensor& tensor, const ShardLayout& shard, int64_t i) {
   int64_t whole = shard.offset;
   for (int d = tensor.ndim - 1; d >= 0; --d) {

@@ -221,10 +221,11 @@ void step(const Kernel& kernel, Table& table, int threads) {
     if (!table.tensors[t].active || !table.tensors[t].numel ||
         !carries_norm(table.tensors[t], table.args[table.tensors[t].args]))
       continue;
-    // A write that no version shows: the ratio of this step was that of other weights. (What a shard was told is the
-    // norm of the whole tensor.)
+    // A write that no version shows: the ratio of this step was that of other weights. (What a part of a tensor was
+    // told is the norm of the whole one.)
     const double found = of_tensor[t].found;
-    if (!layer.shard && !(std::abs(layer.weight_norm2 - found) <= 1e-12 * found)) layer.carries = false;
+    const bool part = layer.shard && layer.shard->elsewhere;
+    if (!part && !(std::abs(layer.weight_norm2 - found) <= 1e-12 * found)) layer.carries = false;
     layer.weight_norm2 = layer.carries ? of_tensor[t].left : kUnknown;
   }
 }

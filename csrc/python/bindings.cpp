@@ -37,7 +37,7 @@ class DeviceBucket : public Bucket {
  public:
   DeviceBucket(const py::object& rule, const py::sequence& entries, const py::list& param_groups, const py::dict& state,
                int device)
-      : Bucket(rule, entries, param_groups, state), device_(device) {
+      : Bucket(rule, entries, param_groups, state, false), device_(device) {
     steps_on_device_ = kRules[rule_].counts_steps;
     std::vector<float*> steps, scalars;
     const auto address = [](const std::optional<Held>& held) {
@@ -79,9 +79,9 @@ class DeviceBucket : public Bucket {
                                       max_norm};
     bucket_->run(table_.tensors, table_.layers, args_, scalars, device_.stream());
     for (size_t t = 0; t < parameters_.size(); ++t)
-      if (table_.tensors[t].active) remember(parameters_[t], table_.layers[t]);
+      remember(parameters_[t], table_.layers[t], table_.tensors[t].active);
   }
-  std::vector<double> ratios() const { return bucket_->ratios(device_.stream()); }
+  std::vector<double> ratios() const { return of_stepped(bucket_->ratios(device_.stream())); }
 
  private:
   const Device device_;
@@ -160,6 +160,8 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Bucket>(m, "Bucket")
       .def("collect_gradients", &Bucket::collect_gradients)
       .def("set_part_norms", &Bucket::set_part_norms)
+      .def("reshaped", &Bucket::reshaped)
+      .def("strided", &Bucket::strided)
       .def("touched", &Bucket::touched)
       .def("written_states", &Bucket::written_states);
   py::class_<CPUBucket, Bucket>(m, "CPUBucket")

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <deque>
+#include <limits>
 #include <map>
 #include <optional>
 #include <string>
@@ -47,7 +48,7 @@ struct Parameter {
   int group;
   bool states_are_new;  // made for the coming step
   bool exclusive;       // no other parameter shares its memory
-  bool noisy;           // noise counts its elements in row-major order, and so must a walk over them
+  bool noisy;           // noise counts its elements in row-major order
   int earlier;          // how often its parameter is stepped before it in the same step
   View p;
   std::vector<Held> states;
@@ -55,14 +56,16 @@ struct Parameter {
   std::optional<View> g;         // none: it had no gradient when the bucket was made
   PyObject* gradient = nullptr;  // the last one, which is most often the next one, too: to prefetch, never to follow
   double count = 0, scalar_now = 1;
+  bool stepped = false;  // in the last step
   int64_t version = -1;  // autograd's count of writes, as the last step left it
 };
 
 // What is the same on every device.
 class Bucket {
  public:
-  // As in backends/interface.py.
-  Bucket(const py::object& rule, const py::sequence& entries, const py::list& param_groups, const py::dict& state)
+  // As in backends/interface.py; as_they_lie: what is noisy, too, may be walked in another order than row-major.
+  Bucket(const py::object& rule, const py::sequence& entries, const py::list& param_groups, const py::dict& state,
+         bool as_they_lie)
       : rule_(check_rule(rule)) {
     parameters_.reserve(entries.size());
     for (const auto& entry : entries) {
@@ -82,14 +85,16 @@ class Bucket {
         layer.shard = &shard;
       }
     }
-    for (const Parameter& parameter : parameters_) {
+    for (size_t t = 0; t < parameters_.size(); ++t) {
+      const Parameter& parameter = parameters_[t];
       Tensor tensor;
       tensor.p = parameter.p.operand();
       tensor.numel = parameter.p.numel();
       tensor.ndim = parameter.p.ndim;
       tensor.sizes = parameter.p.sizes();
       // Only of those that are written is anything asked of their layout.
-      tensor.flat = parameter.noisy ? parameter.p.contiguous() : parameter.p.dense();
+      const bool in_order = !parameter.noisy || parameter.p.contiguous();
+      tensor.flat = parameter.p.dense() && (in_order || as_they_lie);
       const auto add = [&](const View& view) {
         tensor.flat &= view.same_strides(parameter.p);
         return view.operand();
@@ -97,6 +102,7 @@ class Bucket {
       for (size_t s = 0; s < parameter.states.size(); ++s) tensor.states[s] = add(parameter.states[s].view);
       if (parameter.average) tensor.average = add(parameter.average->view);
       if (parameter.g) tensor.g = add(*parameter.g);
+      if (tensor.flat && !in_order) walk_as_it_lies(parameter.p, tensor, table_.layers[t]);
       table_.tensors.push_back(tensor);
       everything_.append(parameter.tensor);
     }
@@ -157,6 +163,22 @@ class Bucket {
       if (table_.tensors[t].active) list.append(parameters_[t].tensor);
     return list;
   }
+  // Whether a parameter has other sizes, strides, dtype or device than when the bucket was made.
+  bool reshaped() const {
+    void* where;
+    return std::any_of(parameters_.begin(), parameters_.end(), [&](const Parameter& parameter) {
+      return !parameter.p.matches(parameter.tensor.ptr(), &where);
+    });
+  }
+
+  // The places of the parameters that are walked element by element, for tests.
+  std::vector<size_t> strided() const {
+    std::vector<size_t> places;
+    for (size_t t = 0; t < table_.tensors.size(); ++t)
+      if (!table_.tensors[t].flat) places.push_back(t);
+    return places;
+  }
+
   // The states, averages and counts that `run` writes.
   py::list written_states() const {
     py::list list;
@@ -178,11 +200,20 @@ class Bucket {
     return PyLong_AsLongLong(version_of(parameter.tensor.ptr()).ptr());
   }
 
-  // Keeps what the next step needs of a parameter that this one has stepped.
-  static void remember(Parameter& parameter, Layer& layer) {
+  // Keeps what the next step needs of a parameter that this one has stepped, or not.
+  static void remember(Parameter& parameter, Layer& layer, bool stepped) {
+    parameter.stepped = stepped;
+    if (!stepped) return;
     parameter.states_are_new = false;
     if (!parameter.exclusive) layer.weight_norm2 = kUnknown;
     if (is_known(layer.weight_norm2)) parameter.version = version_now(parameter);  // the step's own write is counted
+  }
+
+  // Ratios, and NaN for parameters that the last step has left alone.
+  std::vector<double> of_stepped(std::vector<double> ratios) const {
+    for (size_t t = 0; t < parameters_.size(); ++t)
+      if (!parameters_[t].stepped) ratios[t] = std::numeric_limits<double>::quiet_NaN();
+    return ratios;
   }
 
   // Whether a parameter's states are where they were; finds out which step is to come.
@@ -215,6 +246,24 @@ class Bucket {
     return found->second;
   }
 
+  // Puts sizes, and the places that noise is keyed by, into the order of a dense tensor's memory.
+  void walk_as_it_lies(const View& p, Tensor& tensor, Layer& layer) {
+    const std::vector<int64_t> in_order = p.contiguous_strides();
+    const int64_t* in_whole = layer.shard ? layer.shard->strides : in_order.data();
+    auto& [layout, numbers] = shards_.emplace_back();
+    if (layer.shard) layout = *layer.shard;
+    std::vector<int> order = p.order();
+    std::reverse(order.begin(), order.end());
+    for (const int d : order) numbers.push_back(in_whole[d]);
+    for (const int d : order) numbers.push_back(p.sizes()[d]);
+    layout.strides = numbers.data();
+    tensor.sizes = numbers.data() + p.ndim;
+    layout.run = 1;
+    for (int d = p.ndim; d-- > 0 && (tensor.sizes[d] == 1 || layout.strides[d] == layout.run);)
+      layout.run *= std::max<int64_t>(1, tensor.sizes[d]);
+    layer.shard = &layout;
+  }
+
   // Calls f on every object whose replacement would make the bucket stale, until it returns false.
   template <class F>
   static bool visit(const py::list& param_groups, const py::dict& state, const F& f) {
@@ -239,7 +288,8 @@ class Bucket {
   bool steps_on_device_ = false;  // and so only the device has the count
   std::vector<Parameter> parameters_;
   cpu::Table table_;
-  std::deque<std::pair<ShardLayout, std::vector<int64_t>>> shards_;  // which `table_` points to
+  // What `table_` points to: where elements are, strides, and sizes of what is walked in another order.
+  std::deque<std::pair<ShardLayout, std::vector<int64_t>>> shards_;
   std::vector<py::object> seen_;
   std::vector<Key> keys_;
   std::map<Key, size_t> rows_;  // where keys_ has a key
@@ -252,7 +302,7 @@ class CPUBucket : public Bucket {
  public:
   CPUBucket(const py::object& rule, const py::sequence& entries, const py::list& param_groups, const py::dict& state,
             const std::optional<std::string>& instruction_set)
-      : Bucket(rule, entries, param_groups, state) {
+      : Bucket(rule, entries, param_groups, state, true) {
     const cpu::InstructionSet* set = cpu::choose(instruction_set ? instruction_set->c_str() : nullptr);
     if (!set) throw py::value_error("this processor does not run the instruction set '" + *instruction_set + "'");
     kernel_ = &set->kernels[rule_];
@@ -304,9 +354,9 @@ class CPUBucket : public Bucket {
     }
     std::vector<size_t> not_finite;
     for (size_t t = 0; t < parameters_.size(); ++t) {
-      if (!table_.tensors[t].active) continue;
-      if (!table_.layers[t].finite) not_finite.push_back(t);
-      remember(parameters_[t], table_.layers[t]);
+      const bool stepped = table_.tensors[t].active;
+      if (stepped && !table_.layers[t].finite) not_finite.push_back(t);
+      remember(parameters_[t], table_.layers[t], stepped);
     }
     return not_finite;
   }
@@ -314,7 +364,7 @@ class CPUBucket : public Bucket {
   std::vector<double> ratios() const {
     std::vector<double> ratios;
     for (const Layer& layer : table_.layers) ratios.push_back(layer.ratio);
-    return ratios;
+    return of_stepped(ratios);
   }
 
  private:

@@ -137,6 +137,20 @@ class View {
   }
   int64_t numel() const { return std::accumulate(sizes(), sizes() + ndim, int64_t{1}, std::multiplies<>()); }
 
+  // The dimensions by their strides, smallest first; those of one element, whose stride means nothing, last.
+  std::vector<int> order() const {
+    std::vector<int> order(ndim);
+    std::iota(order.begin(), order.end(), 0);
+    const auto key = [&](int d) { return std::make_pair(sizes()[d] == 1, strides()[d]); };
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return key(a) < key(b); });
+    return order;
+  }
+  std::vector<int64_t> contiguous_strides() const {
+    std::vector<int64_t> contiguous(ndim, 1);
+    for (int d = ndim - 1; d-- > 0;) contiguous[d] = contiguous[d + 1] * sizes()[d + 1];
+    return contiguous;
+  }
+
   // Whether the elements fill one contiguous range of memory: in row-major order, or in any order.
   bool contiguous() const {
     int64_t expected = 1;
@@ -147,11 +161,8 @@ class View {
     return true;
   }
   bool dense() const {
-    std::vector<int> order(ndim);
-    std::iota(order.begin(), order.end(), 0);
-    std::sort(order.begin(), order.end(), [&](int a, int b) { return strides()[a] < strides()[b]; });
     int64_t expected = 1;
-    for (const int d : order) {
+    for (const int d : order()) {
       if (sizes()[d] == 1) continue;
       if (strides()[d] != expected) return false;
       expected *= sizes()[d];

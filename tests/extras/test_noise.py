@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from support.kernels import GPU, INSTRUCTION_SETS, run_with
+from support.kernels import GPU, INSTRUCTION_SETS, as_on_a_gpu, run_with
 from support.parameters import layouts, set_gradients
 from support.threads import with_threads
 
-from fused_opt import SGD, AdamW, WeightNoise
+from fused_opt import EMA, SGD, AdamW, WeightNoise
 from fused_opt.extras.noise import normal, philox, uniform
 
 FULL = 0xFFFFFFFF
@@ -170,6 +170,36 @@ def test_memory_layout_does_not_matter(every_kernel):
         p.grad = torch.zeros(shape)
         SGD([p], lr=1.0, noise=WeightNoise(std=1.0, seed=9), backend=every_kernel).step()
         torch.testing.assert_close(p.detach().double(), expected, rtol=2e-6, atol=5e-7)
+
+
+LAYOUTS = {
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "reversed": lambda x: x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+    "rows apart": lambda x: x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),  # neighbours share counters
+    "of one element": lambda x: x[:, :1, :, :1].contiguous(memory_format=torch.channels_last),
+    "sliced": lambda x: torch.stack([x, x], -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_has_the_same_bits(layout, dtype, every_kernel):
+    """Dense ones are walked as they lie in memory, with each element's noise."""
+    values = torch.linspace(-1, 1, 37 * 30 * 5 * 19, dtype=dtype).view(37, 30, 5, 19)  # more than a few chunks
+    runs = []
+    for data in (LAYOUTS[layout](values), LAYOUTS[layout](values).contiguous()):
+        p = torch.nn.Parameter(data)
+        noise = WeightNoise(std=0.1, seed=9)
+        optimizer = SGD([p], lr=0.5, momentum=0.9, noise=noise, averaging=EMA(0.5), backend=every_kernel)
+        for step in range(2):
+            p.grad = torch.empty_like(p).copy_(values[:, : p.shape[1], :, : p.shape[3]] + step)
+            p.grad = p.grad if p.grad.stride() == p.stride() else torch.stack([p.grad] * 2, -1)[..., 0]
+            optimizer.step()
+        runs.append((p, *(value for _, value in sorted(optimizer.state[p].items()))))
+    for ours, contiguous in zip(*runs, strict=True):
+        assert torch.equal(ours, contiguous)
+    if every_kernel == "native" and not as_on_a_gpu():
+        assert optimizer._last.buckets[0].core.strided() == []
 
 
 def test_any_number_of_threads_draws_the_same(every_kernel):
