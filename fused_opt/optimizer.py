@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -283,7 +284,7 @@ class FusedOptimizer(Checkpoints):
     def _make_plan(self, step: HostStep | DeviceStep) -> bool:
         for group, spec in zip(self.param_groups, self._groups.specs):
             spec.rule.numbers(group, 1.0)  # raises, where it must, before any state is made
-        self._plan = None
+        self._plan = self._last = None  # whose gradients' edges may be of other shapes
         if self._parts is None:
             warn_without_parts(self.param_groups)
         step.plan = plan = Plan(
@@ -339,10 +340,24 @@ class FusedOptimizer(Checkpoints):
         return self.param_groups[0]["skipped_steps"]
 
     def trust_ratios(self) -> dict[str, float]:
-        """The trust ratio of every parameter in the last step, by name (its place in the groups where it has none)."""
+        """The trust ratio of every parameter that the last step has stepped, by name.
+
+        A parameter without a gradient has none in that step. One without a name goes by its place in the groups.
+        """
         if self._last is None:
             return {}
-        return {m.name: ratio for b in self._last.buckets for m, ratio in zip(b.members, b.ratios())}
+        found = {m.name: ratio for bucket in self._last.buckets for m, ratio in zip(bucket.members, bucket.ratios())}
+        return {name: ratio for name, ratio in found.items() if not math.isnan(ratio)}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of all parameters, as torch.optim does.
+
+        Args:
+            set_to_none: to None, instead of zeros.
+        """
+        if self._plan is not None and self._plan.reshaped():
+            self._plan = self._last = None  # or the next backward would meet what autograd kept of the old shape
+        super().zero_grad(set_to_none)
 
     def track_parts(self, kind: str = "microbatch", model: torch.nn.Module | None = None) -> PartTracker:
         """Take the norms of the parts that the gradients are sums of, for CLARS; ``.remove()`` on the result ends it.

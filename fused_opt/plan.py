@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import combinations
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,7 +21,7 @@ from .groups import GroupSpec, name_of
 from .rule import Rule
 from .shards import Shard, add_up, is_spread, local
 from .states import NewStates, check_parameter
-from .tensors import norm2
+from .tensors import norm2, share_memory
 from .warn import warn_once
 
 _captured: list[Tensor] = []  # what CUDA graphs refer to, which may outlive the plan
@@ -148,6 +149,10 @@ class Plan:
             if shard.tensor.grad is not None:
                 shard.written()
 
+    def reshaped(self) -> bool:
+        """Whether a parameter has got another shape, as far as a bucket keeps something of autograd's for it."""
+        return any(bucket.reshaped() for bucket in self.buckets)
+
     def count_writes_to_states(self) -> None:
         """Have a backward through states that the step has written fail, as it does after torch.optim's."""
         written = [state for bucket in self.buckets for state in bucket.written_states()]
@@ -206,7 +211,14 @@ def _grouped(
             entries.append((entry, of_p))
             written.append([tensor for tensor in tensors if tensor is not local(p.grad)])
     chosen: dict[_Key, list[ParamEntry]] = {}
-    for (entry, of_p), turn in zip(entries, _turns(written)):
+    turns, within = _turns(written)
+    for k in within:
+        if any(share_memory(a, b) for a, b in combinations(written[k], 2)):
+            raise RuntimeError(
+                f"parameter {entries[k][0].name} and its states share memory, or two of its states do; one would be written "
+                f"with the values of the other. clone() the state"
+            )
+    for (entry, of_p), turn in zip(entries, turns):
         entry.exclusive = turn is None
         on_device = backends.get(of_p).steps_on_device(entry.tensor)
         device, wide = (entry.tensor.device, entry.tensor.dtype == torch.float64) if on_device else (None, False)
@@ -293,7 +305,7 @@ def _failure(backend: str, module: Backend, p: Tensor, variants: Callable[[], li
     return next(filter(None, found), None)
 
 
-def _turns(written: Sequence[Sequence[Tensor]]) -> list[int | None]:
+def _turns(written: Sequence[Sequence[Tensor]]) -> tuple[list[int | None], set[int]]:
     """In which turn each parameter is stepped, since those that share memory must be stepped in their order.
 
     Args:
@@ -301,7 +313,8 @@ def _turns(written: Sequence[Sequence[Tensor]]) -> list[int | None]:
 
     Returns:
         None for a parameter whose memory is its own, which is the rule; else a turn after that of every earlier
-        parameter whose memory overlaps. Tensors whose elements alternate in memory count as overlapping.
+        parameter whose memory overlaps. Tensors whose elements alternate in memory count as overlapping. And which
+        parameters have tensors that so overlap one another.
     """
     spans = []
     for k, tensors in enumerate(written):
@@ -311,17 +324,20 @@ def _turns(written: Sequence[Sequence[Tensor]]) -> list[int | None]:
                 last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape))
                 spans.append((str(tensor.device), start, start + (last + 1) * tensor.element_size(), k))
     spans.sort()
+    within: set[int] = set()
     before: dict[int, set[int]] = {}  # earlier parameters that overlap, and an empty set for the first of them
     open_spans: list[tuple[str, int, int, int]] = []
     for span in spans:
         device, start, _, k = span
         open_spans = [other for other in open_spans if other[0] == device and other[2] > start]
         for *_, other in open_spans:
-            if other != k:
+            if other == k:
+                within.add(k)
+            else:
                 before.setdefault(max(k, other), set()).add(min(k, other))
                 before.setdefault(min(k, other), set())
         open_spans.append(span)
     turns: list[int | None] = [None] * len(written)
     for k in sorted(before):
         turns[k] = max([1 + (turns[other] or 0) for other in before[k]], default=0)
-    return turns
+    return turns, within

@@ -180,8 +180,11 @@ class NewStates:
                 self._make(p, AVERAGE, initial(group, p))
             of_p = self._state.get(p, {})
         for slot in spec.slots:
-            if of_p.get(slot) is not None and of_p[slot].is_sparse:  # torch.optim.SGD's, after sparse gradients
-                of_p[slot] = of_p[slot].to_dense()
+            state = of_p.get(slot)
+            if state is not None and state.layout != torch.strided:  # as torch.optim.SGD's after sparse gradients
+                of_p[slot] = state.to_dense()
+            elif state is not None and state.is_inference():  # which may not be written outside of that mode
+                of_p[slot] = state.clone()
         if count_on_device and of_p.get("step") is not None:
             of_p["step"] = of_p["step"].to(device=p.device, dtype=torch.float32)
         if rule.scalar and of_p.get(rule.scalar) is not None:

@@ -43,6 +43,24 @@ def overlaps(tensor: Tensor) -> bool:
     return len(offsets.unique()) < len(offsets)
 
 
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two strided tensors share a byte; exact, and so to be asked only where they lie close; False for others."""
+    if any(t.layout != torch.strided or t.device.type == "meta" or not t.numel() for t in (a, b)):
+        return False
+    start = min(a.data_ptr(), b.data_ptr())
+    taken = []
+    for tensor in (a, b):
+        size = tensor.element_size()
+        last = sum(stride * (n - 1) for stride, n in zip(tensor.stride(), tensor.shape))
+        before = tensor.data_ptr() - start
+        bytes_of = torch.zeros(before + (last + 1) * size, dtype=torch.bool, device="cpu")
+        strides = [*(stride * size for stride in tensor.stride()), 1]
+        bytes_of.as_strided([*tensor.shape, size], strides, before).fill_(True)
+        taken.append(bytes_of)
+    common = min(map(len, taken))
+    return bool((taken[0][:common] & taken[1][:common]).any())
+
+
 @torch.no_grad()
 def restore(before: list[tuple[Tensor, Tensor]]) -> None:
     """Copy values back: all of them, also where one copy fails or is interrupted, and is then tried once more."""

@@ -95,6 +95,7 @@ class Bucket(reference.Bucket):
     @torch.no_grad()
     def run(self, args: Sequence[StepArgs]) -> None:
         """Step every parameter that has a gradient."""
+        self._ratios = {}
         together: dict[tuple[Any, ...], list[ParamEntry]] = {}
         able = [self._able(of_row) for of_row in args]
         exempt = [math.inf if of_row.ratio is None else of_row.ratio.exempt for of_row in args]
@@ -130,6 +131,7 @@ class Bucket(reference.Bucket):
 
     def _step_together(self, members: Sequence[ParamEntry], args: StepArgs) -> None:
         assert self.function is not None
+        self._ratios.update((member.index, 1.0) for member in members)
         first = members[0]
         p = first.tensor
         given: Any = [[m.tensor for m in members], [m.tensor.grad for m in members]]

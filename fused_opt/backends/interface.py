@@ -216,11 +216,14 @@ class Bucket(Protocol):
     def run(self, args: Sequence[StepArgs]) -> None:
         """Step every parameter that has a gradient, with arguments for every pair that ``collect_gradients`` returned."""
 
+    def reshaped(self) -> bool:
+        """Whether what autograd keeps for a gradient's edge that the bucket holds is of another shape than the parameter."""
+
     def written_states(self) -> list[Tensor]:
         """What ``run`` has written besides the parameters, and autograd has not seen."""
 
     def ratios(self) -> list[float]:
-        """The trust ratio of every member in the last step; 1 where it has none."""
+        """The trust ratio of every member in the last step; 1 where it has none, NaN where it was not stepped."""
 
 
 class ShardBucket(Bucket, Protocol):

@@ -147,6 +147,10 @@ class _Bucket:
         """For every member the sum of its gradient's parts' norms and the gradient's sum of squares, where known."""
         self.core.set_part_norms(norms)
 
+    def reshaped(self) -> bool:
+        """Whether what autograd keeps for a gradient's edge that the bucket holds is of another shape than the parameter."""
+        return self.core.reshaped()
+
     def written_states(self) -> list[Tensor]:
         """What ``run`` has written besides the parameters, and autograd has not seen."""
         return self.core.written_states()
@@ -177,7 +181,7 @@ class CPUBucket(_Bucket):
             self.members[index].warn_not_finite()
 
     def ratios(self) -> list[float]:
-        """The trust ratio of every member in the last step."""
+        """The trust ratio of every member in the last step; NaN where it was not stepped."""
         return self.core.ratios()
 
 
@@ -216,7 +220,7 @@ class GPUBucket(_Bucket):
             self.core.run(args, *addresses, scalars.max_norm)
 
     def ratios(self) -> list[float]:
-        """The trust ratio of every member in the last step."""
+        """The trust ratio of every member in the last step; NaN where it was not stepped."""
         with _current(self.device):
             return self.core.ratios()
 

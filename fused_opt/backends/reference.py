@@ -101,7 +101,7 @@ class Bucket:
         self._kinds = [_kind(m.tensor.grad) for m in members]
         self._norms: dict[int, list[float]] = defaultdict(_unknown)  # by index: of weights, gradient, direction
         self._parts: dict[int, float] = {}
-        self._ratios = dict.fromkeys((member.index for member in members), 1.0)
+        self._ratios: dict[int, float] = {}  # by index, of those that the last step has stepped
 
     def collect_gradients(
         self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]
@@ -150,6 +150,7 @@ class Bucket:
 
     def run(self, args: Sequence[StepArgs]) -> None:
         """Step every parameter that has a gradient."""
+        self._ratios = {}
         for member, row in self.active:
             with torch.set_grad_enabled(member.differentiable):
                 self._step(member, args[row])
@@ -193,6 +194,7 @@ class Bucket:
         return True
 
     def _step(self, member: ParamEntry, args: StepArgs) -> None:
+        self._ratios[member.index] = 1.0
         if self._step_rows(member, args):
             return
         p, g, direction, decaying, *new = self._direct(member, args)
@@ -240,13 +242,17 @@ class Bucket:
             w = v if write_back else p + follow * by
             member.tensor.copy_(torch.view_as_complex(w) if member.tensor.is_complex() else w)
 
+    def reshaped(self) -> bool:
+        """No: it holds no edges."""
+        return False
+
     def written_states(self) -> list[Tensor]:
         """None: autograd sees what PyTorch writes."""
         return []
 
     def ratios(self) -> list[float]:
-        """The trust ratio of every member in the last step."""
-        return [self._ratios[member.index] for member in self.members]
+        """The trust ratio of every member in the last step; NaN where it was not stepped."""
+        return [self._ratios.get(member.index, math.nan) for member in self.members]
 
 
 def bucket(

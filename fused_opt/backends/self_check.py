@@ -415,7 +415,8 @@ class _Comparison:
         """What differs first, in words."""
         bound = 1e-12 if self.exact else 1e-5
         for member, ratio, expected in zip(self.ours.members, self.ours.bucket.ratios(), self.theirs.bucket.ratios()):
-            if not math.isclose(ratio, expected, rel_tol=bound):
+            left_alone = math.isnan(ratio) and math.isnan(expected)
+            if not left_alone and not math.isclose(ratio, expected, rel_tol=bound):
                 return f"{when} the trust ratio of a tensor with {member.name} is {ratio!r} and not {expected!r}"
         for name, memory in self.ours.memory.items():
             mine, other = memory.cpu(), self.theirs.memory[name]

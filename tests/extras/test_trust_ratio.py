@@ -247,6 +247,19 @@ def test_ratios_are_read_by_name(backend):
     assert set(unnamed.trust_ratios()) == {"0 of group 0", "0 of group 1", "1 of group 1"}
 
 
+def test_what_a_step_left_alone_has_no_ratio_in_it(every_kernel):
+    p, q = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = LARS([("p", p), ("q", q)], lr=0.1, weight_decay=0.0, coefficient=0.5, backend=every_kernel)
+    for with_gradient in ([p], [p, q], [q], [], [p, q]):
+        p.grad = q.grad = None
+        for r in with_gradient:
+            r.grad = torch.full_like(r, r.square().sum().sqrt().item())
+        optimizer.step()
+        expected = {name: 0.25 for name, r in (("p", p), ("q", q)) if any(r is one for one in with_gradient)}
+        optimizer.zero_grad()
+        assert optimizer.trust_ratios() == pytest.approx(expected, rel=1e-6)
+
+
 def test_multipliers_enter_like_the_groups_own(backend):
     """The decay's in LARS' denominator, the learning rate's beside the ratio."""
     p = torch.nn.Parameter(torch.full((2, 2), 2.0).double())

@@ -130,6 +130,32 @@ def test_only_noise_asks_for_row_major_order(noise):
     assert [member.noisy for member in optimizer._last.buckets[0].members] == [noise is not None, False]
 
 
+STATES = {
+    "sparse": torch.Tensor.to_sparse,
+    "compressed": torch.Tensor.to_sparse_csr,
+    "of inference": torch.inference_mode()(torch.Tensor.clone),
+}
+
+
+@pytest.mark.parametrize("kind", STATES)
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_states_that_cannot_be_written_as_they_are(kind, name, every_kernel):
+    """They are replaced by plain ones, by the reference in the place of a backend that steps plain ones only."""
+    runs, backend = [], every_kernel if every_kernel in ("reference", "foreach") else "auto"
+    options = {"momentum": 0.9} if name == "SGD" else {}
+    for change in (lambda state: state, STATES[kind]):
+        first, p = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.linspace(0, 1, 6).view(3, 2))
+        optimizer = getattr(fused_opt, name)([first, p], lr=0.5, backend=backend, **options)
+        for step in range(3):
+            first.grad, p.grad = torch.ones(2), torch.full((3, 2), 1.0 + step)
+            if step == 1:
+                optimizer.state[p].update({k: change(v) for k, v in optimizer.state[p].items() if k != "step"})
+            optimizer.step()
+        runs.append((first, p, optimizer.state[p]))
+        assert not any(state.is_inference() for state in optimizer.state[p].values())
+    assert_close(*runs, bound=1e-6)
+
+
 @pytest.mark.parametrize("n", [4, 1])
 def test_a_gradient_that_becomes_lazily_negated(n):
     p = torch.nn.Parameter(torch.zeros(n))

@@ -99,6 +99,30 @@ def test_a_plan_that_nothing_happened_to_is_kept(backend):
     assert run.optimizer._plan is not plan
 
 
+@pytest.mark.parametrize("stepped", [False, True], ids=["at once", "after a step"])
+def test_a_backward_through_a_parameter_that_got_another_shape(stepped, backend):
+    """Autograd keeps the old shape as long as anyone refers to the gradient's place in the graph, as a kept plan does."""
+    p, q = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))
+    optimizer = fused_opt.SGD([p, q], lr=0.5, momentum=0.9, backend=backend)
+    for _ in range(2):
+        (p.sum() + q.sum()).backward()
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    assert p.grad.tolist() == [0.0, 0.0, 0.0]
+    optimizer.state.pop(p)
+    p.grad = None
+    p.data = torch.ones(2, 2)
+    if stepped:
+        q.grad = p.grad = None
+        p.grad = torch.zeros(2, 2)
+        optimizer.step()
+    optimizer.zero_grad()
+    assert p.grad is None
+    p.square().sum().backward()
+    optimizer.step()
+    assert p.tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_the_swap_on_conversion_of_modules(name, backend):
     """``module.to()`` by torch.utils.swap_tensors: it refuses to swap what anyone else in C++ refers to."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from rules import both_kinds, every_rule_of_torch
-from support.compare import assert_close
+from support.compare import assert_close, unchanged
 from support.threads import threads as threads_set_to
 
 import fused_opt
@@ -60,10 +60,10 @@ def test_a_ratio_is_that_of_the_weights_as_they_are(backend):
 
 def test_turns():
     a = torch.zeros(10)
-    assert _turns([[a], [torch.zeros(3)]]) == [None, None]
-    assert _turns([[a], [torch.zeros(3)], [a[5:]], [a[:5]], [a[4:6]]]) == [0, None, 1, 1, 2]
-    assert _turns([[a[:5]], [a[5:]]]) == [None, None]
-    assert _turns([[torch.zeros(0)], [torch.zeros(2, device="meta")]]) == [None, None]
+    assert _turns([[a], [torch.zeros(3)]]) == ([None, None], set())
+    assert _turns([[a], [torch.zeros(3)], [a[5:]], [a[:5]], [a[4:6]]]) == ([0, None, 1, 1, 2], set())
+    assert _turns([[a[:5]], [a[5:]]]) == ([None, None], set())
+    assert _turns([[torch.zeros(0)], [torch.zeros(2, device="meta")]]) == ([None, None], set())
 
 
 def test_a_parameter_whose_elements_share_memory_is_refused(backend):
@@ -87,3 +87,40 @@ def test_a_parameter_twice_in_a_group_is_stepped_twice_as_torch_does(name, optio
             optimizer.step()
     assert_close(p, q)
     assert_close(dict(ours.state[p]), dict(theirs.state[q]))
+
+
+SHARED = {
+    "the weights": lambda p, other: p.data,
+    "some of the weights": lambda p, other: p.data.as_strided((5,), (1,), 3),
+    "their bytes": lambda p, other: p.data.view(torch.bfloat16)[1:6],
+    "another state": lambda p, other: other.detach(),
+}
+
+
+@pytest.mark.parametrize("shared", SHARED)
+def test_states_in_memory_that_the_step_writes_otherwise_are_refused(shared, every_kernel):
+    """A kernel's result would depend on the order of its stores."""
+    good, p = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(9)[:5])
+    optimizer = fused_opt.Adam([good, p], backend=every_kernel)
+    for step in range(2):
+        good.grad, p.grad = torch.ones(3), torch.ones(5)
+        if step == 0:
+            optimizer.step()
+    optimizer.state[p]["exp_avg"] = SHARED[shared](p, optimizer.state[p]["exp_avg_sq"])
+    with unchanged(optimizer), pytest.raises(RuntimeError, match="1 of group 0 and its states share memory, or two"):
+        optimizer.step()
+    optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].to(torch.float32, copy=True)
+    optimizer.step()
+
+
+def test_a_state_between_the_weights_is_its_own(backend):
+    memory = torch.zeros(2, 9)
+    p = torch.nn.Parameter(memory.t().flatten()[::2])
+    optimizer = fused_opt.SGD([p], lr=0.5, momentum=0.5, backend=backend)
+    for _ in range(2):
+        p.grad = torch.ones(9)
+        optimizer.step()
+        between = p.data.as_strided((9,), (2,), 1)
+        optimizer.state[p]["momentum_buffer"] = between.copy_(optimizer.state[p]["momentum_buffer"])
+    assert p.tolist() == [-1.25] * 9
+    assert between.tolist() == [1.5] * 9

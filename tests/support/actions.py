@@ -502,14 +502,13 @@ def cast(run, index):
     p.grad = new_values(p, index)
 
 
-# The first three are above in other forms. After a step of ours torch refuses a backward through a parameter that got another
-# shape, and to swap one that was cast: a kept plan refers to its gradient's place in the graph (native.py). torch.optim
-# keeps the buffers of gradients of another dtype in that dtype, or raises.
+# The first three are above in other forms. After a step of ours torch refuses to swap a parameter that was cast: a kept plan
+# refers to its gradient's place in the graph (native.py). torch.optim keeps the buffers of gradients of another dtype in that
+# dtype, or raises.
 NOT_HERE = (
     plan_events.cast,
     plan_events.load_state_dict,
     plan_events.hyper_parameters,
-    plan_events.resize,
     plan_events.swap_tensors,
     plan_events.gradient_of_another_dtype,
 )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -180,16 +181,20 @@ class Bucket:
         for table in self.tables:
             table.run(args)
 
+    def reshaped(self) -> bool:
+        """No: it holds no edges."""
+        return False
+
     def written_states(self) -> list[Tensor]:
         """What ``run`` has written besides the parameters, and autograd has not seen."""
         return [state for table in self.tables for state in table.written_states()]
 
     def ratios(self) -> list[float]:
-        """The trust ratio of every member in the last step."""
-        ratios = [1.0] * len(self.members)
+        """The trust ratio of every member in the last step; NaN where it was not stepped."""
+        ratios = [math.nan] * len(self.members)
         for table in self.tables:
-            for place, ratio in zip(table.places, table.ratios.tolist()):
-                ratios[place] = ratio
+            for place, ratio, stepped in zip(table.places, table.ratios.tolist(), table.stepped):
+                ratios[place] = ratio if stepped else math.nan
         return ratios
 
 

@@ -83,6 +83,7 @@ class Table:
         # Of even width, so that every row is aligned to 16 bytes: Triton compiles a kernel anew for other alignments.
         self.sums = torch.zeros(4, self.chunks + self.chunks % 2, dtype=torch.float64, device=self.device)
         self.ratios = torch.ones(len(members), dtype=torch.float64, device=self.device)
+        self.stepped = [False] * len(members)  # in the last step
         self.stream = self._stream()
         self.turn = 0  # which of the first two rows of `sums` holds the carried sums of squares
         self.versions = self.nobody  # of the weights whose sums those are; None: of none
@@ -210,6 +211,7 @@ class Table:
 
     def run(self, args: Sequence[StepArgs]) -> None:
         """Step every parameter that has a gradient."""
+        self.stepped = [row >= 0 for row in self.rows]
         if max(self.rows) < 0:
             return
         carries = [False] * len(self.members)
