@@ -137,7 +137,7 @@ def _fours(seed: int, index: int, t: int, counter: Tensor) -> Tensor:
 
 def uniforms(seed: int, steps: Sequence[int]) -> list[float]:
     """For every step, modulo 2**32, a draw in [0, 1) that is the same on every rank and after every resume."""
-    t = torch.tensor(steps, dtype=torch.int64, device="cpu")
+    t = torch.tensor([step % 2**32 for step in steps], dtype=torch.int64, device="cpu")
     zero = torch.zeros_like(t)
     return (philox([zero, zero, zero + 0xFFFFFFFF, t & 0xFFFFFFFF], seed)[0].double() * 2.0**-32).tolist()
 

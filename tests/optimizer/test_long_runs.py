@@ -1,6 +1,7 @@
 """Counts, sizes and runs beyond those of other tests: quick ones here, and long ones of the same kind with `make long`."""
 
 import gc
+import itertools
 import os
 import tracemalloc
 
@@ -35,9 +36,11 @@ def test_counts_of_steps_that_float32_does_not_have(before, backend):
 
 
 def test_counts_in_the_groups_go_on(backend):
-    for before in (2**24 - 1, 2**31 - 1, 2**32 - 1, 2**53):
+    counts, kinds = (2**24 - 1, 2**31 - 1, 2**32 - 1, 2**53, 2**63 - 2, 2**70), ("PSWA", "PSWM")
+    for before, kind in itertools.product(counts, kinds):  # of both: draws one by one, and of a period
         p = torch.nn.Parameter(torch.ones(3))
-        averaging = fused_opt.PSWA(period=4, probability=0.5)
+        options = {"beta": 0.5} if kind == "PSWM" else {}
+        averaging = getattr(fused_opt, kind)(period=4, probability=0.5, **options)
         optimizer = fused_opt.SGD([p], noise=fused_opt.WeightNoise(std=0.1), averaging=averaging, backend=backend)
         optimizer.param_groups[0]["steps"] = before
         for step in range(1, 4):
