@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
@@ -197,6 +198,13 @@ class GPUBucket(_Bucket):
     def __init__(self, core: Any, members: Sequence[ParamEntry]) -> None:
         super().__init__(core, members)
         self.device = members[0].tensor.device
+
+    def __del__(self) -> None:
+        # The core frees memory of that GPU, on whichever thread this is; on one that has used no GPU yet CUDA would start a
+        # context on the first, which takes some hundred MB there.
+        if not sys.is_finalizing():
+            with _current(self.device):
+                del self.core
 
     def sum_gradients(self, norm2: Tensor, add: bool) -> None:
         """Put the sum of squares of all gradients into ``norm2``, or add it to what is there, without waiting for it."""

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -273,3 +274,29 @@ def test_memory_that_torch_has_kept_is_given_back_for_the_tables(on_gpu, monkeyp
     train_both(optimizer, oracle)
     assert given_back == [True]
     assert_close(parameters_of(optimizer), parameters_of(oracle))
+
+
+def test_tables_are_freed_with_their_gpu_as_torchs_current_one(on_gpu, monkeypatch):
+    """On a thread that has used no GPU yet, CUDA would start a context on the first one."""
+    current, freed = [], []
+
+    @contextmanager
+    def using(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    class Core:
+        def __del__(self):
+            freed.append(list(current))
+
+    p = torch.nn.Parameter(torch.ones(3))
+    monkeypatch.setattr(native, "_current", using)
+    bucket = native.GPUBucket(Core(), [native.ParamEntry(p, 0, 0, "p")])
+    thread = threading.Thread(target=bucket.__class__.__del__, args=(bucket,))
+    thread.start()
+    thread.join()
+    assert freed == [[p.device]]
+    bucket.core = Core()  # what goes once more when the bucket does
+    del bucket, thread
+    assert freed == [[p.device]] * 2
