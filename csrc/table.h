@@ -59,7 +59,9 @@ struct ShardLayout {
   int64_t run = 1;                   // consecutive elements that are so in the whole
   int64_t elsewhere = 0;             // elements of the whole that it lacks
   const int64_t* strides = nullptr;  // of the whole, in elements
+  int64_t slab = 0;  // where not 0, each so many elements are as many consecutive ones of the whole, in another order
 };
+constexpr int64_t kMostInSlab = 32768;
 
 // Norms are squared; a negative one is not known. Of a shard they are its own until `norms` has been asked for them and
 // the step was told those of the whole tensor.

@@ -1,5 +1,6 @@
 // The loops of a step. This file is compiled once per instruction set, with FUSED_OPT_ISA naming it; everything but the
 // function at the end is in an unnamed namespace, so that no two copies are ever merged.
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 #include <utility>
@@ -134,33 +135,27 @@ struct ManyLanes {
   }
 };
 
-constexpr int kLanes = kRegister / sizeof(uint64_t), kCounters = 32;
-
-// The four words of each of kCounters counters; counters(k): those from the k-th on, as many as a register holds.
-template <class Counters>
-FUSED_OPT_FN void draw_words(uint64_t seed, uint32_t index, uint32_t t, const Counters& counters,
-                             uint32_t (&words)[4][kCounters]) {
-  for (int k = 0; k < kCounters; k += 2 * kLanes) {
-    ManyLanes::Word c0{counters(k), counters(k + kLanes)}, c1 = c0 >> 32;
-    ManyLanes::Word c2 = ManyLanes::splat(index), c3 = ManyLanes::splat(t);
-    philox<ManyLanes>(c0, c1, c2, c3, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-    const ManyLanes::Word* c[] = {&c0, &c1, &c2, &c3};
-    for (int w = 0; w < 4; ++w) *reinterpret_cast<Halves*>(&words[w][k]) = evens(c[w]->a, c[w]->b);
-  }
-}
-
 // z: room for a multiple of 128 numbers, before each of which it calls ahead(done): calculating and fetching can
 // overlap.
 template <class Ahead>
 FUSED_OPT_FN void normal(uint64_t seed, uint32_t index, uint32_t t, uint64_t begin, int64_t n, float* z,
                          const Ahead& ahead) {
+  constexpr int kLanes = kRegister / sizeof(uint64_t);
+  constexpr int kCounters = 32;
   alignas(64) uint32_t words[4][kCounters];
   alignas(64) float lanes[4][kCounters];
   Words first{};
   for (int lane = 0; lane < kLanes; ++lane) first[lane] = begin + static_cast<uint64_t>(lane);
   for (int64_t done = 0; done < n; done += kCounters) {
     ahead(4 * done);
-    draw_words(seed, index, t, [&](int k) { return first + static_cast<uint64_t>(done + k); }, words);
+    for (int k = 0; k < kCounters; k += 2 * kLanes) {
+      const Words counter = first + static_cast<uint64_t>(done + k);
+      ManyLanes::Word c0{counter, counter + static_cast<uint64_t>(kLanes)}, c1 = c0 >> 32;
+      ManyLanes::Word c2 = ManyLanes::splat(index), c3 = ManyLanes::splat(t);
+      philox<ManyLanes>(c0, c1, c2, c3, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+      const ManyLanes::Word* c[] = {&c0, &c1, &c2, &c3};
+      for (int w = 0; w < 4; ++w) *reinterpret_cast<Halves*>(&words[w][k]) = evens(c[w]->a, c[w]->b);
+    }
     for (int k = 0; k < kCounters; ++k) box_muller(words[0][k], words[1][k], lanes[0][k], lanes[1][k]);
     for (int k = 0; k < kCounters; ++k) box_muller(words[2][k], words[3][k], lanes[2][k], lanes[3][k]);
     for (int k = 0; k < kCounters; ++k)
@@ -170,26 +165,6 @@ FUSED_OPT_FN void normal(uint64_t seed, uint32_t index, uint32_t t, uint64_t beg
 
 void normal(uint64_t seed, uint32_t index, uint32_t t, uint64_t begin, int64_t n, float* z) {
   normal(seed, index, t, begin, n, z, [](int64_t) {});
-}
-
-// The noise of n elements at any places, up to the next multiple of 32 of both: of its counter's numbers each takes
-// one.
-void normal_at(uint64_t seed, uint32_t index, uint32_t t, const uint64_t* places, int64_t n, float* z) {
-  alignas(64) uint32_t words[4][kCounters];
-  for (int64_t done = 0; done < n; done += kCounters) {
-    const auto counters = [&](int k) {
-      Words some;
-      std::memcpy(&some, places + done + k, sizeof some);
-      return some >> 2;
-    };
-    draw_words(seed, index, t, counters, words);
-    for (int k = 0; k < kCounters; ++k) {
-      const uint64_t place = places[done + k];
-      float even, odd;
-      box_muller(words[place & 2 ? 2 : 0][k], words[place & 2 ? 3 : 1][k], even, odd);
-      z[done + k] = place & 1 ? odd : even;
-    }
-  }
 }
 
 // Calls f(begin, n) for every block of [begin, end); all but the last have a length that the compiler knows.
@@ -211,6 +186,36 @@ FUSED_OPT_FN void prefetch(const Tensor& tensor, int64_t begin, const Operands&.
   (ask(operands), ...);
 }
 
+// The noise of elements [begin, begin + n) that lie in another order than the whole tensor's: that of a slab at a time
+// is drawn in the whole's order, and kept for the next call.
+__attribute__((noinline)) void draw_slabs(const Tensor& tensor, const StepArgs& args, const Layer& layer, int64_t begin,
+                                          int64_t n, float* z) {
+  struct Drawn {
+    uint64_t seed = 0, first = 0;
+    uint32_t index = 0, step = 0;
+    int64_t size = 0;
+    alignas(64) float z[kMostInSlab + 256];  // what comes before and after in the draws
+  };
+  static thread_local Drawn drawn;
+  const ShardLayout& layout = *layer.shard;
+  const Operand whole{nullptr, DType::kFloat32, layout.strides};
+  for (int64_t i = 0, m; i < n; i += m) {
+    const int64_t slab = (begin + i) / layout.slab * layout.slab;
+    m = std::min(n - i, slab + layout.slab - begin - i);
+    const auto first = static_cast<uint64_t>(in_whole(tensor, layout, slab)), skipped = first % 4;
+    if (drawn.size != layout.slab || drawn.first != first || drawn.seed != args.seed || drawn.index != layer.index ||
+        drawn.step != args.noise_step) {
+      normal(args.seed, layer.index, args.noise_step, first / 4, (static_cast<int64_t>(skipped) + layout.slab + 3) / 4,
+             drawn.z);
+      drawn.seed = args.seed, drawn.first = first, drawn.index = layer.index, drawn.step = args.noise_step;
+      drawn.size = layout.slab;
+    }
+    const uint64_t before = skipped + static_cast<uint64_t>(layout.offset) - first;
+    for_each_strided(tensor, whole, begin + i, m,
+                     [&](int64_t k, int64_t place) { z[i + k] = drawn.z[before + static_cast<uint64_t>(place)]; });
+  }
+}
+
 // The noise of elements [begin, begin + n), n at most kDraw.
 template <class Ahead>
 __attribute__((noinline)) void draw(const Tensor& tensor, const StepArgs& args, const Layer& layer, int64_t begin,
@@ -220,17 +225,11 @@ __attribute__((noinline)) void draw(const Tensor& tensor, const StepArgs& args, 
            [&](int64_t done) { ahead(begin + done); });
     return;
   }
-  alignas(64) float some[kDraw];
-  constexpr int64_t kShort = 16;  // where neighbours share few counters, each element draws one
-  if (layer.shard->run < kShort) {
-    alignas(64) uint64_t places[kDraw] = {};
-    const Operand whole{nullptr, DType::kFloat32, layer.shard->strides};
-    for_each_strided(tensor, whole, begin, n, [&](int64_t k, int64_t i) {
-      places[k] = static_cast<uint64_t>(layer.shard->offset + i);
-      if (k % kBlock == 0) ahead(begin + k);
-    });
-    return normal_at(args.seed, layer.index, args.noise_step, places, n, z);
+  if (layer.shard->slab) {
+    for (int64_t k = 0; k < n; k += kBlock) ahead(begin + k);
+    return draw_slabs(tensor, args, layer, begin, n, z);
   }
+  alignas(64) float some[kDraw];
   for (int64_t i = 0, m; i < n; i += m) {
     // A shard may begin in the middle of the four elements that share a counter.
     const int64_t first = in_whole(tensor, *layer.shard, begin + i), skipped = first % 4;

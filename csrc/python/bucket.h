@@ -102,7 +102,7 @@ class Bucket {
       for (size_t s = 0; s < parameter.states.size(); ++s) tensor.states[s] = add(parameter.states[s].view);
       if (parameter.average) tensor.average = add(parameter.average->view);
       if (parameter.g) tensor.g = add(*parameter.g);
-      if (tensor.flat && !in_order) walk_as_it_lies(parameter.p, tensor, table_.layers[t]);
+      if (tensor.flat && !in_order) tensor.flat = walk_as_it_lies(parameter.p, tensor, table_.layers[t]);
       table_.tensors.push_back(tensor);
       everything_.append(parameter.tensor);
     }
@@ -246,23 +246,30 @@ class Bucket {
     return found->second;
   }
 
-  // Puts sizes, and the places that noise is keyed by, into the order of a dense tensor's memory.
-  void walk_as_it_lies(const View& p, Tensor& tensor, Layer& layer) {
+  // Puts sizes, and the places that noise is keyed by, into the order of a dense tensor's memory. False: too many
+  // elements are in another order.
+  bool walk_as_it_lies(const View& p, Tensor& tensor, Layer& layer) {
     const std::vector<int64_t> in_order = p.contiguous_strides();
     const int64_t* in_whole = layer.shard ? layer.shard->strides : in_order.data();
-    auto& [layout, numbers] = shards_.emplace_back();
-    if (layer.shard) layout = *layer.shard;
-    std::vector<int> order = p.order();
-    std::reverse(order.begin(), order.end());
-    for (const int d : order) numbers.push_back(in_whole[d]);
-    for (const int d : order) numbers.push_back(p.sizes()[d]);
-    layout.strides = numbers.data();
-    tensor.sizes = numbers.data() + p.ndim;
-    layout.run = 1;
-    for (int d = p.ndim; d-- > 0 && (tensor.sizes[d] == 1 || layout.strides[d] == layout.run);)
-      layout.run *= std::max<int64_t>(1, tensor.sizes[d]);
-    layer.shard = &layout;
+    ShardLayout layout = layer.shard ? *layer.shard : ShardLayout{};
+    std::vector<int64_t> numbers(2 * p.ndim);
+    int64_t elements = 1, reach = 0;  // of the innermost dimensions of memory: how many, and how far apart in the whole
+    int place = p.ndim;
+    for (const int d : p.order()) {
+      numbers[--place] = in_whole[d];
+      numbers[p.ndim + place] = p.sizes()[d];
+      elements *= p.sizes()[d];
+      reach += (p.sizes()[d] - 1) * in_whole[d];
+      if (!layout.slab && reach == elements - 1 && (elements >= kLeastInSlab || place == 0)) layout.slab = elements;
+    }
+    if (!layout.slab || layout.slab > kMostInSlab) return false;
+    auto& [kept, of_kept] = shards_.emplace_back(layout, std::move(numbers));
+    kept.strides = of_kept.data();
+    tensor.sizes = of_kept.data() + p.ndim;
+    layer.shard = &kept;
+    return true;
   }
+  static constexpr int64_t kLeastInSlab = 512;  // below, drawing them costs more than what they are
 
   // Calls f on every object whose replacement would make the bucket stale, until it returns false.
   template <class F>
