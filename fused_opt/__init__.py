@@ -5,7 +5,18 @@ from ._version import __version__
 from .accumulation import MicroBatch, accumulate
 from .balance import TempBalance
 from .batch_size import CyclicalBatchSampler, CyclicalBatchSize, by_update
-from .extras import EMA, PSWA, PSWM, PWALKS, SWM, Cautious, ScheduleFree, TrustRatio, WeightNoise
+from .extras import (
+    EMA,
+    PSWA,
+    PSWM,
+    PWALKS,
+    SWM,
+    Averaging,
+    Cautious,
+    ScheduleFree,
+    TrustRatio,
+    WeightNoise,
+)
 from .gradinit import GradInitIteration, GradInitResult, gradinit
 from .optimizer import FusedOptimizer
 from .parts.probe import probe_parts
@@ -38,6 +49,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "Adamax",
+    "Averaging",
     "Cautious",
     "CyclicalBatchSampler",
     "CyclicalBatchSize",

@@ -13,7 +13,7 @@ from .rule import Rule
 
 
 def name_of(group: Mapping[str, Any], group_index: int, index: int) -> str:
-    """What to call a parameter."""
+    """What to call a parameter: what ``name_parameters`` or ``(name, tensor)`` pairs call it, or its place."""
     names = group.get("param_names")
     return names[index] if names else f"{index} of group {group_index}"
 

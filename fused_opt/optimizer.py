@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,10 +15,11 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from . import backends
 from .checkpoint import Checkpoints
-from .extras import COUNTS, EXTRAS, FOLD, Extras, check_extras, documentation
+from .extras import COUNTS, EXTRAS, FOLD, Extras, check_extras
 from .extras.averaging import finish, swapped_in
 from .extras.decay import COUPLED, DECOUPLED, check_together
-from .groups import Groups, extras_of
+from .groups import Groups, extras_of, name_of
+from .keywords import write_out, write_out_root
 from .parts.microbatches import Microbatches
 from .parts.probe import Probe
 from .parts.samples import Samples
@@ -44,11 +45,7 @@ class FusedOptimizer(Checkpoints):
     Args:
         params: as torch.optim takes them.
         defaults: the hyper-parameters of a group that does not set its own.
-    {extras}
-        state_dtype: dtype of the states; None: the parameter's, as torch keeps it. ``torch.float32`` keeps the states of
-            bfloat16 and float16 parameters in full, also through ``load_state_dict``.
-        backend: ``"auto"`` takes for every parameter the first of :func:`fused_opt.backends.available` that can step
-            it; a named one steps it or raises with the reason. On a GPU a backend that fails its self-check cannot.
+        **extras: from ``EXTRAS``.
 
     A step in which every group's learning rate is 0 counts for neither noise nor averaging and makes none. If it is the
     first and every gradient is zero, as in the step by which torch.distributed.checkpoint creates the states that it saves
@@ -56,6 +53,10 @@ class FusedOptimizer(Checkpoints):
     """
 
     _grad_norm: float | Callable[[], float] | None = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        write_out(cls)
 
     def __init__(
         self,
@@ -340,7 +341,7 @@ class FusedOptimizer(Checkpoints):
         return self.param_groups[0]["skipped_steps"]
 
     def trust_ratios(self) -> dict[str, float]:
-        """The trust ratio of every parameter that the last step has stepped, by name.
+        """The trust ratio of every parameter that the last step has stepped, by name: see :meth:`name_parameters`.
 
         A parameter without a gradient has none in that step. One without a name goes by its place in the groups.
         """
@@ -359,7 +360,42 @@ class FusedOptimizer(Checkpoints):
             self._plan = self._last = None  # or the next backward would meet what autograd kept of the old shape
         super().zero_grad(set_to_none)
 
-    def track_parts(self, kind: str = "microbatch", model: torch.nn.Module | None = None) -> PartTracker:
+    def name_parameters(self, model: torch.nn.Module) -> None:
+        """Call the parameters what the model calls them: in errors, ``trust_ratios()`` and the trackers' ``counts()``.
+
+        The names are ``param_names`` of the groups, as torch.optim makes them of ``model.named_parameters()``, and are in the
+        state_dict as there. Groups that are added later then take ``(name, tensor)`` pairs, too.
+
+        Args:
+            model: whose ``named_parameters()`` are all that is optimized here, and maybe more.
+
+        Raises:
+            ValueError: where it lacks one; nothing has been named then.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 1)
+            >>> optimizer = fused_opt.LARS(model.parameters(), lr=1.0)
+            >>> optimizer.name_parameters(model)
+            >>> model(torch.ones(2)).sum().backward()
+            >>> optimizer.step()
+            >>> list(optimizer.trust_ratios())
+            ['weight', 'bias']
+        """
+        names = {p: name for name, p in model.named_parameters()}
+        for g, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                if p not in names:
+                    raise ValueError(
+                        f"parameter {name_of(group, g, i)}, of shape {tuple(p.shape)}, is none of this "
+                        f"{type(model).__name__}'s; give the model that the parameters are of"
+                    )
+        for group in self.param_groups:
+            group["param_names"] = [names[p] for p in group["params"]]
+        self._plan = None
+
+    def track_parts(
+        self, kind: Literal["microbatch", "sample", "probe"] = "microbatch", model: torch.nn.Module | None = None
+    ) -> PartTracker:
         """Take the norms of the parts that the gradients are sums of, for CLARS; ``.remove()`` on the result ends it.
 
         Args:
@@ -418,7 +454,7 @@ class FusedOptimizer(Checkpoints):
                 self._holds_averages = before
 
 
-FusedOptimizer.__doc__ = (FusedOptimizer.__doc__ or "").replace("{extras}", documentation())
+write_out_root(FusedOptimizer)
 
 
 @contextmanager

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
-from typing import Any, TypedDict
+from typing import Any, Literal
 
 import torch
+from typing_extensions import TypedDict  # whose classes know their annotations in full in Python 3.10, too
 
 from .averaging import AVERAGING, EMA, PSWA, PSWM, PWALKS, SWM, Averaging, ScheduleFree
-from .clipping import MAX_GRAD_NORM, NONFINITE
-from .decay import CAUTIOUS, DECAY, Cautious
+from .clipping import MAX_GRAD_NORM, NONFINITE, Nonfinite
+from .decay import CAUTIOUS, DECAY, Cautious, Decay
 from .extra import Extra
 from .noise import NOISE, WeightNoise
 from .trust_ratio import TRUST_RATIO, TrustRatio
@@ -31,6 +32,7 @@ __all__ = [
     "Cautious",
     "Extra",
     "Extras",
+    "ExtrasBesideRatio",
     "ScheduleFree",
     "TrustRatio",
     "WeightNoise",
@@ -48,18 +50,23 @@ _SETTINGS: dict[str, dict[str, type[Any]]] = {
 }
 
 
-class Extras(TypedDict, total=False):
-    """What every optimizer of the package takes beyond torch.optim's arguments, for type checkers."""
+class ExtrasBesideRatio(TypedDict, total=False):
+    """What the optimizers take that have a trust ratio of their own, beyond torch.optim's arguments."""
 
-    trust_ratio: TrustRatio | None
     noise: WeightNoise | None
     averaging: Averaging | None
     cautious: Cautious | None
-    decay: str | None
+    decay: Decay | None
     max_grad_norm: float | None
-    nonfinite: str
+    nonfinite: Nonfinite
     state_dtype: torch.dtype | None
-    backend: str
+    backend: Literal["auto", "native", "triton", "foreach", "reference"]
+
+
+class Extras(ExtrasBesideRatio, total=False):
+    """What every other optimizer of the package takes beyond torch.optim's arguments."""
+
+    trust_ratio: TrustRatio | None
 
 
 def check_extras(options: Mapping[str, Any]) -> None:
@@ -87,11 +94,6 @@ def check_extras(options: Mapping[str, Any]) -> None:
 def step_args(group: Mapping[str, Any], lr: Any) -> tuple[Any, ...]:
     """What the step of a group says of the extras, in the order of ``StepArgs``."""
     return tuple([None if group[extra.key] is None else args(group, lr) for extra, args in IN_ARGS])
-
-
-def documentation() -> str:
-    """The arguments of a docstring."""
-    return "\n".join(f"        {extra.key}: {extra.doc}" for extra in EXTRAS)
 
 
 def pack(key: str, value: Any) -> Any:

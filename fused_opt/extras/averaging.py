@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class Averaging:
     fraction: float = 1.0
     probability: float = 1.0
     interval: int = 1
-    on_write_back: str = "keep"
+    on_write_back: Literal["keep", "zero"] = "keep"
     seed: int = 0
 
     def __post_init__(self) -> None:

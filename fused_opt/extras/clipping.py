@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ..checks import real
 from .extra import Extra
 
-PASS, SKIP, RAISE = CHOICES = ("pass", "skip", "raise")
+Nonfinite = Literal["pass", "skip", "raise"]
+PASS, SKIP, RAISE = CHOICES = get_args(Nonfinite)
 
 
 def _check_limit(limit: Any) -> None:

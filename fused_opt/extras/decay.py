@@ -16,12 +16,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from ..backends.interface import CautiousArgs
 from .extra import Extra, check_setting
 
 COUPLED, DECOUPLED, INDEPENDENT = DECAYS = ("coupled", "decoupled", "independent")
+Decay = Literal["coupled", "decoupled", "independent"]
 _MASKED = ("update", "decay", "both")
 
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class WeightNoise:
 
     std: float | None = None
     temperature: float | None = None
-    schedule: str | None = None
+    schedule: Literal["decay", "cycle"] | None = None
     period: int | None = None
     relative: bool = False
     seed: int = 0

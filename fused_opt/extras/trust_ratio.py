@@ -16,12 +16,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal, get_args
 
 from ..backends.interface import Kind, RatioArgs
 from ..checks import real, whole
 from .extra import Extra, check_setting
 
-KINDS = tuple(kind.name.lower() for kind in Kind)
+RatioKind = Literal["lars", "clars", "lamb"]
+KINDS = get_args(RatioKind)
 _COEFFICIENTS = {"lars": 0.001, "clars": 0.01, "lamb": 1.0}
 
 
@@ -55,7 +57,7 @@ class TrustRatio:
         {'weight': 1.0}
     """
 
-    kind: str
+    kind: RatioKind
     coefficient: float | None = None
     cap: float | None = None
     eps: float | None = None

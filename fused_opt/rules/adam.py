@@ -170,8 +170,15 @@ class AdamW(Adam):
     """AdamW: torch.optim.AdamW with one word changed.
 
     Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101): Adam whose weight decay enters
-    neither moment. The arguments are those of :class:`torch.optim.AdamW`; ranges, extras and errors as in
-    :class:`Adam`.
+    neither moment. The arguments are those of :class:`torch.optim.AdamW`.
+
+    Args:
+        params, lr, betas, eps, amsgrad, maximize, foreach, capturable, differentiable, fused: as :class:`fused_opt.Adam`.
+        weight_decay: at least 0; the weights shrink by ``lr * weight_decay`` of themselves in every step.
+        **extras: as :class:`fused_opt.Adam`.
+
+    Raises:
+        ValueError: for a hyper-parameter out of its range, in torch.optim's words where it has them.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(2))

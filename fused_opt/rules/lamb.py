@@ -7,13 +7,24 @@ r"""LAMB: Adam's direction with a trust ratio per parameter tensor.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
+from typing_extensions import Unpack
 
+from ..extras import ExtrasBesideRatio
 from ..extras.trust_ratio import TrustRatio
 from ..optimizer import ParamsT
 from .adam import AdamW
+
+
+class Options(ExtrasBesideRatio, total=False):
+    """What LAMB passes on to AdamW."""
+
+    amsgrad: bool
+    maximize: bool
+    foreach: bool | None
+    capturable: bool
+    differentiable: bool
+    fused: bool | None
 
 
 class LAMB(AdamW):
@@ -25,7 +36,8 @@ class LAMB(AdamW):
     Args:
         params, lr, betas, eps, weight_decay: as :class:`fused_opt.AdamW`.
         coefficient, cap, ratio_eps, exempt: as :class:`fused_opt.TrustRatio` with kind ``"lamb"``.
-        **options: as :class:`fused_opt.AdamW`.
+        amsgrad, maximize, foreach, capturable, differentiable, fused: as :class:`fused_opt.AdamW`.
+        **extras: as :class:`fused_opt.AdamW`.
 
     Raises:
         ValueError: for a hyper-parameter out of its range.
@@ -51,7 +63,7 @@ class LAMB(AdamW):
         cap: float | None = None,
         ratio_eps: float | None = None,
         exempt: int = 1,
-        **options: Any,
+        **extras: Unpack[Options],
     ) -> None:
         ratio = TrustRatio("lamb", coefficient, cap, ratio_eps, exempt)
-        super().__init__(params, lr, betas, eps, weight_decay, trust_ratio=ratio, **options)
+        super().__init__(params, lr, betas, eps, weight_decay, trust_ratio=ratio, **extras)

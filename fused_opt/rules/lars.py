@@ -11,13 +11,33 @@ put the learning rate inside, or leave the decay out of the denominator.)
 
 from __future__ import annotations
 
-from typing import Any
+from typing import ClassVar
 
 from torch import Tensor
+from typing_extensions import Unpack
 
-from ..extras.trust_ratio import TrustRatio
+from ..extras import ExtrasBesideRatio
+from ..extras.trust_ratio import RatioKind, TrustRatio
 from ..optimizer import ParamsT
 from .sgd import SGD
+
+
+class Options(ExtrasBesideRatio, total=False):
+    """What LARS passes on to SGD."""
+
+    maximize: bool
+    foreach: bool | None
+    differentiable: bool
+    fused: bool | None
+
+
+class RatioOptions(Options, total=False):
+    """What CLARS passes on to LARS."""
+
+    coefficient: float | None
+    cap: float | None
+    eps: float | None
+    exempt: int
 
 
 class LARS(SGD):
@@ -28,7 +48,8 @@ class LARS(SGD):
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov: as :class:`fused_opt.SGD`.
         coefficient, cap, eps, exempt: as :class:`fused_opt.TrustRatio` with kind ``"lars"``.
-        **options: as :class:`fused_opt.SGD`.
+        maximize, foreach, differentiable, fused: as :class:`fused_opt.SGD`.
+        **extras: as :class:`fused_opt.SGD`.
 
     Raises:
         ValueError: for a hyper-parameter out of its range.
@@ -42,7 +63,7 @@ class LARS(SGD):
         [1.0, 1.0]
     """
 
-    kind = "lars"
+    kind: ClassVar[RatioKind] = "lars"
 
     def __init__(
         self,
@@ -57,10 +78,10 @@ class LARS(SGD):
         cap: float | None = None,
         eps: float | None = None,
         exempt: int = 1,
-        **options: Any,
+        **extras: Unpack[Options],
     ) -> None:
         ratio = TrustRatio(self.kind, coefficient, cap, eps, exempt)
-        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, trust_ratio=ratio, **options)
+        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, trust_ratio=ratio, **extras)
 
 
 class CLARS(LARS):
@@ -73,7 +94,8 @@ class CLARS(LARS):
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov: as :class:`fused_opt.SGD`.
         coefficient, cap, eps, exempt: as :class:`fused_opt.TrustRatio` with kind ``"clars"``.
-        **options: as :class:`fused_opt.SGD`.
+        maximize, foreach, differentiable, fused: as :class:`fused_opt.SGD`.
+        **extras: as :class:`fused_opt.SGD`.
 
     Raises:
         ValueError: for a hyper-parameter out of its range.
@@ -99,6 +121,6 @@ class CLARS(LARS):
         dampening: float = 0,
         weight_decay: float | Tensor = 2e-4,
         nesterov: bool = False,
-        **options: Any,
+        **extras: Unpack[RatioOptions],
     ) -> None:
-        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, **options)
+        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, **extras)
