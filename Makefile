@@ -3,15 +3,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 CXX_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
-.PHONY: demo test lint fuzz long matrix aarch64 bench microbench gpu clean
+.PHONY: demo test docs lint fuzz long matrix aarch64 bench microbench gpu clean
 
 # Train on real images with torch.optim and with fused_opt, side by side.
-demo: $(VENV)/installed
+demo: $(VENV)/built
 	$(BIN)/python examples/digits.py
 
 # Everything that CI runs: the linters, the C++ tests under sanitizers (tests/backends/test_cpp.py), the doctests, the tests.
 test: lint
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal
+
+# The documentation as pages, in build/site; a link that leads nowhere is an error. PICTURES=1 draws its pictures again.
+docs: $(VENV)/built
+	$(BIN)/python -m pip install --quiet --requirement requirements-docs.txt
+	$(if $(PICTURES),$(BIN)/python docs/pictures.py)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "build/site/index.html"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -62,10 +69,15 @@ microbench: $(VENV)/installed
 gpu:
 	$(PYTHON) -m benchmarks.gpu
 
-$(VENV)/installed: requirements-dev.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+$(VENV)/installed: $(VENV)/built requirements-dev.txt requirements-docs.txt
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/built: requirements-demo.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-compile --requirement requirements-demo.txt
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps scikit-learn
+	$(BIN)/python -m pip install --quiet $(if $(wildcard $(BIN)/cmake),--no-build-isolation) --editable .
 	$(BIN)/python -m fused_opt
 	touch $@
 

@@ -14,17 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fused_opt import pictures as style
+from fused_opt.pictures import plain, plain_ticks
+
 from . import targets
 from .machine import in_words
 from .output import duration
 
 # What a bar means: the first pattern that is found in the contender's name; else it is ours, on the CPU or by CUDA.
-OURS = ("", "fused_opt", "#d1495b")
+OURS = ("", "fused_opt", style.OURS)
 MEANINGS = (
-    ("^triton ", "fused_opt, Triton", "#edae49"),
-    ("^torch fused", "torch fused", "#2f6690"),
-    ("foreach", "torch foreach", "#9aa5b1"),
-    ("^(add,|AveragedModel|clip_grad_norm_|apex|timm|torch_optimizer|bitsandbytes)", "others", "#66a182"),
+    ("^triton ", "fused_opt, Triton", style.TRITON),
+    ("^torch fused", "torch fused", style.TORCH_FUSED),
+    ("foreach", "torch foreach", style.TORCH_FOREACH),
+    ("^(add,|AveragedModel|clip_grad_norm_|apex|timm|torch_optimizer|bitsandbytes)", "others", style.OTHERS),
     OURS,
 )
 
@@ -77,17 +80,17 @@ def draw(
                     area.plot([bar.target] * 2, [y - 0.45, y + 0.45], color="black", linewidth=2)
                 end = max(begin, bar.value, bar.target or begin)  # of a value that is not a number: begin
                 behind = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
-                area.annotate(bar.text, (end, y), **behind, fontsize=8, color="#333333")
+                area.annotate(bar.text, (end, y), **behind, fontsize=8, color=style.INK)
             area.set_title(f"{name}: {column}" if column else name, loc="left", fontsize=9)
             area.set_xscale(scale)
             area.set_xlim(left, right)
             area.set_yticks(range(len(panel)), [bar.label for bar in panel])
             area.set_ylim(max(map(len, row)) - 0.4, -0.6)
             area.tick_params(labelsize=8, length=0)
-            area.grid(axis="x", color="#dddddd", linewidth=0.6)
+            area.grid(axis="x", color=style.GRID, linewidth=0.6)
             area.set_axisbelow(True)
             area.spines[:].set_visible(False)
-            area.axvline(begin, color="#333333", linewidth=1)
+            area.axvline(begin, color=style.INK, linewidth=1)
             if scale == "log":
                 area.xaxis.set_major_locator(FixedLocator(plain_ticks(left, right)))
                 area.xaxis.set_minor_locator(NullLocator())
@@ -103,18 +106,6 @@ def draw(
     figure.legend(handles, list(meanings), title=axis, title_fontsize=8, fontsize=8, **outside)
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def plain(x: float) -> str:
-    """At least three digits, without an exponent."""
-    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
-
-
-def plain_ticks(left: float, right: float) -> list[float]:
-    """1, 2, 5, 10 ... between two numbers; powers of ten alone where that would be too many."""
-    ticks = [digit * 10.0**power for power in range(-6, 10) for digit in (1, 2, 5)]
-    ticks = [x for x in ticks if left <= x <= right]
-    return ticks if len(ticks) <= 8 else [x for x in ticks if f"{x:e}".startswith("1.0")]
 
 
 def draw_table(table: Any, figures: Sequence[Mapping[str, Any]], path: Path) -> None:

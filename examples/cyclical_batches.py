@@ -19,16 +19,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 from tqdm import tqdm
 
+from fused_opt import pictures
 from fused_opt.batch_size import CyclicalBatchSampler, CyclicalBatchSize, by_update
 from fused_opt.snapshots import Snapshots, average_predictions
-
-matplotlib.use("Agg")
 
 LENGTH = 32  # characters in an example
 FIXED = CyclicalBatchSize(32, levels=1)
@@ -190,17 +188,15 @@ def main() -> None:
 
 
 def draw(results: dict[str, list[Result]], epochs: int, dataset_size: int, out: Path) -> None:
-    import matplotlib.pyplot as plt
-
     out.mkdir(parents=True, exist_ok=True)
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for name, runs in results.items():
+    figure, ((axes,),) = pictures.figure(1, 1, 7, 4.8)
+    for (name, runs), color in zip(results.items(), pictures.SERIES):
         curves = list(zip(*(one.curve for one in runs), strict=True))
         at = [CYCLE.width * (i + 1) for i in range(len(curves))]
-        (line,) = axes.plot(at, [statistics.mean(values) for values in curves], label=name)
-        axes.fill_between(at, [*map(min, curves)], [*map(max, curves)], color=line.get_color(), alpha=0.2)
+        axes.plot(at, [statistics.mean(values) for values in curves], label=name, color=color)
+        axes.fill_between(at, [*map(min, curves)], [*map(max, curves)], color=color, alpha=0.2, linewidth=0)
     axes.set(xlabel="epochs, equal numbers of examples", ylabel="held-out bits per character")
-    axes.legend()
+    pictures.finish((axes,), legends=(axes,))
     schedule = CYCLE.plot(
         epochs, lr=lambda epoch: LR * (1 - epoch / epochs), dataset_size=dataset_size, momentum=MOMENTUM
     )

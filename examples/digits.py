@@ -13,20 +13,21 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import fused_opt
+from fused_opt import pictures
 
 RECIPES: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4},
@@ -76,12 +77,18 @@ def network() -> nn.Sequential:
 
 
 def digits() -> list[Tensor]:
-    """1,797 images of 8x8: those to train on, those to test with, and the labels of both."""
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
-    labels = torch.tensor(data.target)
-    rows = train_test_split(range(len(labels)), test_size=0.25, random_state=0, stratify=data.target)
-    return [images[rows[0]], images[rows[1]], labels[rows[0]], labels[rows[1]]]
+    """1,797 images of 8x8: those to train on, those to test with (every fourth), and the labels of both.
+
+    They are a file of scikit-learn, which is not imported: that needs scipy, and the demo needs neither.
+    """
+    package = find_spec("sklearn")
+    if package is None or package.origin is None:
+        sys.exit("the images are a file of scikit-learn: pip install scikit-learn")
+    table = np.loadtxt(Path(package.origin).parent / "datasets/data/digits.csv.gz", delimiter=",", dtype=np.float32)
+    images = torch.from_numpy(table[:, :-1]).view(-1, 1, 8, 8) / 16
+    labels = torch.from_numpy(table[:, -1]).long()
+    testing = torch.arange(len(labels)) % 4 == 0
+    return [images[~testing], images[testing], labels[~testing], labels[testing]]
 
 
 def batches(count: int, size: int, epochs: int) -> Iterator[Tensor]:
@@ -151,26 +158,20 @@ def page(results: dict[str, tuple[Run, Run]], epochs: int) -> Table:
 
 def draw(results: dict[str, tuple[Run, Run]], path: Path) -> None:
     """Loss curves on top of each other, and the time in the step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    grey, red = "#b8c0ca", "#d1495b"
-    figure, axes = plt.subplots(
-        1, 3, figsize=(12, 3.9), layout="constrained", gridspec_kw={"width_ratios": [1.25, 1.25, 1]}
-    )
+    theirs_colour, ours_colour = pictures.TORCH_FUSED, pictures.OURS
+    figure, (axes,) = pictures.figure(1, 3, 12, 3.9, width_ratios=[1.25, 1.25, 1])
     for panel, (name, (theirs, ours)) in zip(axes, results.items()):
-        panel.plot(theirs.losses, color=grey, linewidth=5, label=theirs.label, solid_capstyle="round")
-        panel.plot(ours.losses, color=red, linewidth=1.2, label=ours.label)
+        panel.plot(
+            theirs.losses, color=theirs_colour, alpha=0.5, linewidth=5, label=theirs.label, solid_capstyle="round"
+        )
+        panel.plot(ours.losses, color=ours_colour, linewidth=1.2, label=ours.label)
         panel.set(title=f"{name}: at most {apart((theirs, ours)):.0e} apart", xlabel="step", yscale="log")
-        panel.legend(frameon=False)
     axes[0].set_ylabel("training loss")
     bars = axes[-1]
     ticks = []
     for i, runs in enumerate(results.values()):
         ticks.append(2.6 * i + 0.5)
-        for k, (run, colour) in enumerate(zip(runs, (grey, red))):
+        for k, (run, colour) in enumerate(zip(runs, (theirs_colour, ours_colour))):
             value = median(run.seconds) * 1e3
             bars.barh(2.6 * i + k, value, height=0.92, color=colour)
             words = f"{value:.3f} ms" + (f", {median(runs[0].seconds) / median(run.seconds):.1f}x" if k else "")
@@ -180,11 +181,8 @@ def draw(results: dict[str, tuple[Run, Run]], path: Path) -> None:
     bars.set_xlim(right=1.4 * max(median(run.seconds) * 1e3 for runs in results.values() for run in runs))
     bars.set(title="time in step(), median", xlabel="milliseconds")
     bars.tick_params(axis="y", length=0)
-    for panel in axes:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.title.set_fontweight("bold")
+    pictures.finish(axes, legends=axes[:2])
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, tuple[Run, Run]]:

@@ -16,16 +16,13 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from fused_opt import pictures
 from fused_opt.gradinit import gradinit
 
 OPTIMIZER = partial(torch.optim.SGD, momentum=0.9)
@@ -145,8 +142,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def draw(runs: Runs, scales: dict[tuple[str, str], list[float]], rates: Sequence[float], path: Path) -> None:
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7), constrained_layout=True)
-    colors = {"PyTorch": "tab:blue", "He": "tab:orange"}
+    figure, axes = pictures.figure(2, 3, 13, 8)
+    colors = dict(zip(("PyTorch", "He"), pictures.SERIES))
     for (loss_axis, accuracy_axis, scale_axis), network in zip(axes, ("plain", "residual"), strict=True):
         for initialization, color in colors.items():
             for learned, line in ((False, "--"), (True, "-")):
@@ -161,10 +158,8 @@ def draw(runs: Runs, scales: dict[tuple[str, str], list[float]], rates: Sequence
         loss_axis.set(xscale="log", yscale="log" if loss_axis.get_ylim()[1] > 10 else "linear")
         accuracy_axis.set(title=f"{network}: test accuracy at the end", xlabel="learning rate", xscale="log")
         scale_axis.set(title=f"{network}: learned scales, first seed", xlabel="weight, from input to output")
-        for axis in (loss_axis, accuracy_axis, scale_axis):
-            axis.legend()
+    pictures.finish(axes.flat, legends=axes[-1])
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     print(f"drawn: {path.name}")
 
 

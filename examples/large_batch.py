@@ -27,6 +27,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import fused_opt
+from fused_opt import pictures
 
 MICROBATCHES, MICROBATCH = 16, 64
 GRID = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -46,12 +47,16 @@ class Recipe:
 
 
 RECIPES = {
-    "SGD": Recipe(lambda m, lr: fused_opt.SGD(m.named_parameters(), lr, **COMMON), "#8d99a6"),
-    "LARS": Recipe(lambda m, lr: fused_opt.LARS(m.named_parameters(), lr, **COMMON, coefficient=0.01), "#e09f3e"),
-    "LARS, warmup": Recipe(
-        lambda m, lr: fused_opt.LARS(m.named_parameters(), lr, **COMMON, coefficient=0.01), "#3d7ea6", warmup=0.2
+    "SGD": Recipe(lambda m, lr: fused_opt.SGD(m.named_parameters(), lr, **COMMON), pictures.SERIES[0]),
+    "LARS": Recipe(
+        lambda m, lr: fused_opt.LARS(m.named_parameters(), lr, **COMMON, coefficient=0.01), pictures.SERIES[1]
     ),
-    "CLARS": Recipe(lambda m, lr: fused_opt.CLARS(m.named_parameters(), lr, **COMMON), "#d1495b"),
+    "LARS, warmup": Recipe(
+        lambda m, lr: fused_opt.LARS(m.named_parameters(), lr, **COMMON, coefficient=0.01),
+        pictures.SERIES[2],
+        warmup=0.2,
+    ),
+    "CLARS": Recipe(lambda m, lr: fused_opt.CLARS(m.named_parameters(), lr, **COMMON), pictures.OURS),
 }
 
 
@@ -187,12 +192,7 @@ def page(results: dict[str, Result], early: int) -> Table:
 
 def draw(results: dict[str, Result], grid: Sequence[float], path: Path) -> None:
     """Loss and accuracy over the steps (mean line, all seeds within the band), and what the learning rate matters."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (loss, error, tuning) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    figure, ((loss, error, tuning),) = pictures.figure(1, 3, 13, 4.2)
     for name, result in results.items():
         color, label = RECIPES[name].color, f"{name} (lr {result.lr:g})"
         for panel, curves in (
@@ -211,21 +211,10 @@ def draw(results: dict[str, Result], grid: Sequence[float], path: Path) -> None:
             grid[best], values[best], "o", color=color, markersize=10, markerfacecolor="none", markeredgewidth=2
         )
     loss.set(title="training loss", xlabel="step", yscale="log")
-    error.set(title="test error", xlabel="step", yscale="log")
-    error.set_yticks(
-        [1, 2, 5, 10, 20, 50, 100], [f"{percent} %" for percent in (1, 2, 5, 10, 20, 50, 100)], minor=False
-    )
-    error.yaxis.minorticks_off()
+    error.set(title="test error, per cent", xlabel="step", yscale="log")
     tuning.set(title="validation loss (ring: the rate taken)", xlabel="learning rate", xscale="log", yscale="log")
-    tuning.set_xticks(grid, [f"{lr:g}" for lr in grid])
-    tuning.xaxis.minorticks_off()
-    loss.legend(frameon=False)
-    for panel in (loss, error, tuning):
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.title.set_fontweight("bold")
-        panel.grid(alpha=0.2)
+    pictures.finish((loss, error, tuning), legends=(loss,))
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:

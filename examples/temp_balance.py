@@ -12,10 +12,6 @@ import argparse
 import statistics
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
+from . import pictures
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -158,18 +160,19 @@ class CyclicalBatchSize:
 
         `lr` is a number or a function of the epoch.
         """
-        import matplotlib.pyplot as plt
-
         points = [i * self.width / 100 for i in range(math.ceil(100 * epochs / self.width))]
         rate = lr if callable(lr) else lambda epoch: lr
         noise = [
             self.noise_scale(epoch, lr=rate(epoch), dataset_size=dataset_size, momentum=momentum) for epoch in points
         ]
-        figure, (above, below) = plt.subplots(2, sharex=True)
-        above.plot(points, [self.at(epoch) for epoch in points], drawstyle="steps-post")
-        above.set(ylabel="batch size")
-        below.plot(points, noise, drawstyle="steps-post")
+        figure, panels = pictures.figure(2, 1, 6.4, 4.8, sharex=True)
+        above, below = panels.flat
+        line = {"drawstyle": "steps-post", "color": pictures.SERIES[0]}
+        above.plot(points, [self.at(epoch) for epoch in points], **line)
+        above.set(ylabel="batch size", ylim=(0, None))
+        below.plot(points, noise, **line)
         below.set(ylabel="noise scale", yscale="log", xlabel="epoch")
+        pictures.finish((above, below))
         return figure
 
 

@@ -43,7 +43,7 @@ ORDER = [
     ["fused_opt.backends.interface", "fused_opt.backends.pointers"],
     ["fused_opt.tensors"],
     ["fused_opt.shards"],
-    ["fused_opt._version", "fused_opt.checks", "fused_opt.rule", "fused_opt.warn"],
+    ["fused_opt._version", "fused_opt.checks", "fused_opt.pictures", "fused_opt.rule", "fused_opt.warn"],
 ]
 MODULES = sorted(path for path in (ROOT / "fused_opt").rglob("*.py"))
 
