@@ -17,7 +17,7 @@ test: lint
 docs: $(VENV)/built
 	$(BIN)/python -m pip install --quiet --requirement requirements-docs.txt
 	$(if $(PICTURES),$(BIN)/python docs/pictures.py)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo "build/site/index.html"
 
 lint: $(VENV)/installed

@@ -32,7 +32,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Point to the pages that documents of the root are."""
-    return to_pages(markdown.replace("](../", "]("))
+    return to_pages(re.sub(rf"\]\(\.\./(?={'|'.join(OF_THE_ROOT)})", "](", markdown))
 
 
 def to_pages(markdown: str) -> str:
@@ -98,7 +98,8 @@ def keyword(one: inspect.Parameter) -> griffe.Parameter:
 
 def markdown_of(docstring: str) -> str:
     """Roles and formulas of reStructuredText as Markdown."""
-    text = re.sub(r":math:`([^`]*)`", r"$\1$", docstring)
+    text = re.sub(r"(?m)^Example:$", "Examples:", docstring)  # what griffe calls the section
+    text = re.sub(r":math:`([^`]*)`", r"$\1$", text)
     text = ROLE.sub(lambda found: f"`{found[3].rpartition('.')[2] if found[2] else found[3]}`", text)
     return re.sub(r"\.\. math::(.*?)(?=\n\n(?! )|\Z)", _display, text.replace("``", "`"), flags=re.S)
 

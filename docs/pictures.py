@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import fused_opt
 from fused_opt import pictures
 
 IMAGES = Path(__file__).parent / "images"
+RESULTS = Path(__file__).parent.parent / "benchmarks/results"
 PERIOD = 40
 
 
@@ -114,8 +116,45 @@ def spectrum() -> None:
     balance.plot().savefig(IMAGES / "spectrum.png", dpi=110)
 
 
+def one_pass() -> None:
+    """What a step of ResNet-50's shapes takes with what else it does, from the benchmarks' results."""
+    median: dict[tuple[str, str, str], float] = {}
+    for name in ("sgd", "one_pass"):
+        with (RESULTS / f"{name}.csv").open(newline="") as file:
+            for row in csv.DictReader(file):
+                median[name, row["case"], row["contender"]] = float(row["median_us"]) / 1000
+    rows = {
+        "SGD": (("sgd", "ResNet-50", "torch fused"), ("sgd", "ResNet-50", "fused_opt")),
+        "and clipping": tuple(
+            ("one_pass", "clipping", name) for name in ("clip_grad_norm_ and torch fused", "clipping in the step")
+        ),
+        "and EMA": tuple(("one_pass", "EMA", name) for name in ("torch fused and AveragedModel", "EMA in the step")),
+        "LARS": tuple(("one_pass", "CLARS", name) for name in ("foreach LARS", "LARS")),
+    }
+    figure, ((panel,),) = pictures.figure(1, 1, 8, 3.6)
+    drawn = set()
+    for place, pair in enumerate(rows.values()):
+        foreach = "foreach" in pair[0][2]
+        theirs = (
+            ("torch foreach", pictures.TORCH_FOREACH) if foreach else ("torch fused and others", pictures.TORCH_FUSED)
+        )
+        for key, offset, (label, colour) in zip(pair, (-0.2, 0.2), (theirs, ("fused_opt", pictures.OURS))):
+            panel.barh(place + offset, median[key], 0.36, color=colour, label=None if label in drawn else label)
+            words = f"{median[key]:.1f} ms" + (f", {median[pair[0]] / median[key]:.2f}x" if offset > 0 else "")
+            panel.annotate(
+                words, (median[key], place + offset), (5, 0), textcoords="offset points", va="center", fontsize=8
+            )
+            drawn.add(label)
+    panel.set_yticks(range(len(rows)), list(rows))
+    panel.invert_yaxis()
+    panel.set(title="one step, ResNet-50's shapes, float32, two threads of an Intel Xeon", xlabel="milliseconds")
+    pictures.finish((panel,), legends=(panel,))
+    panel.grid(visible=False, axis="y")
+    figure.savefig(IMAGES / "one_pass.png", dpi=110)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     IMAGES.mkdir(exist_ok=True)
-    for draw in (averaging, noise, batch_sizes, spectrum):
+    for draw in (averaging, noise, batch_sizes, spectrum, one_pass):
         draw()
