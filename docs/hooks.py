@@ -76,7 +76,7 @@ class Reference(griffe.Extension):
 
     def complete(self, of: griffe.Class) -> None:
         """Write the keywords of an optimizer out."""
-        cls = getattr(inspect.importlib.import_module(of.module.path), of.name, None)  # type: ignore[attr-defined]
+        cls = getattr(fused_opt, of.name, None)
         if not (isinstance(cls, type) and issubclass(cls, fused_opt.FusedOptimizer)) or of.docstring is None:
             return
         of.docstring.value = inspect.cleandoc(cls.__doc__ or "")
@@ -106,4 +106,4 @@ def markdown_of(docstring: str) -> str:
 
 def _display(found: re.Match[str]) -> str:
     lines = inspect.cleandoc(found[1])
-    return f"$$\n\\begin{{aligned}}\n{lines}\n\\end{{aligned}}\n$$"
+    return f"$$\n\\begin{{align*}}\n{lines}\n\\end{{align*}}\n$$"
