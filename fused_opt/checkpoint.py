@@ -28,6 +28,7 @@ class Checkpoints(WithStates):
     _groups: Groups
     _plan: Plan | None
     _last: Plan | None
+    _captured: Plan | None
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
         raise TypeError(f"{type(self).__name__} is not an optimizer by itself; fused_opt.SGD is one")
@@ -35,13 +36,17 @@ class Checkpoints(WithStates):
     def _check_all(self, options: Mapping[str, Any]) -> None:
         """Raise where a hyper-parameter is out of its range."""
 
+    def read_counts(self) -> None:
+        """Bring what ``param_groups`` count up to date."""
+
     def __getstate__(self) -> dict[str, Any]:
+        self.read_counts()
         own = {"backend": self.backend, "state_dtype": self.state_dtype, "_scales": self._scales}
         # A state may be copied with it, by the same deepcopy or pickle.
         return {**super().__getstate__(), **own, "_states_are_known": True}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._plan = self._last = None
+        self._plan = self._last = self._captured = None
         self.__dict__.setdefault("_parts", None)
         self.__dict__.setdefault("_partial", False)
         self.__dict__.setdefault("_holds_averages", False)
@@ -62,6 +67,7 @@ class Checkpoints(WithStates):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's, in plain types: ``torch.load(weights_only=True)`` reads it, and so does torch.optim."""
+        self.read_counts()
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
             group.update({extra.key: pack(extra.key, group[extra.key]) for extra in EXTRAS})

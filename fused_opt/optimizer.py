@@ -87,6 +87,7 @@ class FusedOptimizer(Checkpoints):
         self._plan: Plan | None = None
         self._parts: PartTracker | None = None
         self._last: Plan | None = None  # the plan of the last step
+        self._captured: Plan | None = None  # a plan whose steps are in CUDA graphs
         super().__init__(params, defaults)
         self._states_are_known = False
         self._partial = within_zero()
@@ -253,6 +254,7 @@ class FusedOptimizer(Checkpoints):
                 "a step was asked for within averaged_weights(): it would move the averages and be undone at the end of the "
                 "block. Leave the block first"
             )
+        self.read_counts()
         groups, plan, keys = self.param_groups, self._plan, None
         self._groups.look(groups, self)
         # torch.amp.GradScaler sets these for the duration of a step. It multiplies by a grad_scale that it finds, None
@@ -265,7 +267,7 @@ class FusedOptimizer(Checkpoints):
                 keys = plan.collect_gradients(groups, self._states)
             if plan is None or keys is None:
                 return HostStep(groups, self._groups, None, None, found_inf, grad_scale)
-            kind = HostStep if plan.device is None or host_decides(groups, found_inf) else DeviceStep
+            kind = HostStep if plan.device is None or host_decides(groups, found_inf, plan) else DeviceStep
             return kind(groups, self._groups, plan, keys, found_inf, grad_scale)
         except BaseException:
             if plan is not None:
@@ -285,7 +287,7 @@ class FusedOptimizer(Checkpoints):
     def _make_plan(self, step: HostStep | DeviceStep) -> bool:
         for group, spec in zip(self.param_groups, self._groups.specs):
             spec.rule.numbers(group, 1.0)  # raises, where it must, before any state is made
-        self._plan = self._last = None  # whose gradients' edges may be of other shapes
+        self._plan = self._last = self._captured = None  # whose gradients' edges may be of other shapes
         if self._parts is None:
             warn_without_parts(self.param_groups)
         step.plan = plan = Plan(
@@ -305,7 +307,9 @@ class FusedOptimizer(Checkpoints):
         self._grad_norm = step.grad_norm if self._groups.wants_norm else self._grad_norm
         self._plan = step.plan if step.plan.reusable else None
         self._last = step.plan
-        if step.stepping:
+        if step.captured:
+            self._captured = step.plan
+        elif step.stepping:
             for group, spec, args, lr in zip(self.param_groups, self._groups.specs, step.extras, step.lrs):
                 group["steps"] += 1
                 if (fold := args[FOLD]) is not None:
@@ -339,6 +343,16 @@ class FusedOptimizer(Checkpoints):
     def skipped_steps(self) -> int:
         """How many steps ``nonfinite="skip"`` has left out."""
         return self.param_groups[0]["skipped_steps"]
+
+    def read_counts(self) -> None:
+        """Bring what ``param_groups`` count (``steps``, ``samples``, ``periods``) up to date with replayed CUDA graphs.
+
+        A replay of a captured step counts on the GPU. ``step``, ``state_dict``, ``averaged_weights``, pickles and copies
+        read the counts themselves, so that only who looks at ``param_groups`` needs this. It waits for the GPU if a
+        step was captured; in a capture it does nothing.
+        """
+        if self._captured is not None and not self._captured.capturing():
+            self._captured.read_counts(self.param_groups)
 
     def trust_ratios(self) -> dict[str, float]:
         """The trust ratio of every parameter that the last step has stepped, by name: see :meth:`name_parameters`.
@@ -443,6 +457,7 @@ class FusedOptimizer(Checkpoints):
         Raises:
             RuntimeError: where no group has an averaging.
         """
+        self.read_counts()
         averaged = [group for group in self.param_groups if group["averaging"] is not None]
         if not averaged:
             raise RuntimeError("no group of this optimizer has averaging=; fused_opt.EMA(beta) is one")

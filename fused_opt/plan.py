@@ -125,6 +125,24 @@ class Plan:
             cast(DeviceBucket, bucket).sum_gradients(self._norm2, place > 0)
         return self._norm2
 
+    def _on_devices(self) -> list[DeviceBucket]:
+        return [cast(DeviceBucket, bucket) for bucket in self.buckets if bucket.device is not None]
+
+    def capturing(self) -> bool:
+        """Whether a step would go into a CUDA graph now."""
+        return any([bucket.capturing() for bucket in self._on_devices()])  # noqa: C419  # of one or two
+
+    def read_counts(self, param_groups: list[dict[str, Any]]) -> None:
+        """Add what replays of captured steps have counted to what the groups count; waits."""
+        replayed = 0
+        for bucket in self._on_devices():
+            for g, steps, samples, periods in bucket.counts():
+                replayed = max(replayed, steps)
+                if param_groups[g]["averaging"] is not None:
+                    param_groups[g].update(samples=samples, periods=periods)
+        for group in param_groups:
+            group["steps"] += replayed
+
     def nonfinite(self) -> list[str]:
         """The parameters whose gradient is not finite in any process."""
         members, bad = [], []

@@ -13,7 +13,8 @@ from typing_extensions import Self
 from .backends.interface import DeviceScalars, Norm, StepArgs, StepKey
 from .extras import NO_ARGS, step_args
 from .extras.clipping import PASS, RAISE, allows, clip_factor
-from .extras.decay import COUPLED, DECOUPLED
+from .extras.decay import COUPLED, DECOUPLED, INDEPENDENT
+from .extras.schedule import UNCOUNTED, counted
 from .groups import Groups
 from .parts.tracker import PartTracker
 from .plan import Plan
@@ -52,9 +53,10 @@ class Step:
         self.keys: list[list[StepKey]] = keys
         self.lrs = lrs
         self.stepping = any([isinstance(lr, Tensor) or lr for lr in lrs])  # noqa: C419  # of one or two, a list is faster
+        self.captured = plan is not None and plan.capturing()  # into a graph, whose replays will make the step
         self.parts: PartTracker | None = None
         self.extras = [
-            step_args(group, lr) if spec.has_args and self.stepping else NO_ARGS
+            step_args(group, _known(group, lr)) if spec.has_args and self.stepping else NO_ARGS
             for group, spec, lr in zip(param_groups, groups.specs, lrs)
         ]
 
@@ -72,7 +74,8 @@ class Step:
         for group, spec, lr in zip(groups, specs, self.lrs):
             decay = on_device(group, group["weight_decay"], self.device)
             if spec.averaged and self.stepping:
-                lr = lr * group["averaging"].rate
+                rate = group["averaging"].rate
+                lr, decay = lr * rate, decay * rate if spec.decay == INDEPENDENT else decay
             scale = -self.scale if group["maximize"] else self.scale
             if spec.decay == COUPLED:
                 of_group.append((lr, scale, decay, 0.0, 0.0))
@@ -80,13 +83,29 @@ class Step:
                 of_group.append((lr, scale, 0.0, decay, 0.0))
             else:
                 of_group.append((lr, scale, 0.0, 0.0, decay if self.stepping else 0.0))
+        assert self.plan is not None
         return [
             [
-                StepArgs(*of_group[g], specs[g].rule.numbers(groups[g], step, scalar, earlier), *self.extras[g])
+                StepArgs(*of_group[g], specs[g].rule.numbers(groups[g], step, scalar, earlier), *extras[g])
                 for g, step, scalar, earlier in of_bucket
             ]
-            for of_bucket in self.keys
+            for bucket, of_bucket in zip(self.plan.buckets, self.keys)
+            for extras in [self.extras if bucket.device is None else self._counted()]
         ]
+
+    def _counted(self) -> list[tuple[Any, ...]]:
+        """For a device, which counts, what noise and averages are computed from in place of what they are in this step."""
+        found: list[tuple[Any, ...]] = []
+        for group, extras in zip(self.param_groups, self.extras):
+            if not self.stepping:
+                found.append(extras)
+            elif group["noise"] is None and group["averaging"] is None:
+                found.append((*extras, UNCOUNTED if self.captured else None))
+            elif (by_device := counted(group)) is None:
+                found.append(extras)
+            else:
+                found.append((extras[0], None, None, *extras[3:], by_device))
+        return found
 
     def take_parts(self, parts: PartTracker) -> None:
         """Tell the backends the norms of the gradients' parts."""
@@ -186,14 +205,44 @@ class DeviceStep(Step):
         """Never asked: where gradients that are not finite matter, the host has the numbers."""
 
     def run(self) -> None:
-        """Queue it."""
+        """Queue it.
+
+        Raises:
+            RuntimeError: in a capture, where replays could not do what a step does to averages.
+        """
+        if self.captured:
+            _refuse_averages(self.param_groups, self.plan)
         self.plan.run(self._args(), self.scalars)
 
 
-def host_decides(groups: Sequence[Mapping[str, Any]], found_inf: Tensor | None) -> bool:
+def host_decides(groups: Sequence[Mapping[str, Any]], found_inf: Tensor | None, plan: Plan) -> bool:
     """Whether the host must read numbers from the GPU: to skip or raise, and to count steps for noise and averages."""
     counts = any(group["noise"] is not None or group["averaging"] is not None for group in groups)
-    return groups[0]["nonfinite"] != PASS or (found_inf is not None and counts)
+    return groups[0]["nonfinite"] != PASS or (found_inf is not None and counts and not plan.capturing())
+
+
+def _known(group: Mapping[str, Any], lr: float | Tensor) -> float | Tensor:
+    """A rate for what the host computes of noise: none that is on a device which computes the noise itself."""
+    return 0.0 if isinstance(lr, Tensor) and counted(group) is not None else lr
+
+
+def _refuse_averages(groups: Sequence[Mapping[str, Any]], plan: Plan) -> None:
+    """Raise where a captured step has averages that its replays could not continue."""
+    begins_anew = [
+        g for g, group in enumerate(groups) if getattr(group["averaging"], "on_write_back", "keep") == "zero"
+    ]
+    idle = [m.name for b in plan.buckets for m in b.members if m.average is not None and m.tensor.grad is None]
+    if not begins_anew and not idle:
+        return
+    why = (
+        f"group {begins_anew[0]} has on_write_back='zero', by which new states are made; 'keep' would work"
+        if begins_anew
+        else f"parameter {idle[0]} has an average and no gradient, and the host takes its samples; a gradient of zeros would "
+        f"work, or requires_grad_(False) before the optimizer is made"
+    )
+    raise RuntimeError(
+        f"a step with averaging cannot be captured in a CUDA graph: {why}, or a step outside of the graph"
+    )
 
 
 def rates(groups: Sequence[Mapping[str, Any]], device: torch.device | None) -> list[float | Tensor]:

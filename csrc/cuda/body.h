@@ -23,6 +23,10 @@ FUSED_OPT_FN Norms fetch_norms(const Norms* at) {
   return {fetch(&at->weight2), fetch(&at->grad2), fetch(&at->direction2)};
 }
 
+FUSED_OPT_FN Counts fetch_counts(const Counts* at) {
+  return {fetch(&at->steps), fetch(&at->samples), fetch(&at->periods), fetch(&at->due)};
+}
+
 template <int V, class T>
 FUSED_OPT_FN void add_squares(const T (&x)[V], double& sum) {
   FUSED_OPT_UNROLL
@@ -130,6 +134,12 @@ FUSED_OPT_FN void prepare(const Launch& launch, int64_t t, Shared<Rule, T>& shar
     args.decoupled_decay *= decay[0];
     args.independent_decay *= decay[0];
   }
+  double lr[1] = {args.lr};
+  if (shared.row.lr.data) convert(shared.row.lr, 0, {}, lr);
+  shared.carries = carries_norm(tensor, args);  // also where a rate on the device leaves no noise
+  if (shared.row.group >= 0) {
+    at_counts(shared.row.schedule, fetch_counts(&launch.counts[shared.row.group]), lr[0], args);
+  }
   const double grad_scale = full_scale(launch.scalars, args.grad_scale);
   shared.rule = make<Rule, T>(args.coefficients);
 
@@ -141,14 +151,11 @@ FUSED_OPT_FN void prepare(const Launch& launch, int64_t t, Shared<Rule, T>& shar
   layer.agreeing = fetch(&launch.agreeing[t]);
   shared.now.wanted &= launch.among;
   layer.ratio = has_ratio(tensor, args) ? trust_ratio(args, grad_scale, layer) : 1;
-  double lr[1] = {args.lr};
-  if (shared.row.lr.data) convert(shared.row.lr, 0, {}, lr);
   shared.by = factors<T>(args, lr[0], grad_scale, layer);
   shared.plain = is_plain(args);
   shared.masks = masks<T>(tensor, args, layer);
   shared.sigma = static_cast<T>(sigma(tensor, args, layer));
   shared.noisy = args.sigma != 0;
-  shared.carries = carries_norm(tensor, args);
   shared.averages = averages(args);
 
   Operand operands[3 + Rule::kStates] = {tensor.p, tensor.g};
@@ -295,7 +302,7 @@ FUSED_OPT_FN void walk(const Where& where, const Launch& launch, Shared<Rule, T>
       shared.next = launch.first[t + 1];
       if (launch.ratios && begin == shared.first) launch.ratios[t] = shared.entry.layer.ratio;
       shared.kept = keeps();
-      shared.counts = shared.kept || shared.entry.step || launch.total;
+      shared.counts = shared.kept || shared.entry.step || launch.total || launch.counting;
     });
     // Chunks without sums are processed in long runs, and no thread waits for another.
     const int64_t longest = shared.kept ? 1 : kLongest;
@@ -318,6 +325,18 @@ FUSED_OPT_FN void walk(const Where& where, const Launch& launch, Shared<Rule, T>
       sum_all(where, shared.lanes, shared.next - shared.first,
               [&](int64_t k) { return fetch_norms(&launch.partial[shared.first + k]); });
     finish(t);
+  }
+}
+
+// What the counts are after the step, when nobody reads them any more.
+FUSED_OPT_FN void count_step(const Launch& launch) {
+  FUSED_OPT_ROLLED
+  for (int64_t r = 0; r < launch.counting; ++r) {
+    const Row& row = launch.rows[r];
+    if (!row.advances) continue;
+    Counts counts = fetch_counts(&launch.counts[row.group]);
+    advance(row.schedule, counts);
+    launch.counts[row.group] = counts;
   }
 }
 
@@ -346,6 +365,7 @@ FUSED_OPT_FN void update(const Where& where, const Launch& launch, Shared<Rule<T
           if constexpr (kKeepsScalar<Rule<T>>)
             if (shared.entry.scalar)
               put(shared.entry.scalar, static_cast<float>(shared.row.args.coefficients[Rule<T>::kCoefficients - 1]));
+          if (launch.counting && where.arrive(&launch.arrived[launch.count], 1, launch.active)) count_step(launch);
         });
       });
 }

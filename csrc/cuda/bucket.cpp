@@ -53,14 +53,18 @@ size_t step_bytes(size_t count) {
 }  // namespace
 
 Bucket::Bucket(const Machine& machine, const char* rule, bool wide, const std::vector<Tensor>& tensors,
-               const std::vector<Layer>& layers, const std::vector<float*>& steps, const std::vector<float*>& scalars)
+               const std::vector<Layer>& layers, const std::vector<float*>& steps, const std::vector<float*>& scalars,
+               int groups)
     : machine_(machine),
       rule_(rule_index(rule)),
       wide_(wide),
       count_(static_cast<int64_t>(tensors.size())),
       memory_(nullptr, {&machine}),
       sums_(machine, step_bytes(tensors.size())),
-      step_(machine, step_bytes(tensors.size())) {
+      step_(machine, step_bytes(tensors.size())),
+      counts_(groups),
+      schedules_(groups),
+      counts_staging_(machine.stage(sizeof(Counts)), {&machine}) {
   std::vector<int64_t> first(1, 0);
   for (const Tensor& tensor : tensors) first.push_back(first.back() + chunks_of(tensor.numel));
   chunks_ = first.back();
@@ -82,6 +86,7 @@ Bucket::Bucket(const Machine& machine, const char* rule, bool wide, const std::v
     fixed_.ratios = layout.take<double>(count_);
     fixed_.agreeing = layout.take<double>(count_);
     fixed_.arrived = layout.take<uint64_t>(count_ + 1);
+    fixed_.counts = layout.take<Counts>(groups);
     norm2_ = layout.take<double>(1);
   };
   lay_out();
@@ -191,11 +196,12 @@ double Bucket::grad_norm2(const std::vector<Tensor>& tensors, const std::vector<
 void Bucket::run(const std::vector<Tensor>& tensors, std::vector<Layer>& layers, const std::vector<Row>& rows,
                  const DeviceScalars& scalars, void* stream) {
   for (const Row& row : rows)
-    if ((row.args.sigma != 0 || averages(row.args)) && machine_.capturing(stream))
+    if (row.group < 0 && (row.args.sigma != 0 || averages(row.args)) && machine_.capturing(stream))
       throw std::runtime_error(
-          "a step with noise or averaging cannot be captured in a CUDA graph: every replay would draw the same "
-          "numbers, or "
-          "take the same sample. Step outside of the graph, or set noise and averaging of the groups to None");
+          "a step whose noise or averaging is a class of your own, or ScheduleFree, cannot be captured in a CUDA "
+          "graph: "
+          "every replay would repeat what Python computed for this step. The others of fused_opt are computed on the "
+          "GPU, and can be; or step outside of the graph");
   std::pair<Wanted, Wanted> passes;
   Launch launch = this->launch(step_, tensors, layers, rows, scalars, stream, &passes, false);
   summed_ = false;
@@ -207,7 +213,11 @@ void Bucket::run(const std::vector<Tensor>& tensors, std::vector<Layer>& layers,
     sums.among = among;
     machine_.norms(rule_, wide_, sums, stream);
   }
+  if (std::any_of(rows.begin(), rows.end(), [](const Row& row) { return row.advances; }))
+    launch.counting = static_cast<int64_t>(rows.size());
   machine_.update(rule_, wide_, launch, stream);
+  for (const Row& row : rows)
+    if (row.advances && !machine_.capturing(stream)) advance(row.schedule, counts_[row.group]);
   for (size_t t = 0; t < tensors.size(); ++t)
     if (tensors[t].active) layers[t].weight_norm2 = carries_norm(tensors[t], rows[tensors[t].args].args) ? 0 : kUnknown;
 }
@@ -216,6 +226,33 @@ std::vector<double> Bucket::ratios(void* stream) const {
   std::vector<double> ratios(count_);
   if (count_) machine_.download(ratios.data(), fixed_.ratios, ratios.size() * sizeof(double), stream);
   return ratios;
+}
+
+void Bucket::set_counts(int group, const Schedule& schedule, const Counts& now, void* stream) {
+  Counts& known = counts_[group];
+  if (known.steps == now.steps && known.samples == now.samples && known.periods == now.periods &&
+      !std::memcmp(&schedules_[group], &schedule, sizeof schedule))
+    return;
+  if (machine_.capturing(stream))
+    throw std::runtime_error(
+        "a step with noise or averaging is captured in a CUDA graph, and what it counts was changed since the last "
+        "step: "
+        "the graph would set it back in every replay. Step once outside of the graph before the capture");
+  known = now;
+  schedules_[group] = schedule;
+  count_due(schedule, known);
+  machine_.upload(counts_staging_.get(), fixed_.counts + group, &known, sizeof known, stream);
+}
+
+std::vector<Counts> Bucket::counts(void* stream) {
+  std::vector<Counts> found(counts_.size());
+  machine_.download(found.data(), fixed_.counts, found.size() * sizeof(Counts), stream);
+  for (size_t g = 0; g < found.size(); ++g) {
+    const int64_t known = counts_[g].steps;
+    counts_[g] = found[g];
+    found[g].steps -= known;
+  }
+  return found;
 }
 
 int64_t scratch_words(int64_t numel) {

@@ -35,7 +35,7 @@ class Bucket {
   // steps, scalars: where the count of every tensor and its rule's scalar are, or null. All arithmetic is in float64
   // (`wide`) or in float32.
   Bucket(const Machine&, const char* rule, bool wide, const std::vector<Tensor>&, const std::vector<Layer>&,
-         const std::vector<float*>& steps, const std::vector<float*>& scalars = {});
+         const std::vector<float*>& steps, const std::vector<float*>& scalars = {}, int groups = 1);
   ~Bucket();
   Bucket(const Bucket&) = delete;
 
@@ -46,6 +46,12 @@ class Bucket {
   void run(const std::vector<Tensor>&, std::vector<Layer>&, const std::vector<Row>&, const DeviceScalars&,
            void* stream);
   std::vector<double> ratios(void* stream) const;  // waits
+
+  // Tells the device what the host counted of a group, if that is other than what it has counted itself. Before `run`.
+  void set_counts(int group, const Schedule&, const Counts&, void* stream);
+  // What the device has counted; `steps`: how many beyond those of the host's calls of `run`, by replays. Waits.
+  std::vector<Counts> counts(void* stream);
+  bool capturing(void* stream) const { return machine_.capturing(stream); }
 
  private:
   Launch launch(DeviceBuffer&, const std::vector<Tensor>&, const std::vector<Layer>&, const std::vector<Row>&,
@@ -59,8 +65,11 @@ class Bucket {
   Owned<char> memory_;
   Launch fixed_{};  // the addresses of the tables
   double* norm2_;
-  DeviceBuffer sums_, step_;  // Now and Row of every tensor: for the sums of gradients alone, and for a step
-  bool summed_ = false;       // the gradients of the coming step
+  DeviceBuffer sums_, step_;         // Now and Row of every tensor: for the sums of gradients alone, and for a step
+  bool summed_ = false;              // the gradients of the coming step
+  std::vector<Counts> counts_;       // of the groups: as the device must have them after what the host has queued
+  std::vector<Schedule> schedules_;  // by which their `due` was counted
+  Owned<Staging> counts_staging_;
 };
 
 // total += part, and the sums of both squares; `scratch`: 8 * scratch_words(numel) bytes of zeros on the device.

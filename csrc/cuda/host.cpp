@@ -3,6 +3,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -76,7 +77,28 @@ using Kernel = void (*)(const Launch&);
 constexpr Kernel kUpdate[][2] = {FUSED_OPT_RULES(FUSED_OPT_UPDATE)};
 constexpr Kernel kNorms[][2] = {FUSED_OPT_RULES(FUSED_OPT_NORMS)};
 
+thread_local std::vector<std::function<void()>>* recording = nullptr;
+
+template <class F>
+void issue(const F& work) {
+  if (recording)
+    recording->push_back(work);
+  else
+    work();
+}
+
 }  // namespace
+
+void HostGraph::begin() {
+  recorded_.clear();
+  recording = &recorded_;
+}
+void HostGraph::end() {
+  recording = nullptr;
+}
+void HostGraph::replay() const {
+  for (const auto& work : recorded_) work();
+}
 
 const Machine& host() {
   static const Machine machine = {
@@ -84,12 +106,19 @@ const Machine& host() {
       [](void* memory) { std::free(memory); },
       [](size_t) { return static_cast<Staging*>(nullptr); },
       [](Staging*) {},
-      [](Staging*, void* to, const void* from, size_t bytes, void*) { std::memcpy(to, from, bytes); },
-      [](void* memory, size_t bytes, void*) { std::memset(memory, 0, bytes); },
-      [](void* to, const void* from, size_t bytes, void*) { std::memcpy(to, from, bytes); },
-      [](void*) { return false; },
-      [](int rule, bool wide, const Launch& launch, void*) { kUpdate[rule][wide](launch); },
-      [](int rule, bool wide, const Launch& launch, void*) { kNorms[rule][wide](launch); },
+      [](Staging*, void* to, const void* from, size_t bytes, void*) {
+        const auto* first = static_cast<const char*>(from);
+        issue(
+            [to, pinned = std::vector<char>(first, first + bytes)] { std::memcpy(to, pinned.data(), pinned.size()); });
+      },
+      [](void* memory, size_t bytes, void*) { issue([=] { std::memset(memory, 0, bytes); }); },
+      [](void* to, const void* from, size_t bytes, void*) {
+        if (recording) throw std::runtime_error("a step that is captured in a graph cannot wait for the GPU");
+        std::memcpy(to, from, bytes);
+      },
+      [](void*) { return recording != nullptr; },
+      [](int rule, bool wide, const Launch& launch, void*) { issue([=] { kUpdate[rule][wide](launch); }); },
+      [](int rule, bool wide, const Launch& launch, void*) { issue([=] { kNorms[rule][wide](launch); }); },
       [](bool wide, const Accumulation& work, void*) { (wide ? accumulate_as<double> : accumulate_as<float>)(work); },
   };
   return machine;

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "../pass.h"
+#include "../schedule.h"
 #include "../types.h"
 
 namespace fused_opt::cuda {
@@ -89,6 +90,9 @@ struct Now {
 struct Row {
   StepArgs args;
   Operand lr, decay;  // where they are in device memory, if they are: the decay times each kind of it in `args`
+  Schedule schedule;
+  int32_t group = -1;    // whose counts decide on noise and averages; -1: the host has, and nothing is counted
+  int32_t advances = 0;  // whether it is the one of its group's rows that counts the step
 };
 
 // What of a step's scale is in device memory.
@@ -107,6 +111,8 @@ struct Launch {
   const Row* rows;
   Norms *norms, *partial;     // of the tensors; of the chunks, for the length of a launch
   double *ratios, *agreeing;  // of the tensors
+  Counts* counts;             // of the groups
+  int64_t counting;           // how many rows may advance them when all is done
   uint64_t* arrived;          // chunks of each tensor that are done, and tensors that are: 0 between launches
   DeviceScalars scalars;
   Wanted among = ~Wanted{0};        // of what tensors want, what this launch sums

@@ -2,10 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
+#include <set>
 #include <vector>
 
 #include "../cuda/bucket.h"
+#include "../cuda/host.h"
 #include "bucket.h"
 
 namespace fused_opt {
@@ -40,16 +43,18 @@ class DeviceBucket : public Bucket {
       : Bucket(rule, entries, param_groups, state, false), device_(device) {
     steps_on_device_ = kRules[rule_].counts_steps;
     std::vector<float*> steps, scalars;
+    int groups = 1;
     const auto address = [](const std::optional<Held>& held) {
       return held ? static_cast<float*>(held->view.data) : nullptr;
     };
     for (const Parameter& parameter : parameters_) {
       steps.push_back(address(parameter.step));
       scalars.push_back(address(parameter.scalar));
+      groups = std::max(groups, parameter.group + 1);
     }
     const bool wide = !table_.tensors.empty() && table_.tensors[0].p.dtype == DType::kFloat64;
     bucket_ = std::make_unique<cuda::Bucket>(device_.machine(), kRules[rule_].name, wide, table_.tensors, table_.layers,
-                                             steps, scalars);
+                                             steps, scalars, groups);
   }
 
   // norm2 <- (add ? norm2 : 0) + the sum of squares of all gradients, without waiting for it.
@@ -69,23 +74,42 @@ class DeviceBucket : public Bucket {
   // float64.
   void run(const py::sequence& args, uintptr_t found_inf, uintptr_t grad_scale, uintptr_t norm2, double max_norm) {
     if (args.size() != keys_.size()) throw py::value_error("one StepArgs for every key of collect_gradients()");
+    void* const stream = device_.stream();
     args_.clear();
+    const bool capturing = bucket_->capturing(stream);
+    std::set<int> groups;
     for (const auto& of_row : args) {
+      const int group = std::get<0>(keys_[args_.size()]);
       cuda::Row& row = args_.emplace_back();
       row.args = read_step_args(of_row, kRules[rule_], &row.lr, &row.decay);
+      const std::optional<Counts> counts = read_schedule(of_row, row.args, row.schedule);
+      if (!counts) continue;
+      row.group = group;
+      row.advances = groups.insert(group).second;
+      if (capturing) captured_.insert(group);
+      if (is_known(static_cast<double>(counts->steps))) bucket_->set_counts(group, row.schedule, *counts, stream);
     }
     const cuda::DeviceScalars scalars{reinterpret_cast<const float*>(found_inf),
                                       reinterpret_cast<const float*>(grad_scale), reinterpret_cast<double*>(norm2),
                                       max_norm};
-    bucket_->run(table_.tensors, table_.layers, args_, scalars, device_.stream());
+    bucket_->run(table_.tensors, table_.layers, args_, scalars, stream);
     for (size_t t = 0; t < parameters_.size(); ++t)
       remember(parameters_[t], table_.layers[t], table_.tensors[t].active);
   }
   std::vector<double> ratios() const { return of_stepped(bucket_->ratios(device_.stream())); }
+  bool capturing() const { return bucket_->capturing(device_.stream()); }
+  // Of every group in captured steps: its number, steps that replays have added since the last call, samples, periods.
+  std::vector<std::tuple<int, int64_t, int64_t, int64_t>> counts() {
+    const std::vector<Counts> found = bucket_->counts(device_.stream());
+    std::vector<std::tuple<int, int64_t, int64_t, int64_t>> of_groups;
+    for (const int g : captured_) of_groups.emplace_back(g, found[g].steps, found[g].samples, found[g].periods);
+    return of_groups;
+  }
 
  private:
   const Device device_;
   std::vector<cuda::Row> args_;
+  std::set<int> captured_;  // groups that graphs count
   std::unique_ptr<cuda::Bucket> bucket_;
 };
 
@@ -177,5 +201,13 @@ PYBIND11_MODULE(_native, m) {
       .def("sum_gradients", &DeviceBucket::sum_gradients)
       .def("grad_norm2", &DeviceBucket::grad_norm2)
       .def("run", &DeviceBucket::run)
+      .def("capturing", &DeviceBucket::capturing)
+      .def("counts", &DeviceBucket::counts)
       .def("ratios", &DeviceBucket::ratios);
+  py::class_<cuda::HostGraph>(m, "HostGraph",
+                              "For tests: what a CUDA graph is, of steps with the host in a GPU's place.")
+      .def(py::init<>())
+      .def("begin", &cuda::HostGraph::begin)
+      .def("end", &cuda::HostGraph::end)
+      .def("replay", &cuda::HostGraph::replay);
 }

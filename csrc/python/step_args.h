@@ -3,10 +3,12 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "../schedule.h"
 #include "../table.h"
 #include "view.h"
 
@@ -17,11 +19,15 @@ namespace {
 const std::pair<const char*, std::vector<std::string>> kNamedTuples[] = {
     {"StepArgs",
      {"lr", "grad_scale", "coupled_decay", "decoupled_decay", "independent_decay", "coefficients", "ratio", "noise",
-      "fold", "cautious"}},
+      "fold", "cautious", "counted"}},
     {"RatioArgs", {"kind", "coefficient", "cap", "eps", "exempt"}},
     {"NoiseArgs", {"sigma", "relative", "seed", "step"}},
     {"Fold", {"add", "share", "restart", "write_back", "follow"}},
     {"CautiousArgs", {"update", "decay", "scaled"}},
+    {"Schedule",
+     {"sigma", "temperature", "decay", "cycle", "relative", "noise_seed", "average", "start", "period", "interval",
+      "window", "probability", "beta", "seed"}},
+    {"Counted", {"schedule", "steps", "samples", "periods"}},
     {"Norms", {"weight2", "grad2", "direction2"}},
     {"PartNorms", {"sum_of_norms", "grad2"}},
 };
@@ -34,6 +40,11 @@ void check_named_tuples(const py::object& interface) {
   for (const auto& [name, kind] : kinds)
     if (interface.attr("Kind").attr(name).cast<int>() != static_cast<int>(kind))
       throw py::import_error(std::string(name) + " is another kind here than in backends/interface.py");
+  const std::pair<const char*, Average> averages[] = {
+      {"MEAN", Average::kMean}, {"EXPONENTIAL", Average::kExponential}, {"MOMENTUM", Average::kMomentum}};
+  for (const auto& [name, average] : averages)
+    if (interface.attr("Average").attr(name).cast<int>() != static_cast<int>(average))
+      throw py::import_error(std::string(name) + " is another average here than in backends/interface.py");
 }
 
 // The place in kRules of Python's rule, after checking that it matches the kernels'.
@@ -94,6 +105,29 @@ StepArgs read_step_args(const py::handle& given, const RuleShape& rule, Operand*
   if (!row[9].is_none())
     std::tie(args.cautious_update, args.cautious_decay, args.scaled) = row[9].cast<std::tuple<bool, bool, bool>>();
   return args;
+}
+
+// Where a step's arguments say that the device counts: what of noise and average does not depend on the counts, and the
+// counts as the host knows them, negative where it does not say.
+std::optional<Counts> read_schedule(const py::handle& given, StepArgs& args, Schedule& schedule) {
+  const auto counted = py::reinterpret_borrow<py::tuple>(given)[10].cast<py::object>();
+  if (counted.is_none()) return std::nullopt;
+  const py::tuple all = counted.cast<py::tuple>(), row = all[0].cast<py::tuple>();
+  schedule.sigma = args.sigma = row[0].cast<double>();
+  schedule.temperature = row[1].cast<bool>();
+  schedule.decay = row[2].cast<bool>();
+  schedule.cycle = row[3].cast<int64_t>();
+  args.relative = row[4].cast<bool>();
+  args.seed = row[5].cast<uint64_t>();
+  schedule.average = static_cast<Average>(row[6].cast<int64_t>());
+  schedule.start = row[7].cast<int64_t>();
+  schedule.period = row[8].cast<int64_t>();
+  schedule.interval = row[9].cast<int64_t>();
+  schedule.window = row[10].cast<double>();
+  schedule.probability = row[11].cast<double>();
+  schedule.beta = row[12].cast<double>();
+  schedule.seed = row[13].cast<uint64_t>();
+  return Counts{all[1].cast<int64_t>(), all[2].cast<int64_t>(), all[3].cast<int64_t>(), 0};
 }
 
 }  // namespace

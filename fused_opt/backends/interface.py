@@ -92,6 +92,42 @@ class CautiousArgs(NamedTuple):
     scaled: bool  # the update by the share that its mask leaves
 
 
+class Average(IntEnum):
+    """What a :class:`fused_opt.extras.averaging.Averaging` computes; as ``Average`` in csrc/schedule.h."""
+
+    MEAN = 1  # of a period's samples
+    EXPONENTIAL = 2
+    MOMENTUM = 3  # of the periods' means
+
+
+class Schedule(NamedTuple):
+    """What :class:`NoiseArgs` and :class:`Fold` are computed from, beside the counts: ``at_counts`` in csrc/schedule.h."""
+
+    sigma: float = 0.0  # standard deviation of the noise, before what follows
+    temperature: bool = False  # it is one: the standard deviation is sqrt(2 * lr * sigma)
+    decay: bool = False  # falls with the steps
+    cycle: int = 0  # falls to zero in as many steps; 0: it does not
+    relative: bool = False
+    noise_seed: int = 0
+    average: int = 0  # an Average; 0: none
+    start: int = 0
+    period: int = 0  # 0: it never ends
+    interval: int = 1
+    window: float = 0.0  # steps at the end of a period that can be sampled
+    probability: float = 1.0
+    beta: float = 0.0
+    seed: int = 0
+
+
+class Counted(NamedTuple):
+    """The noise and the average of a group where the device counts: its steps, the period's samples, past periods."""
+
+    schedule: Schedule
+    steps: int  # UNKNOWN: from wherever the device is
+    samples: int
+    periods: int
+
+
 class StepArgs(NamedTuple):
     """What a step does to the parameters of one group that have taken equally many steps."""
 
@@ -106,6 +142,7 @@ class StepArgs(NamedTuple):
     noise: NoiseArgs | None = None
     fold: Fold | None = None
     cautious: CautiousArgs | None = None
+    counted: Counted | None = None  # for a device bucket, in place of noise and fold
 
 
 class Norms(NamedTuple):
@@ -247,6 +284,12 @@ class DeviceBucket(Bucket, Protocol):
 
     def run(self, args: Sequence[StepArgs], scalars: DeviceScalars = ...) -> None:
         """Queue the step of every parameter that has a gradient."""
+
+    def capturing(self) -> bool:
+        """Whether a step would go into a CUDA graph now, to be made when the graph is replayed."""
+
+    def counts(self) -> list[tuple[int, int, int, int]]:
+        """Of every group in captured steps: its number, steps replayed since the last call, samples, periods; waits."""
 
 
 class Standard(NamedTuple):

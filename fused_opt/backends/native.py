@@ -227,6 +227,15 @@ class GPUBucket(_Bucket):
             torch.autograd.graph.increment_version(self.core.touched())
             self.core.run(args, *addresses, scalars.max_norm)
 
+    def capturing(self) -> bool:
+        """Whether a step would go into a CUDA graph now."""
+        return self.core.capturing()
+
+    def counts(self) -> list[tuple[int, int, int, int]]:
+        """Of every group in captured steps: its number, steps replayed since the last call, samples, periods; waits."""
+        with _current(self.device):
+            return self.core.counts()
+
     def ratios(self) -> list[float]:
         """The trust ratio of every member in the last step; NaN where it was not stepped."""
         with _current(self.device):

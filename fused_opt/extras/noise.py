@@ -79,7 +79,7 @@ class WeightNoise:
 
     def sigma(self, t: int, lr: float) -> float:
         """Standard deviation in step ``t``, counted from 0, before ``relative``."""
-        sigma = self.std if self.std is not None else math.sqrt(2 * lr * (self.temperature or 0.0))
+        sigma = self.std if self.std is not None else math.sqrt(2 * float(lr) * (self.temperature or 0.0))
         if self.schedule == "decay":
             return sigma / (1 + t) ** (DECAY / 2)
         if self.schedule == "cycle":
@@ -158,6 +158,6 @@ NOISE = Extra(
     check_setting("noise", WeightNoise),
     "a :class:`WeightNoise`, or None.",
     settings=(WeightNoise,),
-    args=lambda group, lr: group["noise"].args(group["steps"], float(lr)),
+    args=lambda group, lr: group["noise"].args(group["steps"], lr),
     of_all_parameters=True,  # the key of a draw is the parameter's place among all
 )

@@ -185,6 +185,8 @@ CAPTURED = {
     "LARS": (fused_opt.LARS, {"exempt": -1}),
     "LAMB": (fused_opt.LAMB, {"capturable": True, "exempt": -1}),
     "clipping": (fused_opt.AdamW, {"capturable": True, "max_grad_norm": 1.0}),
+    "noise": (fused_opt.SGD, {"noise": WeightNoise(temperature=1e-4, schedule="decay")}),
+    "a write-back": (fused_opt.AdamW, {"capturable": True, "averaging": fused_opt.PSWA(period=4)}),
 }
 
 
