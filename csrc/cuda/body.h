@@ -137,9 +137,8 @@ FUSED_OPT_FN void prepare(const Launch& launch, int64_t t, Shared<Rule, T>& shar
   double lr[1] = {args.lr};
   if (shared.row.lr.data) convert(shared.row.lr, 0, {}, lr);
   shared.carries = carries_norm(tensor, args);  // also where a rate on the device leaves no noise
-  if (shared.row.group >= 0) {
+  if (shared.row.group >= 0)
     at_counts(shared.row.schedule, fetch_counts(&launch.counts[shared.row.group]), lr[0], args);
-  }
   const double grad_scale = full_scale(launch.scalars, args.grad_scale);
   shared.rule = make<Rule, T>(args.coefficients);
 
@@ -199,6 +198,7 @@ FUSED_OPT_FN void step_some(const Shared<Rule, T>& shared, int64_t i, const Raw<
   convert(tensor.p, at[0], raw[0], p);
   convert(tensor.g, at[1], raw[1], g);
   (convert(tensor.states[S], at[2 + S], raw[2 + S], states[S]), ...);
+  if (shared.carries) add_squares(p, sums.grad2);  // in an update: of the weights that it finds
 
   if (shared.plain)
     apply(shared.rule, shared.by, V, p, g, states[S]...);
@@ -301,6 +301,7 @@ FUSED_OPT_FN void walk(const Where& where, const Launch& launch, Shared<Rule, T>
       shared.first = launch.first[t];
       shared.next = launch.first[t + 1];
       if (launch.ratios && begin == shared.first) launch.ratios[t] = shared.entry.layer.ratio;
+      if (shared.carries && fetch(&launch.stale[t])) shared.now.wanted |= kWeight & launch.among;  // if it sums
       shared.kept = keeps();
       shared.counts = shared.kept || shared.entry.step || launch.total || launch.counting;
     });
@@ -360,7 +361,15 @@ FUSED_OPT_FN void update(const Where& where, const Launch& launch, Shared<Rule<T
       },
       [&](int64_t t) {
         where.one_thread([&] {
-          if (shared.kept) launch.norms[t].weight2 = shared.lanes[0].weight2;
+          if (shared.kept) {
+            // A write that no version shows: the norm that the tensor was given was that of other weights.
+            const double found = shared.lanes[0].grad2;
+            if (!(absolute(shared.entry.layer.weight_norm2 - found) <= 1e-12 * found)) {
+              put(&launch.stale[t], uint64_t{1});
+              put(&launch.told[t], uint64_t{1});
+            }
+            launch.norms[t].weight2 = shared.lanes[0].weight2;
+          }
           if (shared.entry.step) put(shared.entry.step, fetch(shared.entry.step) + 1);
           if constexpr (kKeepsScalar<Rule<T>>)
             if (shared.entry.scalar)

@@ -64,7 +64,8 @@ Bucket::Bucket(const Machine& machine, const char* rule, bool wide, const std::v
       step_(machine, step_bytes(tensors.size())),
       counts_(groups),
       schedules_(groups),
-      counts_staging_(machine.stage(sizeof(Counts)), {&machine}) {
+      counts_staging_(machine.stage(sizeof(Counts)), {&machine}),
+      told_(machine.share(tensors.size()), {&machine}) {
   std::vector<int64_t> first(1, 0);
   for (const Tensor& tensor : tensors) first.push_back(first.back() + chunks_of(tensor.numel));
   chunks_ = first.back();
@@ -87,6 +88,7 @@ Bucket::Bucket(const Machine& machine, const char* rule, bool wide, const std::v
     fixed_.agreeing = layout.take<double>(count_);
     fixed_.arrived = layout.take<uint64_t>(count_ + 1);
     fixed_.counts = layout.take<Counts>(groups);
+    fixed_.stale = layout.take<uint64_t>(count_);
     norm2_ = layout.take<double>(1);
   };
   lay_out();
@@ -96,6 +98,7 @@ Bucket::Bucket(const Machine& machine, const char* rule, bool wide, const std::v
   fixed_.entries = entries;
   fixed_.first = firsts;
   fixed_.count = count_;
+  fixed_.told = told_.get();
   fixed_.chunks = chunks_;
 
   std::vector<Entry> filled(tensors.size());
@@ -130,7 +133,9 @@ Bucket::Bucket(const Machine& machine, const char* rule, bool wide, const std::v
 }
 
 Bucket::~Bucket() {
-  if (sums_.captured() || step_.captured()) memory_.release();
+  if (!sums_.captured() && !step_.captured()) return;
+  memory_.release();
+  told_.release();
 }
 
 Launch Bucket::launch(DeviceBuffer& buffer, const std::vector<Tensor>& tensors, const std::vector<Layer>& layers,
@@ -138,6 +143,7 @@ Launch Bucket::launch(DeviceBuffer& buffer, const std::vector<Tensor>& tensors, 
                       std::pair<Wanted, Wanted>* passes, bool gradients) {
   if (rows.size() > tensors.size()) throw std::invalid_argument("more rows of arguments than tensors");
   auto* now = reinterpret_cast<Now*>(buffer.now());
+  const bool capturing = machine_.capturing(stream);
   Launch launch = fixed_;
   launch.scalars = scalars;
   bool any = false, scaled_directions = false;
@@ -151,9 +157,11 @@ Launch Bucket::launch(DeviceBuffer& buffer, const std::vector<Tensor>& tensors, 
     now[t].part_norms = layer.part_norms;
     now[t].grad_norm2 = layer.grad_norm2;
     if (summed_ && !is_known(layer.grad_norm2)) layer.grad_norm2 = 0;  // on the device
+    if (__atomic_load_n(&told_.get()[t], __ATOMIC_RELAXED)) layer.weight_norm2 = kUnknown;
     now[t].wanted =
         gradients ? (is_known(layer.grad_norm2) ? 0 : kGradient) : wanted(tensors[t], rows[now[t].row].args, layer);
-    any |= now[t].wanted != 0;
+    // In a graph the device decides, at every replay, whether the weights must be summed first.
+    any |= now[t].wanted != 0 || (capturing && carries_norm(tensors[t], rows[now[t].row].args));
     scaled_directions |= needs_scaled_direction(now[t].wanted);
   }
   *passes = any ? fused_opt::passes(scaled_directions) : std::pair(Wanted{0}, Wanted{0});

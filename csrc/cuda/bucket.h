@@ -70,6 +70,7 @@ class Bucket {
   std::vector<Counts> counts_;       // of the groups: as the device must have them after what the host has queued
   std::vector<Schedule> schedules_;  // by which their `due` was counted
   Owned<Staging> counts_staging_;
+  Owned<uint64_t> told_;  // of every tensor, whether the device found its carried norm wrong
 };
 
 // total += part, and the sums of both squares; `scratch`: 8 * scratch_words(numel) bytes of zeros on the device.

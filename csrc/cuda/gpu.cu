@@ -175,6 +175,14 @@ void* allocate(size_t bytes) {
   return owned.release();
 }
 
+uint64_t* share(size_t words) {
+  const Relaxed relaxed;
+  void* memory = nullptr;
+  check(cudaHostAlloc(&memory, (words + 1) * sizeof(uint64_t), cudaHostAllocMapped), "pin memory");
+  std::memset(memory, 0, (words + 1) * sizeof(uint64_t));
+  return static_cast<uint64_t*>(memory);
+}
+
 }  // namespace
 
 const Machine& gpu() {
@@ -183,6 +191,13 @@ const Machine& gpu() {
       [](void* memory) {  // waits for the GPU; an error now is one of a process that ends
         const Relaxed relaxed;
         cudaFree(memory);
+        cudaGetLastError();
+      },
+      share,
+      [](uint64_t* words) {
+        const Relaxed relaxed;
+        cudaDeviceSynchronize();
+        cudaFreeHost(words);
         cudaGetLastError();
       },
       [](size_t bytes) { return new Staging(bytes); },

@@ -104,6 +104,8 @@ const Machine& host() {
   static const Machine machine = {
       [](size_t bytes) { return std::calloc(bytes, 1); },
       [](void* memory) { std::free(memory); },
+      [](size_t words) { return static_cast<uint64_t*>(std::calloc(words + 1, 8)); },
+      [](uint64_t* words) { std::free(words); },
       [](size_t) { return static_cast<Staging*>(nullptr); },
       [](Staging*) {},
       [](Staging*, void* to, const void* from, size_t bytes, void*) {

@@ -15,8 +15,10 @@ struct Staging;  // memory that a copy may still be reading when the next one is
 // A kernel by rule, in the order of kRules; `wide`: float64 arithmetic. Everything goes to a stream in its order.
 // Errors are std::runtime_error in words.
 struct Machine {
-  void* (*allocate)(size_t bytes);  // filled with 0
-  void (*release)(void* memory);    // after everything that reads it
+  void* (*allocate)(size_t bytes);   // filled with 0
+  void (*release)(void* memory);     // after everything that reads it
+  uint64_t* (*share)(size_t words);  // of the host, which the device writes; filled with 0
+  void (*unshare)(uint64_t*);        // after everything that writes it
   Staging* (*stage)(size_t bytes);
   void (*unstage)(Staging*);
   void (*upload)(Staging*, void* to, const void* from, size_t bytes, void* stream);  // `from` may change at once
@@ -33,6 +35,7 @@ struct Release {
   const Machine* machine;
   void operator()(char* memory) const { machine->release(memory); }
   void operator()(Staging* staging) const { machine->unstage(staging); }
+  void operator()(uint64_t* words) const { machine->unshare(words); }
 };
 template <class T>
 using Owned = std::unique_ptr<T, Release>;

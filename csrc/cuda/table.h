@@ -111,9 +111,11 @@ struct Launch {
   const Row* rows;
   Norms *norms, *partial;     // of the tensors; of the chunks, for the length of a launch
   double *ratios, *agreeing;  // of the tensors
-  Counts* counts;             // of the groups
-  int64_t counting;           // how many rows may advance them when all is done
-  uint64_t* arrived;          // chunks of each tensor that are done, and tensors that are: 0 between launches
+  // Whether a tensor's carried norm was found wrong: on the device, and where the host reads it.
+  uint64_t *stale, *told;
+  Counts* counts;     // of the groups
+  int64_t counting;   // how many rows may advance them when all is done
+  uint64_t* arrived;  // chunks of each tensor that are done, and tensors that are: 0 between launches
   DeviceScalars scalars;
   Wanted among = ~Wanted{0};        // of what tensors want, what this launch sums
   bool total = false, add = false;  // what the sums of the gradients are for: scalars.norm2, with what is there or not

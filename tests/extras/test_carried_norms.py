@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from support.kernels import as_on_a_gpu
 from support.parameters import clones, layouts, set_gradients
 from support.ratios import BOUND, lars, randn, ratios_of
 from support.threads import threads as threads_set_to
@@ -119,8 +118,6 @@ def test_an_invisible_write_is_missed_for_one_step_at_most(every, backend):
 @pytest.mark.parametrize("name", ["LARS", "LAMB"])
 def test_invisible_writes_after_every_step_are_noticed(name, every_kernel):
     """The step that finds other weights than those whose norm it was given is the last that is given one."""
-    if as_on_a_gpu():
-        pytest.skip("on GPUs the norm is not checked: docs/numerics.md")
     p, q = (torch.nn.Parameter(randn(70, 300).float()) for _ in range(2))
     ours, theirs = (
         getattr(fused_opt, name)([("p", parameter)], lr=0.5, coefficient=0.1, backend=backend)
