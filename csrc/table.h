@@ -109,7 +109,8 @@ struct StepArgs {
 };
 
 // Which element of the whole tensor, in row-major order, is element i of what is walked.
-inline int64_t in_whole(const Tensor& tensor, const ShardLayout& shard, int64_t i) {
+FUSED_OPT_FN int64_t in_whole(const Tensor& tensor, const ShardLayout& shard, int64_t i) {
+  if (i < shard.run) return shard.offset + i;
   int64_t whole = shard.offset;
   for (int d = tensor.ndim - 1; d >= 0; --d) {
     whole += i % tensor.sizes[d] * shard.strides[d];

@@ -19,7 +19,7 @@ from .backends.interface import Backend, Bucket, DeviceBucket, DeviceScalars, Pa
 from .backends.self_check import Variant
 from .groups import GroupSpec, name_of
 from .rule import Rule
-from .shards import Shard, add_up, is_spread, local
+from .shards import Shard, add_up, is_spread, local, spread_of
 from .states import NewStates, check_parameter
 from .tensors import norm2, share_memory
 from .warn import warn_once
@@ -82,6 +82,7 @@ class Plan:
         #: Of all buckets, if they can leave numbers there that the host need not know.
         devices = {bucket.device for bucket in self.buckets}
         self.device = devices.pop() if len(devices) == 1 else None
+        self.sums: dict[Any, Any] = {}  # what shard_norms.py keeps of one step for the next
         self._norm2 = None if self.device is None else torch.zeros((), dtype=torch.float64, device=self.device)
         #: Whether it notices what changes; one bucket that looks at all parameters and states is enough.
         self.reusable = not skipped and any(backends.get(key.backend).REUSABLE for key in chosen)
@@ -150,9 +151,14 @@ class Plan:
             if (grad := member.tensor.grad) is not None:
                 members.append(member)
                 bad.append(float(not math.isfinite(norm2(grad))))
-        cut = [i for i, member in enumerate(members) if member.shard is not None]
-        for i, (count,) in zip(cut, add_up([[bad[i]] for i in cut], [members[i].parameter for i in cut])):
-            bad[i] = count
+        together: dict[Any, list[int]] = {}
+        for i, member in enumerate(members):
+            if member.shard is not None:
+                together.setdefault(spread_of(member.parameter), []).append(i)
+        for (mesh, cut), places in together.items():
+            here = torch.tensor([bad[i] for i in places], dtype=torch.float64, device=mesh.device_type)
+            for i, count in zip(places, add_up(here, mesh, cut).tolist()):
+                bad[i] = count
         return [m.name for m, count in zip(members, bad) if count]
 
     def run(self, args: Sequence[Sequence[StepArgs]], scalars: DeviceScalars | None = None) -> None:

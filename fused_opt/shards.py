@@ -66,27 +66,18 @@ def spread_of(parameter: Any) -> tuple[Any, tuple[int, ...]]:
     return parameter.device_mesh, cut
 
 
-def add_up(numbers: Sequence[Sequence[float]], parameters: Sequence[Any]) -> list[list[float]]:
+def add_up(vector: Tensor, mesh: Any, cut: Sequence[int]) -> Tensor:
     """Numbers that belong to parts of parameters, added up over the processes that hold the other parts.
 
-    One all-reduce for all parameters that are sharded alike. A NaN is returned as an infinity, which no backend confuses with
-    UNKNOWN.
+    They stay on their device where that is the mesh's, and the host does not wait. A NaN is returned as an infinity, which no
+    backend confuses with UNKNOWN.
     """
-    together: dict[Any, list[int]] = {}
-    for i, parameter in enumerate(parameters):
-        together.setdefault(spread_of(parameter), []).append(i)
-    found: list[list[float]] = [[] for _ in numbers]
-    for (mesh, cut), members in together.items():
-        flat = [number for i in members for number in numbers[i]]
-        if cut and flat:
-            vector = torch.tensor(flat, dtype=torch.float64, device=mesh.device_type)
-            for dimension in cut:
-                torch.distributed.all_reduce(vector, group=mesh.get_group(dimension))
-            flat = vector.tolist()
-        whole = iter(math.inf if math.isnan(number) else number for number in flat)
-        for i in members:
-            found[i] = [next(whole) for _ in numbers[i]]
-    return found
+    device = vector.device
+    if device.type != mesh.device_type:
+        vector = vector.to(mesh.device_type)
+    for dimension in cut:
+        torch.distributed.all_reduce(vector, group=mesh.get_group(dimension))
+    return vector.nan_to_num_(nan=math.inf, posinf=math.inf).to(device)
 
 
 @lru_cache(maxsize=4096)

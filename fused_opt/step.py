@@ -38,6 +38,7 @@ class Step:
     scale: float = 1.0  # multiplies every gradient
     grad_norm: float | Callable[[], float] | None = None
     device: torch.device | None = None  # where tensors are read by the kernels
+    scalars: DeviceScalars | None = None  # of a DeviceStep
 
     def __init__(
         self,
@@ -127,7 +128,23 @@ class Step:
             wanted = Norm.WEIGHT | Norm.GRADIENT
             if not self.groups.wants_norm:  # or the scale of the directions' gradients is still to come
                 wanted |= Norm.DIRECTION
-            all_reduce_norms(self.plan, self._args(), self.extras, self.parts, wanted, gradients=self.groups.wants_norm)
+            all_reduce_norms(
+                self.plan,
+                self._args(),
+                self.extras,
+                self.parts,
+                wanted,
+                gradients=self.groups.wants_norm,
+                scalars=self.scalars,
+            )
+
+    def _complete_directions(self) -> None:
+        """The same for LAMB's directions, once the scale of the gradients is known."""
+        assert self.plan is not None
+        if self.plan.shards:
+            all_reduce_norms(
+                self.plan, self._args(), self.extras, None, Norm.DIRECTION, gradients=False, scalars=self.scalars
+            )
 
 
 class HostStep(Step):
@@ -156,8 +173,7 @@ class HostStep(Step):
         if not allows(group["nonfinite"], norm):
             return False
         self.scale *= clip_factor(norm, group["max_grad_norm"])
-        if self.plan.shards:
-            all_reduce_norms(self.plan, self._args(), self.extras, None, Norm.DIRECTION, gradients=False)
+        self._complete_directions()
         return True
 
     def check_finite(self) -> None:
@@ -179,6 +195,7 @@ class DeviceStep(Step):
     """A step that the host does not wait for: numbers that are on the GPU, such as the step count, are read there."""
 
     plan: Plan
+    scalars: DeviceScalars
 
     def __init__(
         self,
@@ -199,6 +216,7 @@ class DeviceStep(Step):
             norm2 = self.plan.sum_gradients()
             self.scalars = self.scalars._replace(norm2=norm2, max_norm=self.param_groups[0]["max_grad_norm"])
             self.grad_norm = norm_reader(norm2, self.scalars.grad_scale)
+            self._complete_directions()
         return True
 
     def check_finite(self) -> None:

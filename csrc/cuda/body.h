@@ -94,7 +94,7 @@ FUSED_OPT_FN double full_scale(const DeviceScalars& scalars, double grad_scale) 
 }
 
 FUSED_OPT_FN double grad_norm2(const Launch& launch, const Now& now, int64_t t) {
-  return is_known(now.grad_norm2) ? now.grad_norm2 : fetch(&launch.norms[t].grad2);
+  return is_known(now.grad_norm2) ? now.grad_norm2 : fetch(&launch.known[t].grad2);
 }
 
 // Copies as words, by all threads.
@@ -142,7 +142,7 @@ FUSED_OPT_FN void prepare(const Launch& launch, int64_t t, Shared<Rule, T>& shar
   const double grad_scale = full_scale(launch.scalars, args.grad_scale);
   shared.rule = make<Rule, T>(args.coefficients);
 
-  const Norms norms = fetch_norms(&launch.norms[t]);
+  const Norms norms = fetch_norms(&launch.known[t]);
   layer.weight_norm2 = norms.weight2;
   layer.grad_norm2 = grad_norm2(launch, shared.now, t);
   layer.direction_norm2 = norms.direction2;
@@ -164,7 +164,8 @@ FUSED_OPT_FN void prepare(const Launch& launch, int64_t t, Shared<Rule, T>& shar
   if (shared.noisy && shared.head) shared.head = -1;  // four neighbours draw together, from a multiple of 4 on
 }
 
-// A counter gives four numbers: a group of four takes all of them, a group of two one pair, a single element one.
+// The noise of element i of the whole tensor, and of the V - 1 after it: i is a multiple of V. A counter gives four
+// numbers: a group of four takes all of them, a group of two one pair, a single element one.
 template <int V, class T>
 FUSED_OPT_FN void add_noise(const StepArgs& args, const Layer& layer, T sigma, int64_t i, T (&p)[V]) {
   const uint64_t counter = static_cast<uint64_t>(i) / 4;
@@ -177,6 +178,26 @@ FUSED_OPT_FN void add_noise(const StepArgs& args, const Layer& layer, T sigma, i
   if (V == 1 && i & 1) z[0] = z[1];
   FUSED_OPT_UNROLL
   for (int k = 0; k < V; ++k) p[k] += sigma * static_cast<T>(z[k]);
+}
+
+// The same from element i of a shard on.
+template <int V, class T>
+FUSED_OPT_FN void add_noise_to_shard(const Tensor& tensor, const StepArgs& args, const Layer& layer, T sigma, int64_t i,
+                                     T (&p)[V]) {
+  const ShardLayout& shard = *layer.shard;
+  const int64_t whole = in_whole(tensor, shard, i);
+  if (V == 1 || (whole % V == 0 && (i + V <= shard.run || i % shard.run + V <= shard.run)))
+    return add_noise(args, layer, sigma, whole, p);
+  // Neighbours that do not draw together. They take turns in the first place: an index that is not known would need
+  // memory.
+  FUSED_OPT_ROLLED
+  for (int k = 0; k < V; ++k) {
+    T one[1] = {p[0]};
+    add_noise(args, layer, sigma, in_whole(tensor, shard, i + k), one);
+    FUSED_OPT_UNROLL
+    for (int j = 0; j + 1 < V; ++j) p[j] = p[j + 1];
+    p[V - 1] = one[0];
+  }
 }
 
 // Requests a group of every operand that the wanted norms need; a step needs those of its direction.
@@ -205,7 +226,12 @@ FUSED_OPT_FN void step_some(const Shared<Rule, T>& shared, int64_t i, const Raw<
   else
     apply_masked(shared.rule, shared.by, shared.masks, V, p, g, states[S]...);
   (store(tensor.states[S], at[2 + S], states[S]), ...);
-  if (shared.noisy) add_noise(shared.row.args, shared.entry.layer, shared.sigma, i, p);
+  if (shared.noisy) {
+    if (shared.entry.layer.shard)
+      add_noise_to_shard(tensor, shared.row.args, shared.entry.layer, shared.sigma, i, p);
+    else
+      add_noise(shared.row.args, shared.entry.layer, shared.sigma, i, p);
+  }
   store(tensor.p, at[0], p);
   if (shared.averages) {
     T v[V];
@@ -364,7 +390,7 @@ FUSED_OPT_FN void update(const Where& where, const Launch& launch, Shared<Rule<T
           if (shared.kept) {
             // A write that no version shows: the norm that the tensor was given was that of other weights.
             const double found = shared.lanes[0].grad2;
-            if (!(absolute(shared.entry.layer.weight_norm2 - found) <= 1e-12 * found)) {
+            if (!(absolute(fetch(&launch.norms[t].weight2) - found) <= 1e-12 * found)) {
               put(&launch.stale[t], uint64_t{1});
               put(&launch.told[t], uint64_t{1});
             }

@@ -50,6 +50,12 @@ size_t step_bytes(size_t count) {
   return count * (sizeof(Now) + sizeof(Row));
 }
 
+constexpr int64_t kShardWords = sizeof(ShardLayout) / sizeof(int64_t);
+
+Wanted unknown_gradient(const Layer& layer) {
+  return is_known(layer.grad_norm2) ? 0 : kGradient;
+}
+
 }  // namespace
 
 Bucket::Bucket(const Machine& machine, const char* rule, bool wide, const std::vector<Tensor>& tensors,
@@ -70,10 +76,12 @@ Bucket::Bucket(const Machine& machine, const char* rule, bool wide, const std::v
   for (const Tensor& tensor : tensors) first.push_back(first.back() + chunks_of(tensor.numel));
   chunks_ = first.back();
 
-  // Sizes and strides of those that are not flat are copied as well: every operand has strides.
+  // Sizes and strides of those that are not flat are copied as well: every operand has strides. So is where shards lie.
   int64_t layout_words = 0;
-  for (const Tensor& tensor : tensors)
-    if (!tensor.flat) layout_words += (4 + kMaxStates) * tensor.ndim;
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    if (!tensors[t].flat) layout_words += (4 + kMaxStates) * tensors[t].ndim;
+    if (layers[t].shard) layout_words += 2 * tensors[t].ndim + kShardWords;
+  }
   Entry* entries = nullptr;
   int64_t *firsts = nullptr, *layouts = nullptr;
   Layout layout;
@@ -106,15 +114,22 @@ Bucket::Bucket(const Machine& machine, const char* rule, bool wide, const std::v
   for (size_t t = 0; t < tensors.size(); ++t) {
     Entry& entry = filled[t];
     entry = {tensors[t], layers[t], steps[t], scalars.empty() ? nullptr : scalars[t]};
-    entry.layer.shard = nullptr;  // in the host's memory
-    if (tensors[t].flat) continue;
-    const auto relocate = [&](const int64_t*& from) {
-      if (!from) return;
-      const int64_t* to = layouts + words.size();
-      words.insert(words.end(), from, from + tensors[t].ndim);
-      from = to;
+    const auto place = [&](const int64_t* from, int64_t n) {
+      words.insert(words.end(), from, from + n);
+      return layouts + words.size() - n;
     };
-    relocate(entry.tensor.sizes);
+    const auto relocate = [&](const int64_t*& from) {
+      if (from) from = place(from, tensors[t].ndim);
+    };
+    if (!tensors[t].flat || entry.layer.shard) relocate(entry.tensor.sizes);
+    if (entry.layer.shard) {
+      ShardLayout shard = *entry.layer.shard;
+      relocate(shard.strides);
+      int64_t of_shard[kShardWords];
+      std::memcpy(of_shard, &shard, sizeof shard);
+      entry.layer.shard = reinterpret_cast<const ShardLayout*>(place(of_shard, kShardWords));
+    }
+    if (tensors[t].flat) continue;
     for (Operand* operand : {&entry.tensor.p, &entry.tensor.g, &entry.tensor.average}) relocate(operand->strides);
     for (Operand& state : entry.tensor.states) relocate(state.strides);
   }
@@ -138,28 +153,29 @@ Bucket::~Bucket() {
   told_.release();
 }
 
+// `wants(tensor, args, layer)`: the norms that are to be summed first.
+template <class Wants>
 Launch Bucket::launch(DeviceBuffer& buffer, const std::vector<Tensor>& tensors, const std::vector<Layer>& layers,
                       const std::vector<Row>& rows, const DeviceScalars& scalars, void* stream,
-                      std::pair<Wanted, Wanted>* passes, bool gradients) {
+                      std::pair<Wanted, Wanted>* passes, const Wants& wants) {
   if (rows.size() > tensors.size()) throw std::invalid_argument("more rows of arguments than tensors");
   auto* now = reinterpret_cast<Now*>(buffer.now());
   const bool capturing = machine_.capturing(stream);
   Launch launch = fixed_;
   launch.scalars = scalars;
+  launch.known = launch.norms;
   bool any = false, scaled_directions = false;
   for (size_t t = 0; t < tensors.size(); ++t) {
     now[t] = Now();
     if (!tensors[t].active) continue;
     ++launch.active;
-    Layer layer = layers[t];
     now[t].g = tensors[t].g.data;
-    now[t].row = gradients ? 0 : tensors[t].args;
+    Layer layer = layers[t];
+    now[t].row = rows.size() == 1 ? 0 : tensors[t].args;
     now[t].part_norms = layer.part_norms;
     now[t].grad_norm2 = layer.grad_norm2;
-    if (summed_ && !is_known(layer.grad_norm2)) layer.grad_norm2 = 0;  // on the device
     if (__atomic_load_n(&told_.get()[t], __ATOMIC_RELAXED)) layer.weight_norm2 = kUnknown;
-    now[t].wanted =
-        gradients ? (is_known(layer.grad_norm2) ? 0 : kGradient) : wanted(tensors[t], rows[now[t].row].args, layer);
+    now[t].wanted = wants(tensors[t], rows[now[t].row].args, layer) & ~summed_;
     // In a graph the device decides, at every replay, whether the weights must be summed first.
     any |= now[t].wanted != 0 || (capturing && carries_norm(tensors[t], rows[now[t].row].args));
     scaled_directions |= needs_scaled_direction(now[t].wanted);
@@ -177,17 +193,19 @@ Launch Bucket::launch(DeviceBuffer& buffer, const std::vector<Tensor>& tensors, 
 void Bucket::sum_gradients(const std::vector<Tensor>& tensors, const std::vector<Layer>& layers,
                            const DeviceScalars& scalars, bool add, void* stream) {
   std::pair<Wanted, Wanted> passes;
-  summed_ = false;
+  summed_ = 0;
   if (tensors.empty()) {
     if (!add) machine_.clear(scalars.norm2, sizeof(double), stream);
     return;
   }
-  Launch launch = this->launch(sums_, tensors, layers, {Row()}, {}, stream, &passes, true);
+  Launch launch =
+      this->launch(sums_, tensors, layers, {Row()}, {}, stream, &passes,
+                   [](const Tensor&, const StepArgs&, const Layer& layer) { return unknown_gradient(layer); });
   launch.scalars.norm2 = scalars.norm2;
   launch.total = true;
   launch.add = add;
   launch.ratios = nullptr;
-  summed_ = true;
+  summed_ = kGradient;
   if (launch.active) return machine_.norms(rule_, wide_, launch, stream);
   if (!add) machine_.clear(scalars.norm2, sizeof(double), stream);
 }
@@ -201,8 +219,22 @@ double Bucket::grad_norm2(const std::vector<Tensor>& tensors, const std::vector<
   return norm2;
 }
 
+void Bucket::sum_norms(const std::vector<Tensor>& tensors, const std::vector<Layer>& layers,
+                       const std::vector<Row>& rows, const DeviceScalars& scalars, bool gradients, bool directions,
+                       void* stream) {
+  bool any = false;
+  Launch launch = this->launch(sums_, tensors, layers, rows, scalars, stream, &any,
+                               [&](const Tensor& tensor, const StepArgs& args, const Layer& layer) {
+                                 return (wanted(tensor, args, layer) & ~(directions ? 0 : kDirection)) |
+                                        (gradients ? unknown_gradient(layer) : 0);
+                               });
+  launch.ratios = nullptr;
+  if (any) machine_.norms(rule_, wide_, launch, stream);
+  summed_ |= kWeight | kGradient | (directions ? kDirection : 0);
+}
+
 void Bucket::run(const std::vector<Tensor>& tensors, std::vector<Layer>& layers, const std::vector<Row>& rows,
-                 const DeviceScalars& scalars, void* stream) {
+                 const DeviceScalars& scalars, void* stream, const Norms* known) {
   for (const Row& row : rows)
     if (row.group < 0 && (row.args.sigma != 0 || averages(row.args)) && machine_.capturing(stream))
       throw std::runtime_error(
@@ -211,8 +243,8 @@ void Bucket::run(const std::vector<Tensor>& tensors, std::vector<Layer>& layers,
           "every replay would repeat what Python computed for this step. The others of fused_opt are computed on the "
           "GPU, and can be; or step outside of the graph");
   std::pair<Wanted, Wanted> passes;
-  Launch launch = this->launch(step_, tensors, layers, rows, scalars, stream, &passes, false);
-  summed_ = false;
+  Launch launch = this->launch(step_, tensors, layers, rows, scalars, stream, &passes, wanted);
+  summed_ = 0;
   if (!launch.active) return;
   for (const Wanted among : {passes.first, passes.second}) {
     if (!among) continue;
@@ -223,6 +255,7 @@ void Bucket::run(const std::vector<Tensor>& tensors, std::vector<Layer>& layers,
   }
   if (std::any_of(rows.begin(), rows.end(), [](const Row& row) { return row.advances; }))
     launch.counting = static_cast<int64_t>(rows.size());
+  if (known) launch.known = known;
   machine_.update(rule_, wide_, launch, stream);
   for (const Row& row : rows)
     if (row.advances && !machine_.capturing(stream)) advance(row.schedule, counts_[row.group]);

@@ -43,8 +43,15 @@ class Bucket {
   void sum_gradients(const std::vector<Tensor>&, const std::vector<Layer>&, const DeviceScalars&, bool add,
                      void* stream);
   double grad_norm2(const std::vector<Tensor>&, const std::vector<Layer>&, void* stream);  // waits
-  void run(const std::vector<Tensor>&, std::vector<Layer>&, const std::vector<Row>&, const DeviceScalars&,
-           void* stream);
+  // Of shards: keeps the norms of the tensors at an address on the device, with zeros to begin with, where they can be
+  // added up over processes. `sum_norms` puts there what the coming step needs, as cpu::norms() does; `run` goes by
+  // `known` instead, if it is given.
+  void keep_norms(Norms* at) { fixed_.norms = at; }
+  void sum_norms(const std::vector<Tensor>&, const std::vector<Layer>&, const std::vector<Row>&, const DeviceScalars&,
+                 bool gradients, bool directions, void* stream);
+  void run(const std::vector<Tensor>&, std::vector<Layer>&, const std::vector<Row>&, const DeviceScalars&, void* stream,
+           const Norms* known = nullptr);
+  void forget_sums() { summed_ = 0; }              // of a step that was not made
   std::vector<double> ratios(void* stream) const;  // waits
 
   // Tells the device what the host counted of a group, if that is other than what it has counted itself. Before `run`.
@@ -54,8 +61,9 @@ class Bucket {
   bool capturing(void* stream) const { return machine_.capturing(stream); }
 
  private:
+  template <class Wants>
   Launch launch(DeviceBuffer&, const std::vector<Tensor>&, const std::vector<Layer>&, const std::vector<Row>&,
-                const DeviceScalars&, void* stream, std::pair<Wanted, Wanted>* passes, bool gradients);
+                const DeviceScalars&, void* stream, std::pair<Wanted, Wanted>* passes, const Wants& wants);
 
   const Machine& machine_;
   const int rule_;
@@ -65,8 +73,8 @@ class Bucket {
   Owned<char> memory_;
   Launch fixed_{};  // the addresses of the tables
   double* norm2_;
-  DeviceBuffer sums_, step_;         // Now and Row of every tensor: for the sums of gradients alone, and for a step
-  bool summed_ = false;              // the gradients of the coming step
+  DeviceBuffer sums_, step_;  // Now and Row of every tensor: for sums ahead of a step, and for the step
+  Wanted summed_ = 0;  // what of the coming step's norms is on the device already, for every tensor that wants it
   std::vector<Counts> counts_;       // of the groups: as the device must have them after what the host has queued
   std::vector<Schedule> schedules_;  // by which their `due` was counted
   Owned<Staging> counts_staging_;

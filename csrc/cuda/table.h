@@ -71,7 +71,8 @@ FUSED_OPT_FN Span span(int32_t n, int head) {
   return {head, head + (n - head) / kTwo * kTwo};
 }
 
-// A tensor, made when something moved. Its `g`, `args` and `active` are in Now, its layer's norms in Norms.
+// A tensor, made when something moved. Its `g`, `args` and `active` are in Now, its layer's norms in Norms. A shard's
+// layout, and the sizes that it goes with, are in device memory, too.
 struct Entry {
   Tensor tensor;
   Layer layer;
@@ -109,7 +110,8 @@ struct Launch {
   const int64_t* first;  // chunks before each tensor, and all of them at the end
   const Now* now;
   const Row* rows;
-  Norms *norms, *partial;     // of the tensors; of the chunks, for the length of a launch
+  Norms *norms, *partial;  // of the tensors; of the chunks, for the length of a launch
+  const Norms* known;      // those that the step goes by: `norms`, or where tensors are shards those of whole tensors
   double *ratios, *agreeing;  // of the tensors
   // Whether a tensor's carried norm was found wrong: on the device, and where the host reads it.
   uint64_t *stale, *told;

@@ -57,6 +57,11 @@ class DeviceBucket : public Bucket {
                                              steps, scalars, groups);
   }
 
+  py::object collect_gradients(const py::list& param_groups, const py::dict& state) {
+    bucket_->forget_sums();
+    return Bucket::collect_gradients(param_groups, state);
+  }
+
   // norm2 <- (add ? norm2 : 0) + the sum of squares of all gradients, without waiting for it.
   void sum_gradients(uintptr_t norm2, bool add) {
     cuda::DeviceScalars scalars;
@@ -69,10 +74,37 @@ class DeviceBucket : public Bucket {
     return bucket_->grad_norm2(table_.tensors, table_.layers, stream);
   }
 
-  // args: with rates that may be tensors. What is on the device: a float32 that is not 0 where nothing shall be done, a
-  // float32 that the gradients were multiplied with, and where they shall be clipped to max_norm, sum_gradients'
-  // float64.
-  void run(const py::sequence& args, uintptr_t found_inf, uintptr_t grad_scale, uintptr_t norm2, double max_norm) {
+  // What is on the device of a step's scale: a float32 that is not 0 where nothing shall be done, a float32 that the
+  // gradients were multiplied with, and where they shall be clipped to the last of these, sum_gradients' float64.
+  using Scalars = std::tuple<uintptr_t, uintptr_t, uintptr_t, double>;
+
+  // Of shards, see cuda/bucket.h: three float64 for every tensor.
+  void keep_norms(uintptr_t at) { bucket_->keep_norms(reinterpret_cast<Norms*>(at)); }
+  void sum_norms(const py::sequence& args, const Scalars& scalars, bool gradients, bool directions) {
+    read_args(args);
+    bucket_->sum_norms(table_.tensors, table_.layers, args_, read(scalars), gradients, directions, device_.stream());
+  }
+
+  // args: with rates and decays that may be tensors. known: where the norms of whole tensors are, or 0.
+  void run(const py::sequence& args, const Scalars& scalars, uintptr_t known) {
+    read_args(args);
+    bucket_->run(table_.tensors, table_.layers, args_, read(scalars), device_.stream(),
+                 reinterpret_cast<const Norms*>(known));
+    for (size_t t = 0; t < parameters_.size(); ++t)
+      remember(parameters_[t], table_.layers[t], table_.tensors[t].active);
+  }
+  std::vector<double> ratios() const { return of_stepped(bucket_->ratios(device_.stream())); }
+  bool capturing() const { return bucket_->capturing(device_.stream()); }
+  // Of every group in captured steps: its number, steps that replays have added since the last call, samples, periods.
+  std::vector<std::tuple<int, int64_t, int64_t, int64_t>> counts() {
+    const std::vector<Counts> found = bucket_->counts(device_.stream());
+    std::vector<std::tuple<int, int64_t, int64_t, int64_t>> of_groups;
+    for (const int g : captured_) of_groups.emplace_back(g, found[g].steps, found[g].samples, found[g].periods);
+    return of_groups;
+  }
+
+ private:
+  void read_args(const py::sequence& args) {
     if (args.size() != keys_.size()) throw py::value_error("one StepArgs for every key of collect_gradients()");
     void* const stream = device_.stream();
     args_.clear();
@@ -89,24 +121,13 @@ class DeviceBucket : public Bucket {
       if (capturing) captured_.insert(group);
       if (is_known(static_cast<double>(counts->steps))) bucket_->set_counts(group, row.schedule, *counts, stream);
     }
-    const cuda::DeviceScalars scalars{reinterpret_cast<const float*>(found_inf),
-                                      reinterpret_cast<const float*>(grad_scale), reinterpret_cast<double*>(norm2),
-                                      max_norm};
-    bucket_->run(table_.tensors, table_.layers, args_, scalars, stream);
-    for (size_t t = 0; t < parameters_.size(); ++t)
-      remember(parameters_[t], table_.layers[t], table_.tensors[t].active);
   }
-  std::vector<double> ratios() const { return of_stepped(bucket_->ratios(device_.stream())); }
-  bool capturing() const { return bucket_->capturing(device_.stream()); }
-  // Of every group in captured steps: its number, steps that replays have added since the last call, samples, periods.
-  std::vector<std::tuple<int, int64_t, int64_t, int64_t>> counts() {
-    const std::vector<Counts> found = bucket_->counts(device_.stream());
-    std::vector<std::tuple<int, int64_t, int64_t, int64_t>> of_groups;
-    for (const int g : captured_) of_groups.emplace_back(g, found[g].steps, found[g].samples, found[g].periods);
-    return of_groups;
+  static cuda::DeviceScalars read(const Scalars& scalars) {
+    const auto [found_inf, grad_scale, norm2, max_norm] = scalars;
+    return {reinterpret_cast<const float*>(found_inf), reinterpret_cast<const float*>(grad_scale),
+            reinterpret_cast<double*>(norm2), max_norm};
   }
 
- private:
   const Device device_;
   std::vector<cuda::Row> args_;
   std::set<int> captured_;  // groups that graphs count
@@ -198,6 +219,9 @@ PYBIND11_MODULE(_native, m) {
       .def("ratios", &CPUBucket::ratios);
   py::class_<DeviceBucket, Bucket>(m, "DeviceBucket")
       .def(py::init<const py::object&, const py::sequence&, const py::list&, const py::dict&, int>())
+      .def("collect_gradients", &DeviceBucket::collect_gradients)
+      .def("keep_norms", &DeviceBucket::keep_norms)
+      .def("sum_norms", &DeviceBucket::sum_norms)
       .def("sum_gradients", &DeviceBucket::sum_gradients)
       .def("grad_norm2", &DeviceBucket::grad_norm2)
       .def("run", &DeviceBucket::run)

@@ -252,6 +252,7 @@ class Bucket {
     const std::vector<int64_t> in_order = p.contiguous_strides();
     const int64_t* in_whole = layer.shard ? layer.shard->strides : in_order.data();
     ShardLayout layout = layer.shard ? *layer.shard : ShardLayout{};
+    layout.run = 1;
     std::vector<int64_t> numbers(2 * p.ndim);
     int64_t elements = 1, reach = 0;  // of the innermost dimensions of memory: how many, and how far apart in the whole
     int place = p.ndim;

@@ -45,21 +45,27 @@ void only_what_changed_is_copied_until_a_graph_writes_too() {
   CHECK(buffer.captured());
 }
 
-void what_a_layer_refers_to_on_the_host_stays_there() {
+cuda::Entry filled;  // the first that was copied
+
+void what_a_layer_refers_to_is_on_the_device() {
   cuda::Machine machine = recording();
   machine.upload = [](cuda::Staging*, void* to, const void* from, size_t bytes, void*) {
     copied.push_back(bytes);
     std::memcpy(to, from, bytes);
-    const auto& entry = *static_cast<const cuda::Entry*>(from);
-    if (copied.size() == 1) CHECK(entry.layer.index == 5 && !entry.layer.shard);
+    if (copied.size() == 1) std::memcpy(&filled, from, sizeof filled);
   };
   copied.clear();
   Model model({7}, 0, kStorages[0]);
-  const ShardLayout shard;
+  const int64_t strides[] = {9, 1};
+  const ShardLayout shard{3, 7, 11, strides};
   model.table.layers[0].index = 5;
   model.table.layers[0].shard = &shard;
   const cuda::Bucket plan(machine, "sgd", false, model.table.tensors, model.table.layers, {nullptr});
-  CHECK(copied[0] == sizeof(cuda::Entry));
+  CHECK(copied[0] == sizeof(cuda::Entry) && filled.layer.index == 5);
+  const ShardLayout& there = *filled.layer.shard;  // the host emulates the device
+  CHECK(&there != &shard && there.offset == 3 && there.run == 7 && there.elsewhere == 11);
+  CHECK(there.strides != strides && there.strides[0] == 9 && there.strides[1] == 1);
+  CHECK(filled.tensor.sizes != model.table.tensors[0].sizes && filled.tensor.sizes[1] == 7);
 }
 
 // ---- what fails
@@ -179,7 +185,7 @@ void a_step_is_one_launch_where_norms_are_carried() {
 
 int main() {
   only_what_changed_is_copied_until_a_graph_writes_too();
-  what_a_layer_refers_to_on_the_host_stays_there();
+  what_a_layer_refers_to_is_on_the_device();
   a_bucket_that_cannot_be_made_keeps_no_memory();
   a_step_is_one_launch_where_norms_are_carried();
   std::puts("all C++ tests of plans for GPUs hold");

@@ -202,6 +202,65 @@ void carried_norms_are_those_of_what_was_stored() {
   CHECK(same_memory(carried, anew));
 }
 
+// Of three rows or one: consecutive in the whole tensor or not, from a multiple of four on or not.
+void shards_draw_as_the_cpus_do() {
+  const cpu::InstructionSet& set = *cpu::choose("baseline");
+  for (const Storage& kind : kStorages)
+    for (const int64_t gap : {0, 1, 4})
+      for (const int64_t offset : {0, 8, 2, 5}) {
+        Model ours(kSizes, 1, kind), theirs(kSizes, 1, kind);
+        std::vector<ShardLayout> shards(kSizes.size());
+        std::vector<std::array<int64_t, 2>> strides(kSizes.size());
+        for (Model* model : {&ours, &theirs}) {
+          model->table.args[0] = args_of("momentum_sgd");
+          kPlain[1].change(model->table.args[0]);
+          for (size_t t = 0; t < kSizes.size(); ++t) {
+            const Tensor& tensor = model->table.tensors[t];
+            auto& layout = model->layouts[t];
+            if (tensor.flat && tensor.numel % 3 == 0) layout[0] = 3, layout[1] = tensor.numel / 3;
+            strides[t] = {layout[1] + gap, 1};
+            shards[t] = {offset, std::max<int64_t>(1, gap ? layout[1] : tensor.numel), 7, strides[t].data()};
+            model->table.layers[t].shard = &shards[t];
+          }
+        }
+        step_as_gpu(ours, "momentum_sgd", 1);
+        cpu::step(kernel_of(set, "momentum_sgd"), theirs.table, 1);
+        CHECK(same_memory(ours, theirs));
+      }
+}
+
+// What a step goes by where it is told norms, and that those of the shards are kept beside.
+void norms_of_whole_tensors_are_taken_where_they_are_given() {
+  Model ours({100, 50}, 1, kStorages[3]), theirs({100, 50}, 1, kStorages[3]);
+  for (Model* model : {&ours, &theirs}) {
+    model->table.args[0] = args_of("momentum_sgd");
+    kNormed[0].change(model->table.args[0]);
+  }
+  const std::vector<cuda::Row> rows = {{ours.table.args[0], {}}};
+  std::vector<Norms> kept(2), whole = {{9, 4, 0}, {16, 25, 0}};
+  const auto steps = std::vector<float*>(2, nullptr);
+  cuda::Bucket plan(cuda::host(), "momentum_sgd", true, ours.table.tensors, ours.table.layers, steps);
+  plan.keep_norms(kept.data());
+  plan.sum_norms(ours.table.tensors, ours.table.layers, rows, {}, false, true, nullptr);
+  cpu::norms(kernel_of(*cpu::choose("baseline"), "momentum_sgd"), theirs.table, false, true, 1);
+  for (size_t t = 0; t < 2; ++t) {
+    Layer& layer = theirs.table.layers[t];
+    CHECK(std::fabs(kept[t].weight2 - layer.weight_norm2) <= 1e-12 * layer.weight_norm2);
+    CHECK(std::fabs(kept[t].grad2 - layer.grad_norm2) <= 1e-12 * layer.grad_norm2);
+    layer.weight_norm2 = whole[t].weight2;
+    layer.grad_norm2 = whole[t].grad2;
+  }
+  plan.run(ours.table.tensors, ours.table.layers, rows, {}, nullptr, whole.data());
+  cpu::step(kernel_of(*cpu::choose("baseline"), "momentum_sgd"), theirs.table, 1);
+  CHECK(same_memory(ours, theirs));
+  for (size_t t = 0; t < 2; ++t) {
+    double left = 0;
+    const auto* p = static_cast<const double*>(ours.table.tensors[t].p.data);
+    for (int64_t i = 0; i < ours.table.tensors[t].numel; ++i) left += p[i] * p[i];
+    CHECK(std::fabs(kept[t].weight2 - left) <= 1e-12 * left && whole[t].weight2 == (t ? 16 : 9));
+  }
+}
+
 void blocks_and_threads_change_no_bit() {
   std::vector<std::vector<char>> expected;
   for (const bool threads : {false, true})
@@ -353,6 +412,8 @@ int main() {
   an_update_has_the_bits_of_the_cpus();
   norms_have_the_values_of_the_cpus();
   carried_norms_are_those_of_what_was_stored();
+  shards_draw_as_the_cpus_do();
+  norms_of_whole_tensors_are_taken_where_they_are_given();
   blocks_and_threads_change_no_bit();
   the_devices_coefficients_are_the_hosts();
   steps_counted_on_the_device_are_those_counted_by_the_host();

@@ -153,6 +153,11 @@ class Norms(NamedTuple):
     direction2: float = UNKNOWN
 
 
+def norms_table(norms: Sequence[Sequence[float]]) -> Tensor:
+    """The norms of members whose bucket is the host's: a tensor of shape (members, 3), float64."""
+    return torch.tensor(norms, dtype=torch.float64, device="cpu").reshape(-1, 3)
+
+
 class PartNorms(NamedTuple):
     """The sum of the norms of the parts that a gradient is a sum of, and the squared norm of the gradient."""
 
@@ -266,14 +271,24 @@ class Bucket(Protocol):
 class ShardBucket(Bucket, Protocol):
     """A bucket that steps shards of DTensors, too."""
 
-    def norms(self, args: Sequence[StepArgs], gradients: bool, directions: bool) -> list[Norms]:
+    def norms(
+        self, args: Sequence[StepArgs], gradients: bool, directions: bool, scalars: DeviceScalars | None = None
+    ) -> Tensor:
         """The norms of every member that a step with these arguments needs.
 
-        ``gradients``: of all gradients; ``directions``: LAMB's, too. Others are UNKNOWN, or what is known.
+        Args:
+            args: as for ``run``.
+            gradients: those of all gradients.
+            directions: LAMB's, too.
+            scalars: as for ``run``, of a device bucket.
+
+        Returns:
+            A new tensor where the bucket keeps them, of shape (members, 3) and dtype float64: a row is a member's Norms.
+            Those that are not needed are UNKNOWN, 0, or what is known.
         """
 
-    def set_norms(self, norms: Sequence[Norms]) -> None:
-        """Set the norms of every member's whole tensor, of which the member may be a shard."""
+    def set_norms(self, norms: Tensor) -> None:
+        """Set the norms of every member's whole tensor, of which the member may be a shard; a tensor as ``norms`` returns."""
 
 
 class DeviceBucket(Bucket, Protocol):
@@ -282,7 +297,7 @@ class DeviceBucket(Bucket, Protocol):
     def sum_gradients(self, norm2: Tensor, add: bool) -> None:
         """Put the sum of squares of all gradients into ``norm2``, or add it to what is there."""
 
-    def run(self, args: Sequence[StepArgs], scalars: DeviceScalars = ...) -> None:
+    def run(self, args: Sequence[StepArgs], scalars: DeviceScalars | None = ...) -> None:
         """Queue the step of every parameter that has a gradient."""
 
     def capturing(self) -> bool:

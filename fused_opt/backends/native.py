@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..rule import Rule
 from . import interface, reference
-from .interface import DeviceScalars, Norms, ParamEntry, PartNorms, Standard, StepArgs, StepKey
+from .interface import DeviceScalars, ParamEntry, PartNorms, Standard, StepArgs, StepKey, norms_table
 from .pointers import unreachable
 
 try:
@@ -92,8 +92,6 @@ def unsupported(rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = Fals
             return reason
         if tensor.is_cuda and (reason := gpu_unavailable(tensor.device.index)):
             return f"a tensor on {tensor.device}, and {reason}"
-    if sharded and steps_on_device(tensors[0]):
-        return "a shard of a DTensor; it cannot add up norms over processes on a device"
     if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
         return (
             "a CUDA graph is being captured, and the tables of these tensors would have to be made in it; step once with "
@@ -166,13 +164,15 @@ class CPUBucket(_Bucket):
         """Sum of squares of all gradients, as they lie in memory."""
         return self.core.grad_norm2(torch.get_num_threads())
 
-    def norms(self, args: Sequence[StepArgs], gradients: bool, directions: bool) -> list[Norms]:
+    def norms(
+        self, args: Sequence[StepArgs], gradients: bool, directions: bool, scalars: DeviceScalars | None = None
+    ) -> Tensor:
         """Squared norms of weights, gradient and direction by member, as far as a step with these arguments needs them."""
-        return list(map(Norms._make, self.core.norms(args, gradients, directions, torch.get_num_threads())))
+        return norms_table(self.core.norms(args, gradients, directions, torch.get_num_threads()))
 
-    def set_norms(self, norms: Sequence[Norms]) -> None:
+    def set_norms(self, norms: Tensor) -> None:
         """What the norms of the whole tensors are, where the members are shards of them."""
-        self.core.set_norms(norms)
+        self.core.set_norms(norms.tolist())
 
     def run(self, args: Sequence[StepArgs]) -> None:
         """Step every parameter that has a gradient, on torch's threads."""
@@ -198,6 +198,46 @@ class GPUBucket(_Bucket):
     def __init__(self, core: Any, members: Sequence[ParamEntry]) -> None:
         super().__init__(core, members)
         self.device = members[0].tensor.device
+        self._norms: Tensor | None = None  # of the shards, by member; the kernels keep those of the weights in it
+        self._whole: Tensor | None = None  # those of the whole tensors in the coming step
+        if any(m.shard is not None for m in members):
+            self._norms = torch.zeros(len(members), 3, dtype=torch.float64, device=self.device)
+            core.keep_norms(self._norms.data_ptr())
+
+    def collect_gradients(
+        self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]
+    ) -> list[StepKey] | None:
+        """Find this step's gradients: the keys that ``run`` needs arguments for, or None: plan anew."""
+        self._whole = None
+        return super().collect_gradients(param_groups, state)
+
+    def set_part_norms(self, norms: Sequence[PartNorms | None]) -> None:
+        """For every member the sum of its gradient's parts' norms and the gradient's sum of squares, where known."""
+        if self._norms is not None:  # the gradient's, too, is summed there, and then over processes
+            norms = [None if known is None else PartNorms(known.sum_of_norms) for known in norms]
+        super().set_part_norms(norms)
+
+    def norms(
+        self, args: Sequence[StepArgs], gradients: bool, directions: bool, scalars: DeviceScalars | None = None
+    ) -> Tensor:
+        """Squared norms by member, as far as a step with these arguments needs them, in a new tensor on the device."""
+        assert self._norms is not None
+        if self._norms.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a step of DTensors whose norms are added up over processes was asked for while a CUDA graph is captured, "
+                "and a graph would refer to sums that are new in every step. Step outside of the graph"
+            )
+        with _current(self.device):
+            if self._whole is None:
+                self._norms[:, 1:] = 0  # nothing of the step before; what the weights' are is still so
+            self.core.sum_norms(args, self._on_device(scalars), gradients, directions)
+            if self._whole is None:
+                return self._norms.clone()
+            return torch.cat([self._whole[:, :2], self._norms[:, 2:]], dim=1)
+
+    def set_norms(self, norms: Tensor) -> None:
+        """What the norms of the whole tensors are, where the members are shards of them; the kernels read them there."""
+        self._whole = norms.to(self.device).contiguous()
 
     def __del__(self) -> None:
         # The core frees memory of that GPU, on whichever thread this is; on one that has used no GPU yet CUDA would start a
@@ -209,23 +249,34 @@ class GPUBucket(_Bucket):
     def sum_gradients(self, norm2: Tensor, add: bool) -> None:
         """Put the sum of squares of all gradients into ``norm2``, or add it to what is there, without waiting for it."""
         with _current(self.device):
-            self.core.sum_gradients(norm2.data_ptr(), add)
+            if self._whole is None:
+                self.core.sum_gradients(norm2.data_ptr(), add)
+            else:
+                norm2.copy_(self._whole[:, 1].sum() + norm2 if add else self._whole[:, 1].sum())
 
     def grad_norm2(self) -> float:
         """Sum of squares of all gradients, as they lie in memory."""
         with _current(self.device):
-            return self.core.grad_norm2()
+            return self.core.grad_norm2() if self._whole is None else float(self._whole[:, 1].sum())
 
-    def run(self, args: Sequence[StepArgs], scalars: DeviceScalars = DeviceScalars()) -> None:  # noqa: B008  # immutable
-        """Queue the step of every parameter that has a gradient."""
-        found_inf, grad_scale = (
+    def _on_device(self, scalars: DeviceScalars | None) -> tuple[int, int, int, float]:
+        """The addresses of a step's scalars on this device, 0 for those that there are not, and the norm to clip to."""
+        if scalars is None:
+            return 0, 0, 0, 0.0
+        self._scalars = [  # kept until the next step's
             None if scalar is None else scalar.to(self.device, torch.float32, non_blocking=True)
             for scalar in (scalars.found_inf, scalars.grad_scale)
+        ]
+        found_inf, grad_scale, norm2 = (
+            0 if scalar is None else scalar.data_ptr() for scalar in (*self._scalars, scalars.norm2)
         )
-        addresses = [0 if scalar is None else scalar.data_ptr() for scalar in (found_inf, grad_scale, scalars.norm2)]
+        return found_inf, grad_scale, norm2, scalars.max_norm
+
+    def run(self, args: Sequence[StepArgs], scalars: DeviceScalars | None = None) -> None:
+        """Queue the step of every parameter that has a gradient."""
         with _current(self.device):
             torch.autograd.graph.increment_version(self.core.touched())
-            self.core.run(args, *addresses, scalars.max_norm)
+            self.core.run(args, self._on_device(scalars), 0 if self._whole is None else self._whole.data_ptr())
 
     def capturing(self) -> bool:
         """Whether a step would go into a CUDA graph now."""

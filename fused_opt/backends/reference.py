@@ -13,7 +13,19 @@ from torch import Tensor
 from ..extras.noise import normal, normal_at
 from ..rule import UNKNOWN, Rule
 from ..tensors import norm2
-from .interface import CautiousArgs, Kind, Norms, ParamEntry, PartNorms, Standard, StepArgs, StepKey, is_known
+from .interface import (
+    CautiousArgs,
+    DeviceScalars,
+    Kind,
+    Norms,
+    ParamEntry,
+    PartNorms,
+    Standard,
+    StepArgs,
+    StepKey,
+    is_known,
+    norms_table,
+)
 
 DEVICES = ("cpu", "cuda")  # and every other
 REUSABLE = False  # it does not see what was replaced; a plan of nothing but its buckets is made anew for every step
@@ -126,17 +138,19 @@ class Bucket:
                 self._parts[member.index], self._norms[member.index][1] = known
 
     @torch.no_grad()
-    def norms(self, args: Sequence[StepArgs], gradients: bool, directions: bool) -> list[Norms]:
+    def norms(
+        self, args: Sequence[StepArgs], gradients: bool, directions: bool, scalars: DeviceScalars | None = None
+    ) -> Tensor:
         """Squared norms of weights, gradient and direction (where asked for) by member; UNKNOWN without a gradient."""
         for member, row in self.active:
             p, g, direction, *_ = self._direct(member, args[row])
             for which, tensor in enumerate((p, g, direction) if directions else (p, g)):
                 self._norm2(member, which, tensor)
-        return [Norms(*self._norms[member.index]) for member in self.members]
+        return norms_table([self._norms[member.index] for member in self.members])
 
-    def set_norms(self, norms: Sequence[Norms]) -> None:
+    def set_norms(self, norms: Tensor) -> None:
         """Set the norms of the whole tensors, where the members are shards of them."""
-        self._norms.update({member.index: list(of_member) for member, of_member in zip(self.members, norms)})
+        self._norms.update({member.index: row for member, row in zip(self.members, norms.tolist())})
 
     def _norm2(self, member: ParamEntry, which: int, tensor: Tensor) -> float:
         known = self._norms[member.index]

@@ -312,3 +312,22 @@ def test_invalid_settings():
             SGD([p], lr=0.1, max_grad_norm=limit)
     with pytest.raises(ValueError, match="Invalid nonfinite: 'ignore'"):
         SGD([p], lr=0.1, nonfinite="ignore")
+
+
+def test_what_a_step_summed_that_was_not_made_is_forgotten(backend):
+    """Its trust ratio would be that of the gradients that were not finite."""
+    p, q = (torch.nn.Parameter(torch.ones(4, 3, dtype=torch.float64)) for _ in range(2))
+    optimizer = LARS([p], lr=0.1, coefficient=0.5, nonfinite="raise", backend=backend)
+    oracle = LARS([q], lr=0.1, coefficient=0.5, backend="reference")
+    for step in range(3):
+        p.grad, q.grad = torch.full_like(p, 2.0 + step), torch.full_like(q, 2.0 + step)
+        if step == 1:
+            p.grad[0, 0] = math.inf
+            with pytest.raises(RuntimeError, match="is not finite"):
+                optimizer.step()
+            optimizer.param_groups[0]["nonfinite"] = "pass"
+            continue
+        optimizer.step()
+        oracle.step()
+    assert optimizer.trust_ratios() == pytest.approx(oracle.trust_ratios(), rel=1e-12)
+    torch.testing.assert_close(p, q, rtol=1e-12, atol=0)
