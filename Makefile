@@ -52,12 +52,13 @@ aarch64: $(VENV)/installed
 	$(BIN)/cmake --build build/aarch64
 	$(BIN)/ctest --test-dir build/aarch64 --output-on-failure
 
-# Every figure of docs/performance.md and docs/temp_balance.md, against torch.optim and the published ways.
+# Every figure of docs/performance.md and docs/temp_balance.md, against torch.optim and the published ways; the host's time of docs/gpu.md.
 bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet weightwatcher==0.7.7
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.spectra
 	$(BIN)/python -m benchmarks.communication
+	$(BIN)/python -m benchmarks.host
 
 # The same cases for one change: `make microbench SAVE=before`, the change, `make microbench`, which shows both. ONLY takes
 # an expression of pytest's -k, COMPARE the number of an older run; all of them lie in .benchmarks/.

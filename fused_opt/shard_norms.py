@@ -119,7 +119,10 @@ def all_reduce_norms(
     key = (gradients, wants, idle, tuple(map(len, squares)) if parts is not None else None)
     if among not in plan.sums or plan.sums[among][0] != key:
         needed = [
-            (_needed(*extras[m.group][:2], m.tensor.ndim, bool(of_m)) | (Norm.GRADIENT if gradients else Norm(0)))
+            (
+                _needed(extras[m.group][0], extras[m.group][1], m.tensor.ndim, bool(of_m))
+                | (Norm.GRADIENT if gradients else Norm(0))
+            )
             & among
             for m, of_m in zip(members, squares)
         ]

@@ -10,6 +10,7 @@
 #include "../cuda/bucket.h"
 #include "../cuda/host.h"
 #include "bucket.h"
+#include "looks.h"
 
 namespace fused_opt {
 namespace {
@@ -201,7 +202,14 @@ PYBIND11_MODULE(_native, m) {
         py::arg("instruction_set") = std::nullopt);
   m.def("accumulate_on_device", accumulate_on_device);
   m.def("scratch_words", cuda::scratch_words);
+  m.def(
+      "set_host_blocks", [](int64_t blocks) { cuda::host_blocks = blocks; },
+      "How many blocks the host that emulates a GPU runs; with 0 a launch does nothing, so that a step is the host's "
+      "part alone.");
   m.def("unavailable", cuda::unavailable, "Why a GPU cannot be used (-1: any GPU), or an empty string.");
+  py::class_<Looks>(m, "Looks")
+      .def(py::init<const std::vector<py::object>&, const std::vector<py::object>&>())
+      .def("gradients", &Looks::gradients);
   py::class_<Bucket>(m, "Bucket")
       .def("collect_gradients", &Bucket::collect_gradients)
       .def("set_part_norms", &Bucket::set_part_norms)

@@ -43,6 +43,20 @@ def unavailable() -> str | None:
     return _reason
 
 
+def looks(parameters: Sequence[Tensor], others: Sequence[Tensor]) -> Any:
+    """For another backend, what looks at its tensors: ``Looks`` in csrc/python/looks.h; None without a compiled core."""
+    return None if unavailable() else _native.Looks(parameters, others)
+
+
+def edges(parameters: Sequence[Tensor]) -> list[Any]:
+    """The gradients' edges, to be kept.
+
+    They refer to the parameters from C++, which makes looking at a parameter three times cheaper (see Held in view.h) and,
+    unlike other references, is one that torch.utils.swap_tensors allows.
+    """
+    return [torch.autograd.graph.get_gradient_edge(p) for p in parameters if p.requires_grad]
+
+
 @lru_cache
 def gpu_unavailable(number: int = -1) -> str | None:
     """Why the GPU of that number cannot be used, or any for -1, or None."""
@@ -132,9 +146,7 @@ class _Bucket:
     def __init__(self, core: Any, members: Sequence[ParamEntry]) -> None:
         self.core = core
         self.members = members
-        # The gradient's edge refers to the parameter from C++, which makes looking at the parameter three times cheaper
-        # (see Held in view.h) and, unlike other references, is one that torch.utils.swap_tensors allows.
-        self.edges = [torch.autograd.graph.get_gradient_edge(m.tensor) for m in members if m.tensor.requires_grad]
+        self.edges = edges([m.tensor for m in members])
 
     def collect_gradients(
         self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]

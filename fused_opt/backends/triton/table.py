@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...rule import UNKNOWN, Rule
+from .. import native
 from ..interface import (
     CautiousArgs,
     Fold,
@@ -71,6 +72,9 @@ class Table:
         self.aliases = [tensor.detach() for tensor in self.held]
         gradients = [_grad(p) for p in self.parameters]
         self.layouts = self._layouts(gradients)
+        # Where the compiled core is installed it looks at all of them in one call, a fifth of the time.
+        self.looks = native.looks(self.parameters, self.held[len(members) :])
+        self.edges = native.edges(self.parameters)
         self.groups = [m.group for m in members]
         self.distinct_groups = list(dict.fromkeys(self.groups))
         self.counts = Counts(members)
@@ -123,20 +127,12 @@ class Table:
 
     def collect_gradients(self, keys: dict[StepKey, int]) -> bool:
         """Find the gradients, and number their keys; False: something has changed."""
-        gradients, layouts = list(map(_grad, self.parameters)), self.layouts
-        here = [gradient is not None for gradient in gradients]
-        self.here = None if all(here) else here  # None: every one
-        if self.here:
-            gradients = list(compress(gradients, here))
-            layouts = [list(compress(looks, here)) for looks in layouts]
-        try:
-            if self._layouts(gradients) != layouts or self.counts.moved():
-                return False
-            if not all(map(Tensor.is_set_to, self.held, self.aliases)):
-                return False
-        except RuntimeError:  # a sparse tensor has no strides
+        found = self._look() if self.looks is None else self.looks.gradients()
+        if found is None or self.counts.moved():
             return False
-        counts, addresses = self.counts.read(), list(map(Tensor.data_ptr, gradients))
+        here = [address is not None for address in found] if None in found else None
+        self.here = here  # None: every one
+        counts = self.counts.read()
         scalars = self.counts.read_scalars()
         earlier = self.counts.earlier
         if (
@@ -146,17 +142,30 @@ class Table:
         ):
             key = (counts[0] + 1, scalars[0], 0)
             row_of = {group: keys.setdefault((group, *key), len(keys)) for group in self.distinct_groups}
-            self.rows, self.gradients = list(map(row_of.__getitem__, self.groups)), addresses
+            self.rows, self.gradients = list(map(row_of.__getitem__, self.groups)), found
         else:
-            left = iter(addresses)
             self.rows = [
-                keys.setdefault((group, n + 1, scalar, before), len(keys)) if is_here else -1
-                for is_here, group, n, scalar, before in zip(here, self.groups, counts, scalars, earlier)
+                keys.setdefault((group, n + 1, scalar, before), len(keys)) if address is not None else -1
+                for address, group, n, scalar, before in zip(found, self.groups, counts, scalars, earlier)
             ]
-            self.gradients = [next(left) if is_here else 0 for is_here in here]
+            self.gradients = [address or 0 for address in found]
         self.parts = self.grad2 = self.nothing
         self.summed = False  # whether `sums` holds those of the gradients
         return True
+
+    def _look(self) -> list[int | None] | None:
+        """The address of every gradient, None where there is none; or None: a tensor has moved, or lies otherwise."""
+        gradients, layouts = list(map(_grad, self.parameters)), self.layouts
+        here = [gradient is not None for gradient in gradients]
+        present = list(compress(gradients, here))
+        if not all(here):
+            layouts = [list(compress(looks, here)) for looks in layouts]
+        try:
+            if self._layouts(present) != layouts or not all(map(Tensor.is_set_to, self.held, self.aliases)):
+                return None
+        except RuntimeError:  # a sparse tensor has no strides
+            return None
+        return [None if gradient is None else gradient.data_ptr() for gradient in gradients]
 
     def set_part_norms(self, norms: Sequence[PartNorms | None]) -> None:
         """The sum of the norms of every gradient's parts, and its sum of squares, where known."""
