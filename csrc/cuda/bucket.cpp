@@ -222,14 +222,15 @@ double Bucket::grad_norm2(const std::vector<Tensor>& tensors, const std::vector<
 void Bucket::sum_norms(const std::vector<Tensor>& tensors, const std::vector<Layer>& layers,
                        const std::vector<Row>& rows, const DeviceScalars& scalars, bool gradients, bool directions,
                        void* stream) {
-  bool any = false;
-  Launch launch = this->launch(sums_, tensors, layers, rows, scalars, stream, &any,
+  std::pair<Wanted, Wanted> passes;
+  Launch launch = this->launch(sums_, tensors, layers, rows, scalars, stream, &passes,
                                [&](const Tensor& tensor, const StepArgs& args, const Layer& layer) {
                                  return (wanted(tensor, args, layer) & ~(directions ? 0 : kDirection)) |
                                         (gradients ? unknown_gradient(layer) : 0);
                                });
   launch.ratios = nullptr;
-  if (any) machine_.norms(rule_, wide_, launch, stream);
+  launch.among = passes.first;  // a mask of a shard is not scaled
+  if (passes.first) machine_.norms(rule_, wide_, launch, stream);
   summed_ |= kWeight | kGradient | (directions ? kDirection : 0);
 }
 
