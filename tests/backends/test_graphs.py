@@ -148,6 +148,17 @@ def test_eager_steps_between_replays_go_on_where_these_have_come():
     assert_same_training(training, Training("AdamW", **EXTRAS["both"]).eager(BEFORE + 16))
 
 
+def test_a_plan_made_anew_goes_on_where_replays_have_come():
+    runs = [Training("AdamW", **EXTRAS["both"]).eager(BEFORE) for _ in "ab"]
+    runs[0].capture().replay(4)
+    runs[1].eager(4)
+    for training in runs:
+        p = training.parameters[0]
+        p.data = p.detach().clone()
+        training.eager(3)
+    assert_same_training(*runs)
+
+
 def test_a_second_graph_goes_on_where_the_first_has_come():
     training = Training("AdamW", **EXTRAS["both"]).eager(BEFORE).capture().replay(4)
     first = training.graph
