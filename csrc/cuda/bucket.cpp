@@ -148,7 +148,10 @@ Bucket::Bucket(const Machine& machine, const char* rule, bool wide, const std::v
 }
 
 Bucket::~Bucket() {
-  if (!sums_.captured() && !step_.captured()) return;
+  if (!sums_.captured() && !step_.captured()) {
+    memory_.reset();  // waits for the GPU, which writes told_
+    return;
+  }
   memory_.release();
   told_.release();
 }

@@ -196,7 +196,6 @@ const Machine& gpu() {
       share,
       [](uint64_t* words) {
         const Relaxed relaxed;
-        cudaDeviceSynchronize();
         cudaFreeHost(words);
         cudaGetLastError();
       },

@@ -18,7 +18,7 @@ struct Machine {
   void* (*allocate)(size_t bytes);   // filled with 0
   void (*release)(void* memory);     // after everything that reads it
   uint64_t* (*share)(size_t words);  // of the host, which the device writes; filled with 0
-  void (*unshare)(uint64_t*);        // after everything that writes it
+  void (*unshare)(uint64_t*);        // once nothing writes it
   Staging* (*stage)(size_t bytes);
   void (*unstage)(Staging*);
   void (*upload)(Staging*, void* to, const void* from, size_t bytes, void* stream);  // `from` may change at once
