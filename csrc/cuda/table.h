@@ -90,8 +90,8 @@ struct Now {
 
 struct Row {
   StepArgs args;
-  Operand lr, decay;  // where they are in device memory, if they are: the decay times each kind of it in `args`
-  Schedule schedule;
+  Operand lr{}, decay{};  // where they are in device memory, if they are: the decay times each kind of it in `args`
+  Schedule schedule{};
   int32_t group = -1;    // whose counts decide on noise and averages; -1: the host has, and nothing is counted
   int32_t advances = 0;  // whether it is the one of its group's rows that counts the step
 };

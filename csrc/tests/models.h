@@ -117,11 +117,11 @@ const std::vector<Case> kPlain = {
      }},
     {"average", [](StepArgs& args) { args.add = 0.25, args.share = 1; }},
     {"fresh average", [](StepArgs& args) { args.add = 1, args.share = 1, args.restart = true; }},
-    {"followed", [](StepArgs& args) { args.add = 0.5, args.share = 1, args.follow = 0.75; }},
     {"written back", [](StepArgs& args) { args.sigma = 0.01, args.add = 0.5, args.share = 1, args.write_back = true; }},
     {"masks", [](StepArgs& args) { args.cautious_update = args.cautious_decay = args.scaled = true; }},
     {"independent decay and an unscaled mask",
      [](StepArgs& args) { args.decoupled_decay = 0, args.independent_decay = 0.02, args.cautious_update = true; }},
+    {"followed", [](StepArgs& args) { args.add = 0.5, args.share = 1, args.follow = 0.75; }},
 };
 const std::vector<Case> kNormed = {
     {"lars", [](StepArgs& args) { args.kind = Kind::kLARS, args.cap = 10, args.exempt = -1; }},

@@ -84,6 +84,15 @@ void a_bucket_that_cannot_be_made_keeps_no_memory() {
     return recording().allocate(bytes);
   };
   machine.release = [](void*) { --live; };
+  machine.share = [](size_t words) {
+    may_fail();
+    ++live;
+    return cuda::host().share(words);
+  };
+  machine.unshare = [](uint64_t* words) {
+    --live;
+    cuda::host().unshare(words);
+  };
   machine.stage = [](size_t) {
     may_fail();
     return reinterpret_cast<cuda::Staging*>(&++live);
@@ -102,13 +111,13 @@ void a_bucket_that_cannot_be_made_keeps_no_memory() {
       const cuda::Bucket plan(machine, "momentum_sgd", false, model.table.tensors, model.table.layers,
                               std::vector<float*>(kSizes.size(), nullptr));
       made = true;
-      CHECK(live == 5);  // the tables; two buffers and what their copies are staged in
+      CHECK(live == 7);  // the tables; two buffers and what they and the counts are staged in; words for the host
     } catch (const std::runtime_error&) {
       ++failures;
     }
     CHECK(live == 0);
   }
-  CHECK(failures == 3 + 2 + 4 * 2);  // allocations, buffers' staging, and four tables staged and copied
+  CHECK(failures == 3 + 3 + 1 + 4 * 2);  // allocations, staging, words for the host, and four tables staged and copied
 }
 
 // ---- what is launched

@@ -24,7 +24,6 @@ from .interface import (
     Backend,
     DeviceBucket,
     DeviceScalars,
-    Norms,
     ParamEntry,
     PartNorms,
     ShardBucket,
@@ -185,11 +184,13 @@ class Bucket:
     def set_part_norms(self, norms: Sequence[PartNorms | None]) -> None:
         """Not needed: a matrix has no ratio that is formed from them."""
 
-    def norms(self, args: Sequence[StepArgs], gradients: bool, directions: bool) -> list[Norms]:
+    def norms(
+        self, args: Sequence[StepArgs], gradients: bool, directions: bool, scalars: DeviceScalars | None = None
+    ) -> Tensor:
         """Of the gradients, where the norm of all is wanted."""
-        return cast(ShardBucket, self.first).norms(_of_first(args), gradients, False)
+        return cast(ShardBucket, self.first).norms(_of_first(args), gradients, False, scalars)
 
-    def set_norms(self, norms: Sequence[Norms]) -> None:
+    def set_norms(self, norms: Tensor) -> None:
         """As it found them: none of its members is a shard."""
         cast(ShardBucket, self.first).set_norms(norms)
 
@@ -220,8 +221,16 @@ class Bucket:
             second.append(of_stack[k]._replace(grad_scale=scale, coefficients=()))
         _run(self.second, second, None if scalars is None else DeviceScalars(found_inf=scalars.found_inf))
 
+    def reshaped(self) -> bool:
+        """Never: it holds no edges of the parameters' gradients."""
+        return False
+
+    def written_states(self) -> list[Tensor]:
+        """Momentum and averages."""
+        return [*self.first.written_states(), *self.second.written_states()]
+
     def ratios(self) -> list[float]:
-        """The trust ratio of every member in the last step; 1 where it has none."""
+        """The trust ratio of every member in the last step; 1 where it has none, NaN where it was not stepped."""
         return self.second.ratios()
 
 
