@@ -74,8 +74,7 @@ class Step:
         of_group: list[tuple[Any, Any, Any, Any, Any]] = []
         for group, spec, lr in zip(groups, specs, self.lrs):
             decay = on_device(group, group["weight_decay"], self.device)
-            if spec.averaged and self.stepping:
-                rate = group["averaging"].rate
+            if spec.averaged and self.stepping and (rate := group["averaging"].rate) != 1:  # a tensor stays where it is
                 lr, decay = lr * rate, decay * rate if spec.decay == INDEPENDENT else decay
             scale = -self.scale if group["maximize"] else self.scale
             if spec.decay == COUPLED:

@@ -236,7 +236,7 @@ PYBIND11_MODULE(_native, m) {
       .def("capturing", &DeviceBucket::capturing)
       .def("counts", &DeviceBucket::counts)
       .def("ratios", &DeviceBucket::ratios);
-  py::class_<cuda::HostGraph>(m, "HostGraph",
+  py::class_<cuda::HostGraph>(m, "HostGraph", py::module_local(),
                               "For tests: what a CUDA graph is, of steps with the host in a GPU's place.")
       .def(py::init<>())
       .def("begin", &cuda::HostGraph::begin)

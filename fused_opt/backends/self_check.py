@@ -22,9 +22,11 @@ from torch import Tensor
 
 from ..rule import Rule
 from .interface import (
+    Average,
     Backend,
     Bucket,
     CautiousArgs,
+    Counted,
     DeviceBucket,
     DeviceScalars,
     Fold,
@@ -33,6 +35,7 @@ from .interface import (
     ParamEntry,
     PartNorms,
     RatioArgs,
+    Schedule,
     Standard,
     StepArgs,
     StepKey,
@@ -162,6 +165,7 @@ class _Row(NamedTuple):
     noise: str | None = None
     average: bool = False
     masks: CautiousArgs | None = None
+    scheduled: Average | None = None  # noise that falls and this average, which a device computes from its counts
 
     def within(self, extras: frozenset[str]) -> _Row:
         return _Row(
@@ -169,6 +173,7 @@ class _Row(NamedTuple):
             self.noise if self.noise in extras else None,
             self.average and AVERAGE in extras,
             self.masks if MASKS in extras else None,
+            self.scheduled if extras & {NOISE, AVERAGE} else None,
         )
 
     @property
@@ -178,9 +183,9 @@ class _Row(NamedTuple):
 
 _ROWS = (
     _Row(),
-    _Row(noise=NOISE, average=True),
+    _Row(noise=NOISE, average=True, scheduled=Average.EXPONENTIAL),
     _Row(Kind.LARS, noise=RELATIVE_NOISE),
-    _Row(Kind.CLARS, average=True),
+    _Row(Kind.CLARS, average=True, scheduled=Average.MEAN),
     _Row(Kind.LAMB, noise=NOISE, average=True),
     _Row(masks=CautiousArgs(True, True, True)),
     _Row(Kind.LAMB, masks=CautiousArgs(True, False, True)),
@@ -196,6 +201,7 @@ _SETTINGS: tuple[defaultdict[str, Any], ...] = (
     defaultdict(lambda: 0.5, betas=(0.25, 0.5, 0.75), eps=0.0, momentum=0.5, dampening=0.25, nesterov=False),
 )
 _LR, _DECAY, _SIGMA, _SEED, _COUNT = 0.125, 0.1875, 0.0625, 0x9E3779B97F4A7C15, 4
+_CYCLE, _PERIOD, _BETA = 4, 2, 0.875
 _STEPS = 3  # and then one that is clipped, and one that is not made
 
 
@@ -285,7 +291,17 @@ class _Run:
         self, n: int, key: StepKey, lr: float | Tensor, scale: float, decay: float | Tensor = _DECAY
     ) -> StepArgs:
         row, step, scalar, earlier = key
-        odd, (kind, noise, average, masks) = row % 2, self.rows[row]
+        odd, (kind, noise, average, masks, scheduled) = row % 2, self.rows[row]
+        made = NoiseArgs(_SIGMA, noise == RELATIVE_NOISE, _SEED, n) if noise else None
+        fold, counted = None, None
+        if average and n != 1:
+            fold = Fold(0.375, 0.875, n == 0, n == 2 and bool(odd), 0.5 * (n == 2 and not odd))
+        if scheduled is not None:
+            made, fold, counted = _by_schedule(scheduled, n, noise is not None, average)
+            if self.bucket.device is None:
+                counted = None
+            else:
+                made = fold = None
         return StepArgs(
             lr,
             scale * (-0.5 if odd else 0.75),
@@ -294,12 +310,33 @@ class _Run:
             decay if masks and not odd else 0.0,
             self.rule.numbers(_settings(self.rule, odd), step, scalar, earlier),
             None if kind is None else _RATIOS[kind],
-            None if noise is None else NoiseArgs(_SIGMA, noise == RELATIVE_NOISE, _SEED, n),
-            Fold(0.375, 0.875, n == 0, n == 2 and bool(odd), 0.5 * (n == 2 and not odd))
-            if average and n != 1
-            else None,
+            made,
+            fold,
             masks,
+            counted,
         )
+
+
+def _by_schedule(
+    average: Average, n: int, noisy: bool, averaged: bool
+) -> tuple[NoiseArgs | None, Fold | None, Counted]:
+    """Step n, counted from 0, of noise that falls in a cycle and of an average, and what a device computes both from."""
+    mean = average == Average.MEAN
+    samples, periods = (n % _PERIOD, n // _PERIOD) if mean and averaged else (n, 0)
+    schedule = Schedule(
+        sigma=_SIGMA if noisy else 0.0,
+        cycle=_CYCLE if noisy else 0,
+        noise_seed=_SEED if noisy else 0,
+        average=average if averaged else 0,
+        period=_PERIOD if mean and averaged else 0,
+        window=float(_PERIOD) if mean and averaged else 0.0,
+        beta=_BETA,
+    )
+    noise = NoiseArgs(_SIGMA * (1 - n % _CYCLE / _CYCLE), False, _SEED, n) if noisy else None
+    fold = Fold(1 if n == 0 else 1 - _BETA, 1.0, n == 0, False)
+    if mean:
+        fold = Fold(1 / (samples + 1), 1.0, samples == 0, samples == _PERIOD - 1)
+    return noise, fold if averaged else None, Counted(schedule, n, samples, periods)
 
 
 # ---- what is compared

@@ -251,7 +251,7 @@ MUTATIONS = {
     ),
     "the norm of the new weights is not kept": (
         "cuda/body.h",
-        "if (shared.kept) launch.norms[t].weight2 = shared.lanes[0].weight2;",
+        "launch.norms[t].weight2 = shared.lanes[0].weight2;",
         "",
     ),
     "the last element is left out": (
@@ -277,6 +277,16 @@ MUTATIONS = {
     "an average keeps all that it had": ("pass.h", "v[k] += add * (p[k] - share * v[k])", "v[k] += add * p[k]"),
     "decoupled decay is coupled": ("pass.h", "+ by.decoupled_decay * p;", "+ by.coupled_decay * p;"),
     "noise has the upper word of the key wrong": ("noise.h", "key1 += kPhiloxW1;", "key1 += kPhiloxW0;"),
+    "the mean of samples is the last one": (
+        "schedule.h",
+        "args.add = 1 / static_cast<double>(counts.samples + 1);",
+        "args.add = 1;",
+    ),
+    "noise does not fall in its cycle": (
+        "schedule.h",
+        "if (s.cycle) args.sigma *= 1 -",
+        "if (s.cycle) args.sigma *= 1 + 0 *",
+    ),
     "noise has fewer digits": ("noise.h", "ln = ln * f + 0.500026762f;", "ln = ln * f + 0.50002f;"),
 }
 
