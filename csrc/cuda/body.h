@@ -186,18 +186,21 @@ FUSED_OPT_FN void add_noise_to_shard(const Tensor& tensor, const StepArgs& args,
                                      T (&p)[V]) {
   const ShardLayout& shard = *layer.shard;
   const int64_t whole = in_whole(tensor, shard, i);
-  if (V == 1 || (whole % V == 0 && (i + V <= shard.run || i % shard.run + V <= shard.run)))
-    return add_noise(args, layer, sigma, whole, p);
-  // Neighbours that do not draw together. They take turns in the first place: an index that is not known would need
-  // memory.
-  FUSED_OPT_ROLLED
-  for (int k = 0; k < V; ++k) {
-    T one[1] = {p[0]};
-    add_noise(args, layer, sigma, in_whole(tensor, shard, i + k), one);
-    FUSED_OPT_UNROLL
-    for (int j = 0; j + 1 < V; ++j) p[j] = p[j + 1];
-    p[V - 1] = one[0];
-  }
+  if constexpr (V > 1)
+    if (whole % V != 0 || (i + V > shard.run && i % shard.run + V > shard.run)) {
+      // Neighbours that do not draw together. They take turns in the first place: an index that is not known would need
+      // memory.
+      FUSED_OPT_ROLLED
+      for (int k = 0; k < V; ++k) {
+        T one[1] = {p[0]};
+        add_noise(args, layer, sigma, in_whole(tensor, shard, i + k), one);
+        FUSED_OPT_UNROLL
+        for (int j = 0; j + 1 < V; ++j) p[j] = p[j + 1];
+        p[V - 1] = one[0];
+      }
+      return;
+    }
+  add_noise(args, layer, sigma, whole, p);
 }
 
 // Requests a group of every operand that the wanted norms need; a step needs those of its direction.
