@@ -67,6 +67,7 @@ class Plan:
         self.new_states = NewStates(state, state_dtype)
         chosen, skipped = _grouped(param_groups, state, specs, backend, state_dtype, scales)
         self.shards = [entry.shard for members in chosen.values() for entry in members if entry.shard is not None]
+        self.buckets: list[Bucket] = []
         try:
             for key, members in chosen.items():
                 for entry in members:
@@ -75,7 +76,8 @@ class Plan:
                     )
             for shard in self.shards:
                 shard.bind()
-            self.buckets = [_bucket(key, members, param_groups, state) for key, members in chosen.items()]
+            for key, members in chosen.items():
+                self.buckets.append(_bucket(key, members, param_groups, state))
         except BaseException:
             self.undo()
             raise

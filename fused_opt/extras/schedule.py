@@ -57,7 +57,9 @@ def _schedule(noise: WeightNoise | None, averaging: Averaging | None) -> Schedul
 def counted(group: Mapping[str, Any]) -> Counted | None:
     """What a device that counts needs to know of a group's noise and averages; None: the host must compute them."""
     schedule = _schedule(group["noise"], group["averaging"])
-    return None if schedule is None else Counted(schedule, group["steps"], group["samples"], group["periods"])
+    if schedule is None or group["steps"] >= _MOST:
+        return None
+    return Counted(schedule, group["steps"], group["samples"], group["periods"])
 
 
 #: Of a group that has neither: its steps are counted, from wherever the device is.
