@@ -221,6 +221,15 @@ class Bucket:
             second.append(of_stack[k]._replace(grad_scale=scale, coefficients=()))
         _run(self.second, second, None if scalars is None else DeviceScalars(found_inf=scalars.found_inf))
 
+    def capturing(self) -> bool:
+        """Whether a step would go into a CUDA graph now."""
+        return cast(DeviceBucket, self.first).capturing()
+
+    def counts(self) -> list[tuple[int, int, int, int]]:
+        """Of the second bucket, by the optimizer's groups."""
+        found = cast(DeviceBucket, self.second).counts()
+        return [(self._stacks[k].group, steps, samples, periods) for k, steps, samples, periods in found]
+
     def reshaped(self) -> bool:
         """Never: it holds no edges of the parameters' gradients."""
         return False
