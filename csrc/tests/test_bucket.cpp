@@ -15,6 +15,10 @@ cuda::Machine recording() {
   cuda::Machine machine = cuda::host();
   machine.allocate = [](size_t bytes) -> void* { return memory.emplace_back(bytes / 8 + 1).data(); };
   machine.release = [](void*) {};
+  machine.share = [](size_t words) {
+    return reinterpret_cast<uint64_t*>(memory.emplace_back(std::vector<double>(words + 1)).data());
+  };
+  machine.unshare = [](uint64_t*) {};
   machine.capturing = [](void*) { return in_capture; };
   return machine;
 }

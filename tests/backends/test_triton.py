@@ -99,7 +99,7 @@ def test_compiles_to_wide_accesses_without_spills(name, architecture, tmp_path):
     assert wide(binary, "st") == loads - 8 * dtypes[1].primitive_bitwidth // 128
     # What keeps enough threads on a multiprocessor of 65536 registers to hide the latency of its memory: 512, and with masks
     # beside everything else 384.
-    small, masked = rule in ("sgd", "momentum_sgd") and not extras, len(extras) == 4
+    small, masked = rule in ("sgd", "momentum_sgd") and not extras, len(extras) == 4 and extras[1]
     assert registers <= (40 if small else 136 if masked else 128)
     # Fused to one rounding the bits would be others than the native backend's. Divisions and square roots are made of such
     # instructions, and are rounded as they should be.
