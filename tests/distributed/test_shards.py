@@ -314,6 +314,20 @@ def check_gradients_laid_out_otherwise(rank, world):
     assert torch.equal(whole(q.detach()), torch.full((5, 3), 0.5))
 
 
+def check_noise_of_shards_that_lie_otherwise_in_memory(rank, world):
+    """A shard whose dimensions have another order in memory is walked in that order, and draws for its place in the whole."""
+    mesh = init_device_mesh("cpu", (world,))
+    for backend in BACKENDS:
+        p = torch.nn.Parameter(torch.ones(4 * world, 6, 600))
+        local = torch.ones(6, 4, 600).transpose(0, 1)
+        q = torch.nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)], run_check=False))
+        p.grad, q.grad = torch.zeros_like(p), torch.zeros_like(q)
+        for of in (p, q):
+            fused_opt.SGD([of], lr=0.5, noise=fused_opt.WeightNoise(std=0.1), backend=backend).step()
+        assert q.to_local().stride() == local.stride()
+        assert torch.equal(whole(q.detach()), p)
+
+
 def check_refusals_change_nothing(rank, world):
     mesh = init_device_mesh("cpu", (world,))
     plain = torch.ones(4, 3)

@@ -194,6 +194,19 @@ def test_what_surrounds_the_products(backend):
             torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-4)
 
 
+def test_independent_decay(backend):
+    """Of the weights as they were, not times the rate, and once: the momentum has none."""
+    ours, theirs = matrices(torch.float64), matrices(torch.float64)
+    before = [p.detach().clone() for p in ours]
+    decays = fused_opt.Muon(ours, lr=0.1, weight_decay=0.25, decay="independent", backend=backend)
+    decays_not = fused_opt.Muon(theirs, lr=0.1, weight_decay=0.0, backend=backend)
+    give_gradients(ours, theirs, seed=0)
+    decays.step()
+    decays_not.step()
+    for p, q, start in zip(ours, theirs, before):
+        torch.testing.assert_close(p.detach(), q.detach() - 0.25 * start, rtol=0, atol=1e-12)
+
+
 def test_htmuon(backend):
     """``power``: of the momentum's singular values, arXiv 2603.10067."""
     ours = matrices(torch.float64)
