@@ -15,7 +15,7 @@ from .extras.averaging import AVERAGE, LR_SQUARES
 from .groups import Groups, name_of
 from .plan import Plan
 from .rule import Rule
-from .states import WithStates
+from .states import StateDtype, WithStates, dtype_of_state
 from .warn import warn_once
 
 
@@ -23,7 +23,7 @@ class Checkpoints(WithStates):
     """The part of FusedOptimizer that saves and loads."""
 
     backend: str
-    state_dtype: torch.dtype | None
+    state_dtype: StateDtype
     _scales: dict[str, dict[Tensor, tuple[float, float]]]
     _groups: Groups
     _plan: Plan | None
@@ -107,9 +107,10 @@ class Checkpoints(WithStates):
                 # torch has cast all but the step count to the parameter's dtype.
                 if slot in scalars:
                     self._states[p][slot] = value.to(device="cpu", dtype=torch.float32)
-                elif slot == AVERAGE or (self.state_dtype is not None and slot != "step" and not p.is_complex()):
-                    dtype = value.dtype if slot == AVERAGE else self.state_dtype
-                    self._states[p][slot] = value.to(device=p.device, dtype=dtype)
+                elif slot == AVERAGE or (slot != "step" and not p.is_complex()):
+                    dtype = value.dtype if slot == AVERAGE else dtype_of_state(self.state_dtype, slot)
+                    if dtype is not None:
+                        self._states[p][slot] = value.to(device=p.device, dtype=dtype)
                 if self._states[p][slot] is value:
                     self._states[p][slot] = value.clone()
 

@@ -15,8 +15,9 @@ from typing import Any, get_type_hints
 from .extras import EXTRAS, Extras
 
 _BESIDE = {
-    "state_dtype": """dtype of the states; None: the parameter's, as torch keeps it. ``torch.float32`` keeps the states of
-        bfloat16 and float16 parameters in full, also through ``load_state_dict``.""",
+    "state_dtype": """dtype of the states, or a dict of dtypes by state (``{"exp_avg": torch.bfloat16}``): float32, float64,
+        bfloat16 or float16. None, and for a state that the dict lacks: the parameter's, as torch keeps it. It holds through
+        ``load_state_dict``, too. Averages and complex states keep theirs.""",
     "backend": """``"auto"`` takes for every parameter the first of :func:`fused_opt.backends.available` that can step
         it; a named one steps it or raises with the reason. On a GPU a backend that fails its self-check cannot.""",
 }

@@ -26,6 +26,7 @@ from .parts.samples import Samples
 from .parts.tracker import PartTracker, wants_parts, warn_without_parts
 from .plan import Plan
 from .shards import within_zero
+from .states import StateDtype, check_state_dtype
 from .step import DeviceStep, HostStep, host_decides
 from .tensors import buffers_restored
 from .warn import warn_once
@@ -63,7 +64,7 @@ class FusedOptimizer(Checkpoints):
         params: ParamsT,
         defaults: dict[str, Any],
         *,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype = None,
         backend: str = "auto",
         **extras: Any,
     ) -> None:
@@ -75,8 +76,7 @@ class FusedOptimizer(Checkpoints):
             )
         if backend != "auto" and (reason := backends.get(backend).unavailable()):
             raise RuntimeError(f"backend {backend!r} cannot run here: {reason}. backend='auto' takes one that can")
-        if state_dtype not in (None, torch.float32, torch.float64):
-            raise ValueError(f"Invalid state_dtype: {state_dtype}; None, torch.float32 and torch.float64 are known")
+        check_state_dtype(state_dtype)
         defaults = {**defaults, **extras_of(extras), **dict.fromkeys(COUNTS, 0)}
         self._check_all(defaults)
         self.backend = backend
@@ -89,6 +89,7 @@ class FusedOptimizer(Checkpoints):
         self._last: Plan | None = None  # the plan of the last step
         self._captured: Plan | None = None  # a plan whose steps are in CUDA graphs
         super().__init__(params, defaults)
+        self._check_names_of_states()
         self._states_are_known = False
         self._partial = within_zero()
         for group in self.param_groups if self._partial else ():
@@ -123,6 +124,16 @@ class FusedOptimizer(Checkpoints):
         self._check(options)
         check_extras(options)
         check_together(options, self._decay(options))
+
+    def _check_names_of_states(self) -> None:
+        """Raise where ``state_dtype`` names a state that no group has."""
+        if isinstance(self.state_dtype, Mapping):
+            known = list(dict.fromkeys(slot for group in self.param_groups for slot in self._rule(group).states))
+            if unknown := [slot for slot in self.state_dtype if slot not in known]:
+                raise ValueError(
+                    f"Invalid state_dtype: it names {unknown[0]!r}, and the states of this {type(self).__name__} are "
+                    f"{', '.join(map(repr, known)) or 'none'}"
+                )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch.optim does, after its hyper-parameters were found in range."""

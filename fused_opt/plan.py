@@ -20,7 +20,7 @@ from .backends.self_check import Variant
 from .groups import GroupSpec, name_of
 from .rule import Rule
 from .shards import Shard, add_up, is_spread, local, spread_of
-from .states import NewStates, check_parameter
+from .states import NewStates, StateDtype, check_parameter, dtype_of_state
 from .tensors import norm2, share_memory
 from .warn import warn_once
 
@@ -46,7 +46,7 @@ class Plan:
             has passed.
         specs: of every group.
         backend: ``"auto"`` or a backend's name.
-        state_dtype: dtype of new states; None: the parameter's.
+        state_dtype: of new states.
         scales: multipliers (learning rate, weight decay) by parameter.
 
     Raises:
@@ -60,7 +60,7 @@ class Plan:
         state: dict[Tensor, Any],
         specs: list[GroupSpec],
         backend: str,
-        state_dtype: torch.dtype | None,
+        state_dtype: StateDtype,
         scales: Mapping[Tensor, tuple[float, float]],
     ) -> None:
         self.specs = specs
@@ -200,7 +200,7 @@ def _grouped(
     state: Mapping[Tensor, Any],
     specs: Sequence[GroupSpec],
     backend: str,
-    state_dtype: torch.dtype | None,
+    state_dtype: StateDtype,
     scales: Mapping[Tensor, tuple[float, float]],
 ) -> tuple[dict[_Key, list[ParamEntry]], bool]:
     """The parameters of each bucket, in the order of the buckets' turns, and whether any was left out."""
@@ -262,11 +262,12 @@ def _variants(
     group: Mapping[str, Any],
     p: Tensor,
     state: Mapping[str, Any],
-    dtype: torch.dtype | None,
+    dtype: StateDtype,
     extras: frozenset[str],
 ) -> list[Variant]:
     """What a parameter asks of kernels; ``dtype``: of states that are to be made."""
-    states = [(dtype or p.dtype) if (found := state.get(slot)) is None else found.dtype for slot in rule.states]
+    found = {slot: state[slot].dtype for slot in rule.states if state.get(slot) is not None}
+    states = [found.get(slot) or dtype_of_state(dtype, slot) or p.dtype for slot in rule.states]
     of_gradient = (p.dtype if p.grad is None else p.grad.dtype, *states)
     if rule.matrices is None:
         return [Variant(rule, (p.dtype, *of_gradient), extras)]

@@ -4,17 +4,34 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .backends.interface import ParamEntry
+from .backends.pointers import DTYPES
 from .extras.averaging import AVERAGE, initial
 from .groups import GroupSpec
 from .rule import Rule
 from .shards import check_alike, local
 from .tensors import overlaps
+
+#: Of the states that a step makes: all alike, or by name; None, and for a name that it lacks: the parameter's.
+StateDtype: TypeAlias = torch.dtype | Mapping[str, torch.dtype] | None
+
+
+def dtype_of_state(given: StateDtype, slot: str) -> torch.dtype | None:
+    """What ``state_dtype=`` says of one state; None: nothing, so that it is the parameter's."""
+    return given.get(slot) if isinstance(given, Mapping) else given
+
+
+def check_state_dtype(given: StateDtype) -> None:
+    """Raise a ValueError unless it is None, a dtype that states can have, or a dict of these by name."""
+    for dtype in given.values() if isinstance(given, Mapping) else () if given is None else (given,):
+        if dtype not in DTYPES:
+            kinds = ", ".join(str(dtype) for dtype in DTYPES)
+            raise ValueError(f"Invalid state_dtype: {given}; there are None, {kinds}, and dicts of these by state")
 
 
 class WithStates(torch.optim.Optimizer):
@@ -116,10 +133,10 @@ class NewStates:
 
     Args:
         state: the optimizer's.
-        dtype: of new states; None: the parameter's.
+        dtype: of new states.
     """
 
-    def __init__(self, state: dict[Tensor, Any], dtype: torch.dtype | None) -> None:
+    def __init__(self, state: dict[Tensor, Any], dtype: StateDtype) -> None:
         self._state = state
         self._dtype = dtype
         self._before: dict[Tensor, dict[str, Any] | None] = {}  # the entries to which something was added
@@ -161,7 +178,7 @@ class NewStates:
                 p,
                 complex(begin, begin) if p.is_complex() else begin,
                 memory_format=torch.preserve_format,
-                dtype=None if p.is_complex() else self._dtype,
+                dtype=None if p.is_complex() else dtype_of_state(self._dtype, slot),
                 requires_grad=False,
             )
             self._make(p, slot, value)

@@ -59,7 +59,7 @@ class ExtrasBesideRatio(TypedDict, total=False):
     decay: Decay | None
     max_grad_norm: float | None
     nonfinite: Nonfinite
-    state_dtype: torch.dtype | None
+    state_dtype: torch.dtype | Mapping[str, torch.dtype] | None
     backend: Literal["auto", "native", "triton", "foreach", "reference"]
 
 

@@ -48,6 +48,24 @@ def test_the_bits_are_the_native_backends(name, options, dtype, monkeypatch):
             assert torch.equal(torch.as_tensor(a.state[p][slot]), torch.as_tensor(state)), slot
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@every_elementwise_rule
+def test_states_of_16_bits_have_the_native_backends_bits(name, options, dtype, monkeypatch):
+    run_with("baseline", monkeypatch)
+    ours = contiguous(dtype)
+    theirs = clones(ours)
+    options = {**options, "state_dtype": torch.float16}
+    a, b = (
+        getattr(fused_opt, name)(p, backend=which, **options) for p, which in ((ours, "triton"), (theirs, "native"))
+    )
+    train(a, b, ours, theirs, steps=2)
+    for p, q in zip(ours, theirs):
+        assert torch.equal(p, q)
+        for slot, state in b.state[q].items():
+            assert a.state[p][slot].dtype == state.dtype
+            assert torch.equal(torch.as_tensor(a.state[p][slot]), torch.as_tensor(state)), slot
+
+
 @pytest.mark.parametrize(("parameter", "gradient"), [(torch.float16, torch.float32), (torch.float64, torch.float16)])
 def test_states_and_gradients_of_other_dtypes(parameter, gradient):
     a, b, ours, theirs = both("AdamW", {"lr": 0.01, **STATES}, dtype=parameter)

@@ -21,6 +21,7 @@ CASES = {
     "SGD": ("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1, "averaging": fused_opt.PSWA(4)}),
     "AdamW": ("AdamW", {"lr": 0.01, "amsgrad": True, "averaging": PSWM}),
     "bfloat16": ("AdamW", {"lr": 0.01, "state_dtype": torch.float32, "averaging": EMA}),
+    "states": ("AdamW", {"lr": 0.01, "state_dtype": {"exp_avg": torch.bfloat16, "exp_avg_sq": torch.float64}}),
     "noise": ("SGD", {"lr": 0.1, "momentum": 0.9, "noise": fused_opt.WeightNoise(0.01, schedule="cycle", period=3)}),
 }
 # With a norm in the step: on other numbers of ranks within rounding.
