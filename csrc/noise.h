@@ -1,12 +1,29 @@
 // Standard normal numbers by counting: Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC
 // 2011) and Box-Muller. Element i of parameter k in step t draws lane i % 4 of the counter (i / 4, k, t) under the key
-// `seed`: nothing else decides, neither threads nor chunks nor the order of elements in memory.
+// `seed`: nothing else decides, neither threads nor chunks nor the order of elements in memory. What is drawn for other
+// ends than noise is in streams of its own: their numbers are the highest bits of i / 4, which no tensor reaches.
 #pragma once
 #include <cstdint>
 
 #include "rules.h"
 
 namespace fused_opt {
+
+// What a draw is keyed by, beside the element.
+struct Draw {
+  uint64_t seed = 0;
+  uint32_t index = 0, step = 0;
+  uint32_t stream = 0;  // below 8; 0: noise
+  FUSED_OPT_FN uint32_t high() const { return stream << 29; }
+};
+// Of rounding at random: the words of one stream have the bits of two stored numbers of an element, so that a rule's
+// states, the parameter, and the parameter where an average moves it once more, have theirs in this order.
+FUSED_OPT_FN constexpr uint32_t rounding_stream(int place) {
+  return 1 + static_cast<uint32_t>(place) / 2;
+}
+FUSED_OPT_FN constexpr int rounding_shift(int place) {
+  return place % 2 * 16;
+}
 
 constexpr uint32_t kPhiloxM0 = 0xD2511F53, kPhiloxM1 = 0xCD9E8D57;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9, kPhiloxW1 = 0xBB67AE85;

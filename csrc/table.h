@@ -96,7 +96,10 @@ struct StepArgs {
   double sigma = 0;  // of the noise
   bool relative = false;
   uint64_t seed = 0;
-  uint32_t noise_step = 0;
+  uint32_t noise_step = 0;  // of rounding at random, too
+
+  bool stochastic = false;  // what is stored in 16 bits is rounded at random
+  uint64_t rounding_seed = 0;
 
   // The average: v <- (restart ? 0 : v) + add * (p - share * v), and then p <- v where it is written back, else
   // p <- p + follow * (the new v - the old v).

@@ -60,6 +60,28 @@ FUSED_OPT_FN BFloat16 narrow<BFloat16>(double x) {
   return narrow<BFloat16>(static_cast<float>(x));
 }
 
+// One of the two numbers that x lies between, at random so that their mean is x: the one further from 0 for as many of
+// 2^16 `bits` as x is nearer to it. Beyond the largest finite number, and of NaN, what `narrow` makes of x.
+template <class To>
+FUSED_OPT_FN To narrow_at_random(float x, uint32_t bits) {
+  const uint32_t word = __builtin_bit_cast(uint32_t, x);
+  const float size = absolute(x);
+  if constexpr (std::is_same_v<To, BFloat16>) {
+    if (!(size <= 0x1.FEp127f)) return narrow<To>(x);
+    return {static_cast<uint16_t>((word + bits) >> 16)};
+  } else if constexpr (std::is_same_v<To, Float16>) {
+    if (!(size <= 65504)) return narrow<To>(x);
+    if (size >= 0x1p-14f) return narrow<To>(__builtin_bit_cast(float, (word + (bits >> 3)) & ~0x1FFFu));
+    // A whole number of 2^-24, which is how a denormal is stored.
+    const uint32_t units = (static_cast<uint32_t>(static_cast<int32_t>(size * 0x1p40f)) + bits) >> 16;
+    return narrow<To>(__builtin_bit_cast(
+        float, __builtin_bit_cast(uint32_t, static_cast<float>(static_cast<int32_t>(units)) * 0x1p-24f) |
+                   (word & 0x80000000)));
+  } else {
+    return x;
+  }
+}
+
 // Calls f with a null pointer of the element type that `dtype` names.
 template <class F>
 FUSED_OPT_FN void with_type(DType dtype, const F& f) {

@@ -14,6 +14,7 @@ from .extras import (
     Averaging,
     Cautious,
     ScheduleFree,
+    StochasticRounding,
     TrustRatio,
     WeightNoise,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "RMSprop",
     "ScheduleFree",
     "Snapshots",
+    "StochasticRounding",
     "TempBalance",
     "TrustRatio",
     "WeightNoise",

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from .extras import COUNTS, EXTRAS, IN_ARGS
 from .extras.averaging import AVERAGE
 from .extras.clipping import wants_norm
+from .extras.rounding import rounds_at_random
 from .rule import Rule
 
 
@@ -23,7 +24,7 @@ class GroupSpec(NamedTuple):
 
     rule: Rule
     decay: str  # what the weight decay is, as ``decay=`` says it
-    noisy: bool
+    noisy: bool  # elements draw random numbers, by their places
     averaged: bool
     counts: bool  # the elements of whole tensors
     has_args: bool  # of extras
@@ -70,7 +71,7 @@ class Groups:
             GroupSpec(
                 optimizer._rule(group),
                 optimizer._decay(group),
-                group["noise"] is not None,
+                group["noise"] is not None or rounds_at_random(group["rounding"]),
                 group["averaging"] is not None,
                 group["cautious"] is not None and group["cautious"].args.scaled,
                 any(group[extra.key] is not None for extra, _ in IN_ARGS),

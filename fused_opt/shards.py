@@ -151,7 +151,8 @@ class Shard:
         if noisy and self.layout is None:
             raise RuntimeError(
                 f"parameter {name} of shape {tuple(parameter.shape)} is cut by {parameter.placements} into parts that are "
-                f"not one box each, and noise counts elements; cut dimensions into equal parts, or leave out noise="
+                f"not one box each, and noise counts elements, as rounding at random does; cut dimensions into equal parts, "
+                f"or leave both out"
             )
 
     def hold(self, state: Any) -> Tensor:

@@ -14,6 +14,7 @@ from .backends.interface import DeviceScalars, Norm, StepArgs, StepKey
 from .extras import NO_ARGS, step_args
 from .extras.clipping import PASS, RAISE, allows, clip_factor
 from .extras.decay import COUPLED, DECOUPLED, INDEPENDENT
+from .extras.rounding import rounds_at_random
 from .extras.schedule import UNCOUNTED, counted
 from .groups import Groups
 from .parts.tracker import PartTracker
@@ -99,7 +100,7 @@ class Step:
         for group, extras in zip(self.param_groups, self.extras):
             if not self.stepping:
                 found.append(extras)
-            elif group["noise"] is None and group["averaging"] is None:
+            elif not _depends_on_counts(group):
                 found.append((*extras, UNCOUNTED if self.captured else None))
             elif (by_device := counted(group)) is None:
                 found.append(extras)
@@ -233,9 +234,14 @@ class DeviceStep(Step):
 
 
 def host_decides(groups: Sequence[Mapping[str, Any]], found_inf: Tensor | None, plan: Plan) -> bool:
-    """Whether the host must read numbers from the GPU: to skip or raise, and to count steps for noise and averages."""
-    counts = any(group["noise"] is not None or group["averaging"] is not None for group in groups)
+    """Whether the host must read numbers from the GPU: to skip or raise, and to count steps where they are keys."""
+    counts = any(map(_depends_on_counts, groups))
     return groups[0]["nonfinite"] != PASS or (found_inf is not None and counts and not plan.capturing())
+
+
+def _depends_on_counts(group: Mapping[str, Any]) -> bool:
+    """Whether the steps that a group counts decide on what a step does: on noise, averages and rounding at random."""
+    return group["noise"] is not None or group["averaging"] is not None or rounds_at_random(group["rounding"])
 
 
 def _known(group: Mapping[str, Any], lr: float | Tensor) -> float | Tensor:

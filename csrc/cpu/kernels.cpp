@@ -135,36 +135,43 @@ struct ManyLanes {
   }
 };
 
-// z: room for a multiple of 128 numbers, before each of which it calls ahead(done): calculating and fetching can
-// overlap.
-template <class Ahead>
-FUSED_OPT_FN void normal(uint64_t seed, uint32_t index, uint32_t t, uint64_t begin, int64_t n, float* z,
-                         const Ahead& ahead) {
+// z: room for a multiple of 128 normal numbers, or random words, before each of which it calls ahead(done): calculating
+// and fetching can overlap.
+template <class Z, class Ahead>
+FUSED_OPT_FN void draw_counters(const Draw& by, uint64_t begin, int64_t n, Z* z, const Ahead& ahead) {
   constexpr int kLanes = kRegister / sizeof(uint64_t);
   constexpr int kCounters = 32;
   alignas(64) uint32_t words[4][kCounters];
-  alignas(64) float lanes[4][kCounters];
   Words first{};
   for (int lane = 0; lane < kLanes; ++lane) first[lane] = begin + static_cast<uint64_t>(lane);
   for (int64_t done = 0; done < n; done += kCounters) {
     ahead(4 * done);
     for (int k = 0; k < kCounters; k += 2 * kLanes) {
       const Words counter = first + static_cast<uint64_t>(done + k);
-      ManyLanes::Word c0{counter, counter + static_cast<uint64_t>(kLanes)}, c1 = c0 >> 32;
-      ManyLanes::Word c2 = ManyLanes::splat(index), c3 = ManyLanes::splat(t);
-      philox<ManyLanes>(c0, c1, c2, c3, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+      ManyLanes::Word c0{counter, counter + static_cast<uint64_t>(kLanes)},
+          c1 = (c0 >> 32) ^ ManyLanes::splat(by.high());
+      ManyLanes::Word c2 = ManyLanes::splat(by.index), c3 = ManyLanes::splat(by.step);
+      philox<ManyLanes>(c0, c1, c2, c3, static_cast<uint32_t>(by.seed), static_cast<uint32_t>(by.seed >> 32));
       const ManyLanes::Word* c[] = {&c0, &c1, &c2, &c3};
       for (int w = 0; w < 4; ++w) *reinterpret_cast<Halves*>(&words[w][k]) = evens(c[w]->a, c[w]->b);
     }
-    for (int k = 0; k < kCounters; ++k) box_muller(words[0][k], words[1][k], lanes[0][k], lanes[1][k]);
-    for (int k = 0; k < kCounters; ++k) box_muller(words[2][k], words[3][k], lanes[2][k], lanes[3][k]);
-    for (int k = 0; k < kCounters; ++k)
-      for (int lane = 0; lane < 4; ++lane) z[4 * (done + k) + lane] = lanes[lane][k];
+    const auto put = [&](const auto& from) {
+      for (int k = 0; k < kCounters; ++k)
+        for (int lane = 0; lane < 4; ++lane) z[4 * (done + k) + lane] = from[lane][k];
+    };
+    if constexpr (std::is_same_v<Z, float>) {
+      alignas(64) float lanes[4][kCounters];
+      for (int k = 0; k < kCounters; ++k) box_muller(words[0][k], words[1][k], lanes[0][k], lanes[1][k]);
+      for (int k = 0; k < kCounters; ++k) box_muller(words[2][k], words[3][k], lanes[2][k], lanes[3][k]);
+      put(lanes);
+    } else {
+      put(words);
+    }
   }
 }
 
 void normal(uint64_t seed, uint32_t index, uint32_t t, uint64_t begin, int64_t n, float* z) {
-  normal(seed, index, t, begin, n, z, [](int64_t) {});
+  draw_counters({seed, index, t}, begin, n, z, [](int64_t) {});
 }
 
 // Calls f(begin, n) for every block of [begin, end); all but the last have a length that the compiler knows.
@@ -186,29 +193,29 @@ FUSED_OPT_FN void prefetch(const Tensor& tensor, int64_t begin, const Operands&.
   (ask(operands), ...);
 }
 
-// The noise of elements [begin, begin + n) that lie in another order than the whole tensor's: that of a slab at a time
-// is drawn in the whole's order, and kept for the next call.
-__attribute__((noinline)) void draw_slabs(const Tensor& tensor, const StepArgs& args, const Layer& layer, int64_t begin,
-                                          int64_t n, float* z) {
+// What elements [begin, begin + n) draw that lie in another order than the whole tensor's: that of a slab at a time is
+// drawn in the whole's order, and kept for the next call.
+template <class Z>
+__attribute__((noinline)) void draw_slabs(const Tensor& tensor, const Draw& by, const Layer& layer, int64_t begin,
+                                          int64_t n, Z* z) {
   struct Drawn {
-    uint64_t seed = 0, first = 0;
-    uint32_t index = 0, step = 0;
+    Draw by;
+    uint64_t first = 0;
     int64_t size = 0;
-    alignas(64) float z[kMostInSlab + 256];  // what comes before and after in the draws
+    alignas(64) Z z[kMostInSlab + 256];  // what comes before and after in the draws
   };
-  static thread_local Drawn drawn;
+  static thread_local Drawn of_streams[std::is_same_v<Z, float> ? 1 : 3];
+  Drawn& drawn = of_streams[by.stream ? by.stream - 1 : 0];
   const ShardLayout& layout = *layer.shard;
   const Operand whole{nullptr, DType::kFloat32, layout.strides};
   for (int64_t i = 0, m; i < n; i += m) {
     const int64_t slab = (begin + i) / layout.slab * layout.slab;
     m = std::min(n - i, slab + layout.slab - begin - i);
     const auto first = static_cast<uint64_t>(in_whole(tensor, layout, slab)), skipped = first % 4;
-    if (drawn.size != layout.slab || drawn.first != first || drawn.seed != args.seed || drawn.index != layer.index ||
-        drawn.step != args.noise_step) {
-      normal(args.seed, layer.index, args.noise_step, first / 4, (static_cast<int64_t>(skipped) + layout.slab + 3) / 4,
-             drawn.z);
-      drawn.seed = args.seed, drawn.first = first, drawn.index = layer.index, drawn.step = args.noise_step;
-      drawn.size = layout.slab;
+    if (drawn.size != layout.slab || drawn.first != first || drawn.by.seed != by.seed || drawn.by.index != by.index ||
+        drawn.by.step != by.step) {
+      draw_counters(by, first / 4, (static_cast<int64_t>(skipped) + layout.slab + 3) / 4, drawn.z, [](int64_t) {});
+      drawn.by = by, drawn.first = first, drawn.size = layout.slab;
     }
     const uint64_t before = skipped + static_cast<uint64_t>(layout.offset) - first;
     for_each_strided(tensor, whole, begin + i, m,
@@ -216,29 +223,75 @@ __attribute__((noinline)) void draw_slabs(const Tensor& tensor, const StepArgs& 
   }
 }
 
-// The noise of elements [begin, begin + n), n at most kDraw.
-template <class Ahead>
-__attribute__((noinline)) void draw(const Tensor& tensor, const StepArgs& args, const Layer& layer, int64_t begin,
-                                    int64_t n, float* z, const Ahead& ahead) {
+// What elements [begin, begin + n) draw, n at most kDraw.
+template <class Z, class Ahead>
+__attribute__((noinline)) void draw(const Tensor& tensor, const Draw& by, const Layer& layer, int64_t begin, int64_t n,
+                                    Z* z, const Ahead& ahead) {
   if (!layer.shard) {
-    normal(args.seed, layer.index, args.noise_step, static_cast<uint64_t>(begin) / 4, (n + 3) / 4, z,
-           [&](int64_t done) { ahead(begin + done); });
+    draw_counters(by, static_cast<uint64_t>(begin) / 4, (n + 3) / 4, z, [&](int64_t done) { ahead(begin + done); });
     return;
   }
   if (layer.shard->slab) {
     for (int64_t k = 0; k < n; k += kBlock) ahead(begin + k);
-    return draw_slabs(tensor, args, layer, begin, n, z);
+    return draw_slabs(tensor, by, layer, begin, n, z);
   }
-  alignas(64) float some[kDraw];
+  alignas(64) Z some[kDraw];
   for (int64_t i = 0, m; i < n; i += m) {
     // A shard may begin in the middle of the four elements that share a counter.
     const int64_t first = in_whole(tensor, *layer.shard, begin + i), skipped = first % 4;
     const int64_t left = layer.shard->run - (begin + i) % layer.shard->run;
     m = n - i < kDraw - skipped ? n - i : kDraw - skipped;
     if (left < m) m = left;
-    normal(args.seed, layer.index, args.noise_step, static_cast<uint64_t>(first) / 4, (skipped + m + 3) / 4, some);
+    draw_counters(by, static_cast<uint64_t>(first) / 4, (skipped + m + 3) / 4, some, [](int64_t) {});
     for (int64_t k = 0; k < m; ++k) z[i + k] = some[skipped + k];
   }
+}
+
+// The random bits of a block of at most kBlock elements, a word for each and two places in it.
+struct Bits {
+  const Tensor& tensor;
+  const StepArgs& args;
+  const Layer& layer;
+  int64_t begin, n;
+  uint32_t stream = 0;
+  alignas(64) uint32_t words[kBlock];
+
+  FUSED_OPT_FN Bits(const Tensor& tensor, const StepArgs& args, const Layer& layer, int64_t begin, int64_t n)
+      : tensor(tensor), args(args), layer(layer), begin(begin), n(n) {}
+  const uint32_t* of(int place) {
+    if (stream != rounding_stream(place)) {
+      stream = rounding_stream(place);
+      draw(tensor, {args.rounding_seed, layer.index, args.noise_step, stream}, layer, begin, n, words, [](int64_t) {});
+    }
+    return words;
+  }
+};
+
+// `copy_out`, at random where that was asked for and there are 16 bits.
+template <class T>
+__attribute__((noinline)) void copy_out(const Operand& operand, const T* values, Bits& bits, int place) {
+  if (!bits.args.stochastic || size_of(operand.dtype) != 2)
+    return copy_out(bits.tensor, operand, bits.begin, bits.n, values);
+  const uint32_t* words = bits.of(place);
+  const int shift = rounding_shift(place);
+  with_type(operand.dtype, [&](auto* type) {
+    using Element = std::remove_pointer_t<decltype(type)>;
+    if constexpr (sizeof(Element) == 2) {
+      auto* data = static_cast<Element*>(operand.data);
+      const auto put = [&](int64_t k, int64_t i) {
+        data[i] = narrow_at_random<Element>(static_cast<float>(values[k]), words[k] >> shift & 0xFFFF);
+      };
+      if (bits.tensor.flat)
+        for (int64_t k = 0; k < bits.n; ++k) put(k, bits.begin + k);
+      else
+        for_each_strided(bits.tensor, operand, bits.begin, bits.n, put);
+    }
+  });
+}
+
+template <class T>
+FUSED_OPT_FN void store(const Operand& operand, const T* values, Bits& bits, int place) {
+  if (!lies_ready<T>(bits.tensor, operand)) copy_out(operand, values, bits, place);
 }
 
 // Block by block, for what is not done in one go. Not inlined: its frame would cost every small tensor.
@@ -260,7 +313,9 @@ __attribute__((noinline)) Squares update_blocks(const Rule& rule, const Factors<
     if (args.sigma == 0)
       ahead(begin);
     else if (begin % kDraw == 0)
-      draw(tensor, args, layer, begin, end - begin < kDraw ? end - begin : kDraw, z, ahead);
+      draw(tensor, {args.seed, layer.index, args.noise_step}, layer, begin, end - begin < kDraw ? end - begin : kDraw,
+           z, ahead);
+    Bits bits(tensor, args, layer, begin, n);
     T* p = load(tensor, tensor.p, begin, n, buffers[0]);
     const T* g = load(tensor, tensor.g, begin, n, buffers[1]);
     T* states[] = {load(tensor, tensor.states[S], begin, n, buffers[2 + S])..., nullptr};
@@ -269,10 +324,10 @@ __attribute__((noinline)) Squares update_blocks(const Rule& rule, const Factors<
       apply(rule, by, n, p, g, states[S]...);
     else
       apply_masked(rule, by, masks, n, p, g, states[S]...);
-    (store(tensor, tensor.states[S], begin, n, states[S]), ...);
+    (store(tensor.states[S], states[S], bits, S), ...);
     if (args.sigma != 0)
       for (int64_t k = 0; k < n; ++k) p[k] += sigma * static_cast<T>(z[begin % kDraw + k]);
-    store(tensor, tensor.p, begin, n, p);
+    store(tensor.p, p, bits, sizeof...(S));
     if (!averages && !carries) return;
     p = load(tensor, tensor.p, begin, n, buffers[0]);  // what is averaged and summed is what was stored
     if (averages) {
@@ -280,7 +335,7 @@ __attribute__((noinline)) Squares update_blocks(const Rule& rule, const Factors<
       fold(args, n, v, p);
       store(tensor, tensor.average, begin, n, v);
       if (moves_weights(args)) {
-        store(tensor, tensor.p, begin, n, p);
+        store(tensor.p, p, bits, sizeof...(S) + 1);
         p = load(tensor, tensor.p, begin, n, buffers[0]);
       }
     }

@@ -78,7 +78,7 @@ struct Shared {
   Masks<T> masks;
   T sigma;
   int head;
-  bool plain, carries, averages, noisy;
+  bool plain, carries, averages, noisy, stochastic;
   bool kept, counts, last, all;  // see walk()
 };
 
@@ -161,29 +161,56 @@ FUSED_OPT_FN void prepare(const Launch& launch, int64_t t, Shared<Rule, T>& shar
   for (int s = 0; s < Rule::kStates; ++s) operands[2 + s] = tensor.states[s];
   if (shared.averages) operands[2 + Rule::kStates] = tensor.average;
   shared.head = peel<T>(operands, tensor.flat);
-  if (shared.noisy && shared.head) shared.head = -1;  // four neighbours draw together, from a multiple of 4 on
+  shared.stochastic = args.stochastic;
+  if ((shared.noisy || shared.stochastic) && shared.head)
+    shared.head = -1;  // four neighbours draw together, from a multiple of 4 on
 }
 
-// The noise of element i of the whole tensor, and of the V - 1 after it: i is a multiple of V. A counter gives four
-// numbers: a group of four takes all of them, a group of two one pair, a single element one.
-template <int V, class T>
-FUSED_OPT_FN void add_noise(const StepArgs& args, const Layer& layer, T sigma, int64_t i, T (&p)[V]) {
+// The words that element i of the whole tensor draws, and the V - 1 after it: i is a multiple of V. A counter gives
+// four: a group of four takes all of them, a group of two one pair. Of a single element it is the pair that its word is
+// in.
+template <int V>
+FUSED_OPT_FN void draw(const Draw& by, int64_t i, uint32_t (&words)[V == 1 ? 2 : V]) {
   const uint64_t counter = static_cast<uint64_t>(i) / 4;
-  uint64_t c0 = counter & 0xFFFFFFFF, c1 = counter >> 32, c2 = layer.index, c3 = args.noise_step;
-  philox<OneLane>(c0, c1, c2, c3, static_cast<uint32_t>(args.seed), static_cast<uint32_t>(args.seed >> 32));
-  float z[4];
+  uint64_t c0 = counter & 0xFFFFFFFF, c1 = counter >> 32 | by.high(), c2 = by.index, c3 = by.step;
+  philox<OneLane>(c0, c1, c2, c3, static_cast<uint32_t>(by.seed), static_cast<uint32_t>(by.seed >> 32));
   const bool upper = V < 4 && i & 2;
-  box_muller(static_cast<uint32_t>(upper ? c2 : c0), static_cast<uint32_t>(upper ? c3 : c1), z[0], z[1]);
-  if constexpr (V == 4) box_muller(static_cast<uint32_t>(c2), static_cast<uint32_t>(c3), z[2], z[3]);
-  if (V == 1 && i & 1) z[0] = z[1];
-  FUSED_OPT_UNROLL
-  for (int k = 0; k < V; ++k) p[k] += sigma * static_cast<T>(z[k]);
+  words[0] = static_cast<uint32_t>(upper ? c2 : c0), words[1] = static_cast<uint32_t>(upper ? c3 : c1);
+  if constexpr (V == 4) words[2] = static_cast<uint32_t>(c2), words[3] = static_cast<uint32_t>(c3);
 }
 
-// The same from element i of a shard on.
-template <int V, class T>
-FUSED_OPT_FN void add_noise_to_shard(const Tensor& tensor, const StepArgs& args, const Layer& layer, T sigma, int64_t i,
-                                     T (&p)[V]) {
+// Adds their noise to the weights of these elements.
+struct Noise {
+  Draw by;
+  template <int V, class T>
+  FUSED_OPT_FN void operator()(int64_t i, T sigma, T (&p)[V]) const {
+    uint32_t words[V == 1 ? 2 : V];
+    draw<V>(by, i, words);
+    float z[V == 1 ? 2 : V];
+    FUSED_OPT_UNROLL
+    for (int k = 0; k < V; k += 2) box_muller(words[k], words[k + 1], z[k], z[k + 1]);
+    if (V == 1 && i & 1) z[0] = z[1];
+    FUSED_OPT_UNROLL
+    for (int k = 0; k < V; ++k) p[k] += sigma * static_cast<T>(z[k]);
+  }
+};
+
+// Their words, for rounding at random.
+struct Words {
+  Draw by;
+  template <int V>
+  FUSED_OPT_FN void operator()(int64_t i, uint32_t, uint32_t (&words)[V]) const {
+    uint32_t drawn[V == 1 ? 2 : V];
+    draw<V>(by, i, drawn);
+    FUSED_OPT_UNROLL
+    for (int k = 0; k < V; ++k) words[k] = V == 1 && i & 1 ? drawn[1] : drawn[k];
+  }
+};
+
+// What `of` does with elements of the whole tensor, from element i of a tensor or shard on.
+template <int V, class Of, class T>
+FUSED_OPT_FN void draw_for(const Tensor& tensor, const Layer& layer, int64_t i, const Of& of, T sigma, T (&p)[V]) {
+  if (!layer.shard) return of(i, sigma, p);
   const ShardLayout& shard = *layer.shard;
   const int64_t whole = in_whole(tensor, shard, i);
   if constexpr (V > 1)
@@ -193,15 +220,36 @@ FUSED_OPT_FN void add_noise_to_shard(const Tensor& tensor, const StepArgs& args,
       FUSED_OPT_ROLLED
       for (int k = 0; k < V; ++k) {
         T one[1] = {p[0]};
-        add_noise(args, layer, sigma, in_whole(tensor, shard, i + k), one);
+        of(in_whole(tensor, shard, i + k), sigma, one);
         FUSED_OPT_UNROLL
         for (int j = 0; j + 1 < V; ++j) p[j] = p[j + 1];
         p[V - 1] = one[0];
       }
       return;
     }
-  add_noise(args, layer, sigma, whole, p);
+  of(whole, sigma, p);
 }
+
+// The random bits of V elements, drawn where a number of 16 bits is stored first.
+template <int V>
+struct Bits {
+  const Tensor& tensor;
+  const StepArgs& args;
+  const Layer& layer;
+  bool stochastic;
+  int64_t i;
+  uint32_t stream = 0, words[V] = {};
+
+  template <class T>
+  FUSED_OPT_FN void store(const Operand& operand, int64_t at, T (&x)[V], int place) {
+    if (!stochastic || size_of(operand.dtype) != 2) return cuda::store(operand, at, x);
+    if (stream != rounding_stream(place)) {
+      stream = rounding_stream(place);
+      draw_for(tensor, layer, i, Words{{args.rounding_seed, layer.index, args.noise_step, stream}}, uint32_t{0}, words);
+    }
+    store_at_random(operand, at, x, words, rounding_shift(place));
+  }
+};
 
 // Requests a group of every operand that the wanted norms need; a step needs those of its direction.
 template <int V, size_t... S>
@@ -228,20 +276,18 @@ FUSED_OPT_FN void step_some(const Shared<Rule, T>& shared, int64_t i, const Raw<
     apply(shared.rule, shared.by, V, p, g, states[S]...);
   else
     apply_masked(shared.rule, shared.by, shared.masks, V, p, g, states[S]...);
-  (store(tensor.states[S], at[2 + S], states[S]), ...);
-  if (shared.noisy) {
-    if (shared.entry.layer.shard)
-      add_noise_to_shard(tensor, shared.row.args, shared.entry.layer, shared.sigma, i, p);
-    else
-      add_noise(shared.row.args, shared.entry.layer, shared.sigma, i, p);
-  }
-  store(tensor.p, at[0], p);
+  const StepArgs& args = shared.row.args;
+  const Layer& layer = shared.entry.layer;
+  Bits<V> bits{tensor, args, layer, shared.stochastic, i};
+  (bits.store(tensor.states[S], at[2 + S], states[S], S), ...);
+  if (shared.noisy) draw_for(tensor, layer, i, Noise{{args.seed, layer.index, args.noise_step}}, shared.sigma, p);
+  bits.store(tensor.p, at[0], p, sizeof...(S));
   if (shared.averages) {
     T v[V];
     convert(tensor.average, at[kAverage], raw[kAverage], v);
-    fold(shared.row.args, V, v, p);
+    fold(args, V, v, p);
     store(tensor.average, at[kAverage], v);
-    if (moves_weights(shared.row.args)) store(tensor.p, at[0], p);
+    if (moves_weights(args)) bits.store(tensor.p, at[0], p, sizeof...(S) + 1);
   }
   if (shared.carries) add_squares(p, sums.weight2);
 }

@@ -113,15 +113,15 @@ FUSED_OPT_FN void convert(const Operand& operand, int64_t i, const Raw<16>& raw,
   });
 }
 
-// Leaves in x what was stored.
-template <int V, class T>
-FUSED_OPT_FN void store(const Operand& operand, int64_t i, T (&x)[V]) {
+// Leaves in x what was stored. `narrowed(null pointer of an element type, x[k], k)`: an element.
+template <int V, class T, class Narrow>
+FUSED_OPT_FN void store(const Operand& operand, int64_t i, T (&x)[V], const Narrow& narrowed) {
   with_type(operand.dtype, [&](auto* type) {
     using Element = std::remove_pointer_t<decltype(type)>;
     Element elements[V];
     FUSED_OPT_UNROLL
     for (int k = 0; k < V; ++k) {
-      elements[k] = narrow<Element>(x[k]);
+      elements[k] = narrowed(type, x[k], k);
       x[k] = static_cast<T>(widen(elements[k]));
     }
     auto* data = static_cast<Element*>(operand.data);
@@ -132,6 +132,21 @@ FUSED_OPT_FN void store(const Operand& operand, int64_t i, T (&x)[V]) {
       std::memcpy(&raw, &elements, sizeof elements);
       put(reinterpret_cast<Raw<sizeof elements>*>(data + i), raw);
     }
+  });
+}
+template <int V, class T>
+FUSED_OPT_FN void store(const Operand& operand, int64_t i, T (&x)[V]) {
+  store(operand, i, x, [](auto* type, T value, int) { return narrow<std::remove_pointer_t<decltype(type)>>(value); });
+}
+// The same at random, of what has 16 bits.
+template <int V, class T>
+FUSED_OPT_FN void store_at_random(const Operand& operand, int64_t i, T (&x)[V], const uint32_t (&words)[V], int shift) {
+  store(operand, i, x, [&](auto* type, T value, int k) {
+    using Element = std::remove_pointer_t<decltype(type)>;
+    if constexpr (sizeof(Element) == 2)
+      return narrow_at_random<Element>(static_cast<float>(value), words[k] >> shift & 0xFFFF);
+    else
+      return narrow<Element>(value);
   });
 }
 

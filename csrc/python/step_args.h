@@ -19,11 +19,12 @@ namespace {
 const std::pair<const char*, std::vector<std::string>> kNamedTuples[] = {
     {"StepArgs",
      {"lr", "grad_scale", "coupled_decay", "decoupled_decay", "independent_decay", "coefficients", "ratio", "noise",
-      "fold", "cautious", "counted"}},
+      "fold", "cautious", "rounding", "counted"}},
     {"RatioArgs", {"kind", "coefficient", "cap", "eps", "exempt"}},
     {"NoiseArgs", {"sigma", "relative", "seed", "step"}},
     {"Fold", {"add", "share", "restart", "write_back", "follow"}},
     {"CautiousArgs", {"update", "decay", "scaled"}},
+    {"RoundingArgs", {"seed", "step"}},
     {"Schedule",
      {"sigma", "temperature", "decay", "cycle", "relative", "noise_seed", "average", "start", "period", "interval",
       "window", "probability", "beta", "seed"}},
@@ -104,13 +105,15 @@ StepArgs read_step_args(const py::handle& given, const RuleShape& rule, Operand*
         row[8].cast<std::tuple<double, double, bool, bool, double>>();
   if (!row[9].is_none())
     std::tie(args.cautious_update, args.cautious_decay, args.scaled) = row[9].cast<std::tuple<bool, bool, bool>>();
+  if (args.stochastic = !row[10].is_none(); args.stochastic)
+    std::tie(args.rounding_seed, args.noise_step) = row[10].cast<std::tuple<uint64_t, uint32_t>>();
   return args;
 }
 
 // Where a step's arguments say that the device counts: what of noise and average does not depend on the counts, and the
 // counts as the host knows them, negative where it does not say.
 std::optional<Counts> read_schedule(const py::handle& given, StepArgs& args, Schedule& schedule) {
-  const auto counted = py::reinterpret_borrow<py::tuple>(given)[10].cast<py::object>();
+  const auto counted = py::reinterpret_borrow<py::tuple>(given)[11].cast<py::object>();
   if (counted.is_none()) return std::nullopt;
   const py::tuple all = counted.cast<py::tuple>(), row = all[0].cast<py::tuple>();
   schedule.sigma = args.sigma = row[0].cast<double>();

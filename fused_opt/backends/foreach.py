@@ -123,7 +123,7 @@ class Bucket(reference.Bucket):
 
     def _able(self, args: StepArgs) -> bool:
         """Whether torch.optim has a function for a step with these arguments."""
-        if self.function is None or args.cautious is not None or args.independent_decay:
+        if self.function is None or args.cautious is not None or args.independent_decay or args.rounding is not None:
             return False
         if args.decoupled_decay and self.function is not _adam:
             return False

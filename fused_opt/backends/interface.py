@@ -92,6 +92,13 @@ class CautiousArgs(NamedTuple):
     scaled: bool  # the update by the share that its mask leaves
 
 
+class RoundingArgs(NamedTuple):
+    """What is stored in 16 bits is rounded at random, see :class:`fused_opt.StochasticRounding`."""
+
+    seed: int
+    step: int  # as that of NoiseArgs
+
+
 class Average(IntEnum):
     """What a :class:`fused_opt.extras.averaging.Averaging` computes; as ``Average`` in csrc/schedule.h."""
 
@@ -142,6 +149,7 @@ class StepArgs(NamedTuple):
     noise: NoiseArgs | None = None
     fold: Fold | None = None
     cautious: CautiousArgs | None = None
+    rounding: RoundingArgs | None = None
     counted: Counted | None = None  # for a device bucket, in place of noise and fold
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..extras.noise import normal, normal_at
+from ..extras.rounding import bits_of, rounded
 from ..rule import UNKNOWN, Rule
 from ..tensors import norm2
 from .interface import (
@@ -191,13 +192,28 @@ class Bucket:
         return p, g, update + decoupled * decaying, decaying, *new
 
     @staticmethod
-    def _noise(member: ParamEntry, seed: int, step: int, p: Tensor) -> Tensor:
+    def _elements(member: ParamEntry, p: Tensor) -> Tensor:
+        """The places of a member's numbers in the whole parameter."""
         if member.layout is None:
-            return normal(seed, member.index, step, p.numel(), p.device)
+            return torch.arange(p.numel(), device=p.device)
         elements = member.layout.elements(member.tensor.shape).to(p.device)
         if member.tensor.is_complex():  # each two numbers
             elements = torch.stack([2 * elements, 2 * elements + 1], dim=1).flatten()
-        return normal_at(seed, member.index, step, elements)
+        return elements
+
+    def _noise(self, member: ParamEntry, seed: int, step: int, p: Tensor) -> Tensor:
+        if member.layout is None:
+            return normal(seed, member.index, step, p.numel(), p.device)
+        return normal_at(seed, member.index, step, self._elements(member, p))
+
+    def _store(self, member: ParamEntry, args: StepArgs, place: int, tensor: Tensor, value: Tensor) -> None:
+        """Put a value where it belongs, rounded; ``place``: among all that the step stores, see extras/rounding.py."""
+        if args.rounding is not None and tensor.dtype in (torch.bfloat16, torch.float16):
+            elements = self._elements(member, value)
+            bits = bits_of(args.rounding, member.index, elements, place).reshape(value.shape)
+            value = rounded(value, tensor.dtype, bits)
+        # Not through the real view: that of a lazy conjugate is a copy.
+        tensor.copy_(torch.view_as_complex(value.contiguous()) if tensor.is_complex() else value)
 
     def _step_rows(self, member: ParamEntry, args: StepArgs) -> bool:
         """Step only the rows that a sparse gradient has, where all else would stay as it is; False: it would not."""
@@ -225,9 +241,10 @@ class Bucket:
             updated = updated + self._sigma(member, args, p) * self._noise(
                 member, args.noise.seed, args.noise.step, p
             ).to(p.dtype).reshape(p.shape)
-        for tensor, value in zip([member.tensor, *(member.states or ())], [updated, *new]):
-            # Not through the real view: that of a lazy conjugate is a copy.
-            tensor.copy_(torch.view_as_complex(value.contiguous()) if tensor.is_complex() else value)
+        for place, (tensor, value) in enumerate(zip([*(member.states or ()), member.tensor], [*new, updated])):
+            self._store(member, args, place, tensor, value)
+        if args.rounding is not None and not member.tensor.is_complex():
+            updated = member.tensor.to(updated.dtype)
         if args.fold is not None and member.average is not None:
             self._fold(member, args, updated)
 
@@ -239,8 +256,7 @@ class Bucket:
         elsewhere = 0 if member.layout is None else member.layout.elsewhere * p.numel() // member.tensor.numel()
         return args.noise.sigma * math.sqrt(self._norm2(member, 0, p) / (p.numel() + elsewhere))
 
-    @staticmethod
-    def _fold(member: ParamEntry, args: StepArgs, updated: Tensor) -> None:
+    def _fold(self, member: ParamEntry, args: StepArgs, updated: Tensor) -> None:
         """Take a sample of the weights as they were stored."""
         assert args.fold is not None
         assert member.average is not None
@@ -254,7 +270,7 @@ class Bucket:
         average.copy_(v)
         if write_back or (follow and not restart):
             w = v if write_back else p + follow * by
-            member.tensor.copy_(torch.view_as_complex(w) if member.tensor.is_complex() else w)
+            self._store(member, args, len(self.rule.states) + 1, member.tensor, w)
 
     def reshaped(self) -> bool:
         """No: it holds no edges."""

@@ -35,6 +35,7 @@ from .interface import (
     ParamEntry,
     PartNorms,
     RatioArgs,
+    RoundingArgs,
     Schedule,
     Standard,
     StepArgs,
@@ -44,7 +45,8 @@ from .interface import (
 #: ``FUSED_OPT_SELF_CHECK=0`` in the environment leaves the checks out.
 ENABLED = os.environ.get("FUSED_OPT_SELF_CHECK") != "0"
 NOISE, RELATIVE_NOISE, AVERAGE, CLIPPING, MASKS = "noise", "relative noise", "averaging", "clipping", "masks"
-EXTRAS = frozenset([*(kind.name for kind in Kind), NOISE, RELATIVE_NOISE, AVERAGE, CLIPPING, MASKS])
+ROUNDING = "rounding at random"
+EXTRAS = frozenset([*(kind.name for kind in Kind), NOISE, RELATIVE_NOISE, AVERAGE, CLIPPING, MASKS, ROUNDING])
 
 
 class Variant(NamedTuple):
@@ -78,6 +80,8 @@ def extras_of(groups: Sequence[Mapping[str, Any]]) -> frozenset[str]:
             found.add(CLIPPING)
         if group["cautious"] is not None or group["decay"] == "independent":
             found.add(MASKS)
+        if group["rounding"] not in (None, "nearest"):
+            found.add(ROUNDING)
     return frozenset(found)
 
 
@@ -166,6 +170,7 @@ class _Row(NamedTuple):
     average: bool = False
     masks: CautiousArgs | None = None
     scheduled: Average | None = None  # noise that falls and this average, which a device computes from its counts
+    rounding: bool = False  # at random
 
     def within(self, extras: frozenset[str]) -> _Row:
         return _Row(
@@ -173,8 +178,13 @@ class _Row(NamedTuple):
             self.noise if self.noise in extras else None,
             self.average and AVERAGE in extras,
             self.masks if MASKS in extras else None,
-            self.scheduled if extras & {NOISE, AVERAGE} else None,
+            self.scheduled if extras & {NOISE, AVERAGE, ROUNDING} else None,
+            self.rounding and ROUNDING in extras,
         )
+
+    @property
+    def noisy(self) -> bool:
+        return self.noise is not None or self.rounding
 
     @property
     def norms(self) -> bool:
@@ -189,6 +199,8 @@ _ROWS = (
     _Row(Kind.LAMB, noise=NOISE, average=True),
     _Row(masks=CautiousArgs(True, True, True)),
     _Row(Kind.LAMB, masks=CautiousArgs(True, False, True)),
+    _Row(average=True, rounding=True),
+    _Row(average=True, scheduled=Average.EXPONENTIAL, rounding=True),
 )
 _RATIOS = {
     Kind.LARS: RatioArgs(Kind.LARS, 0.5, math.inf, 0.0625, 0),
@@ -249,7 +261,7 @@ class _Run:
         for index, (row, layout, start) in enumerate(places):
             p = layout.view(memory["parameter"], start)
             p.grad_dtype = values["gradient"].dtype
-            entry = ParamEntry(p, row, index, layout.name, noisy=rows[row].noise is not None, states_are_new=True)
+            entry = ParamEntry(p, row, index, layout.name, noisy=rows[row].noisy, states_are_new=True)
             entry.states = [layout.view(memory[slot], start) for slot in rule.states]
             entry.step = memory["step count"][index] if rule.counts_steps else None
             entry.scalar = memory["scalar"][index] if rule.scalar else None
@@ -291,7 +303,7 @@ class _Run:
         self, n: int, key: StepKey, lr: float | Tensor, scale: float, decay: float | Tensor = _DECAY
     ) -> StepArgs:
         row, step, scalar, earlier = key
-        odd, (kind, noise, average, masks, scheduled) = row % 2, self.rows[row]
+        odd, (kind, noise, average, masks, scheduled, at_random) = row % 2, self.rows[row]
         made = NoiseArgs(_SIGMA, noise == RELATIVE_NOISE, _SEED, n) if noise else None
         fold, counted = None, None
         if average and n != 1:
@@ -313,6 +325,7 @@ class _Run:
             made,
             fold,
             masks,
+            RoundingArgs(_SEED, n) if at_random else None,
             counted,
         )
 
@@ -382,7 +395,7 @@ class _Comparison:
 
         def steppable(row: int, layout: _Layout, start: int) -> bool:
             tensors = [layout.view(memory[name], start, name == "gradient") for name in memory]
-            return backend.unsupported(rule, tensors, rows[row].noise is not None) is None
+            return backend.unsupported(rule, tensors, rows[row].noisy) is None
 
         places = [place for place in places if steppable(*place)]
         there = backend.steps_on_device(torch.empty(0, dtype=p_dtype, device=device))

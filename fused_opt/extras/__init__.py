@@ -19,6 +19,7 @@ from .clipping import MAX_GRAD_NORM, NONFINITE, Nonfinite
 from .decay import CAUTIOUS, DECAY, Cautious, Decay
 from .extra import Extra
 from .noise import NOISE, WeightNoise
+from .rounding import ROUNDING, Rounding, StochasticRounding, rounds_at_random
 from .trust_ratio import TRUST_RATIO, TrustRatio
 
 __all__ = [
@@ -34,11 +35,12 @@ __all__ = [
     "Extras",
     "ExtrasBesideRatio",
     "ScheduleFree",
+    "StochasticRounding",
     "TrustRatio",
     "WeightNoise",
 ]
 
-EXTRAS = (TRUST_RATIO, NOISE, AVERAGING, CAUTIOUS, DECAY, MAX_GRAD_NORM, NONFINITE)
+EXTRAS = (TRUST_RATIO, NOISE, AVERAGING, CAUTIOUS, DECAY, ROUNDING, MAX_GRAD_NORM, NONFINITE)
 #: Those that a step's arguments speak of, in the order of ``StepArgs``.
 IN_ARGS = tuple((extra, extra.args) for extra in EXTRAS if extra.args is not None)
 NO_ARGS = (None,) * len(IN_ARGS)
@@ -48,6 +50,7 @@ COUNTS = ("steps", *(count for extra in EXTRAS for count in extra.counts))
 _SETTINGS: dict[str, dict[str, type[Any]]] = {
     extra.key: {cls.__name__: cls for cls in extra.settings} for extra in EXTRAS if extra.settings
 }
+_WORDS = {extra.key: extra.words for extra in EXTRAS}
 
 
 class ExtrasBesideRatio(TypedDict, total=False):
@@ -57,6 +60,7 @@ class ExtrasBesideRatio(TypedDict, total=False):
     averaging: Averaging | None
     cautious: Cautious | None
     decay: Decay | None
+    rounding: Rounding | None
     max_grad_norm: float | None
     nonfinite: Nonfinite
     state_dtype: torch.dtype | Mapping[str, torch.dtype] | None
@@ -80,6 +84,11 @@ def check_extras(options: Mapping[str, Any]) -> None:
         raise ValueError(
             f"averaging=ScheduleFree(...) and {other}: noise would be that of an iterate which is not stored, and autograd "
             f"would take the weight of a step for a constant. Leave one of them out"
+        )
+    if options.get("differentiable") and rounds_at_random(options["rounding"]):
+        raise ValueError(
+            f"differentiable=True and rounding={options['rounding']!r}: autograd cannot follow what is rounded at random. "
+            f"Leave one of them out"
         )
     if options.get("differentiable"):
         noise = options["noise"]
@@ -116,7 +125,7 @@ def unpack(key: str, value: Any) -> Any:
     Raises:
         ValueError: for a string that ``pack`` does not make under this key.
     """
-    if key not in _SETTINGS or not isinstance(value, str):
+    if key not in _SETTINGS or not isinstance(value, str) or value in _WORDS[key]:
         return value
     name, _, fields = value.partition(" ")
     try:

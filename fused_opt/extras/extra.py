@@ -17,6 +17,7 @@ class Extra:
         doc: what ``help()`` says of it.
         default: of a group that does not set its own.
         settings: the classes of its values that checkpoints carry as strings.
+        words: its values that are strings themselves, where it has classes, too.
         args: ``(group, lr) -> what a step's arguments say of it``, in a step that is not idle; None: the arguments say
             nothing of it.
         counts: what it counts in ``param_groups``.
@@ -28,6 +29,7 @@ class Extra:
     doc: str
     default: Any = None
     settings: tuple[type, ...] = ()
+    words: tuple[str, ...] = ()
     args: Callable[[Mapping[str, Any], Any], Any] | None = None
     counts: tuple[str, ...] = ()
     of_all_parameters: bool = False

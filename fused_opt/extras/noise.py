@@ -120,13 +120,22 @@ def normal_at(seed: int, index: int, t: int, elements: Tensor) -> Tensor:
     return _fours(seed, index, t, elements // 4).gather(1, (elements % 4)[:, None])[:, 0]
 
 
+def words(seed: int, index: int, t: int, elements: Tensor, stream: int) -> Tensor:
+    """The words that these elements, int64, draw in a stream; 0 is that of the noise."""
+    return torch.stack(_drawn(seed, index, t, elements // 4, stream), dim=1).gather(1, (elements % 4)[:, None])[:, 0]
+
+
+def _drawn(seed: int, index: int, t: int, counter: Tensor, stream: int = 0) -> list[Tensor]:
+    """The four words of every counter."""
+    high = counter >> 32 | stream << 29
+    return philox([counter & 0xFFFFFFFF, high, torch.full_like(counter, index), torch.full_like(counter, t)], seed)
+
+
 def _fours(seed: int, index: int, t: int, counter: Tensor) -> Tensor:
     """What the four elements that share a counter draw, for every counter."""
-    words = philox(
-        [counter & 0xFFFFFFFF, counter >> 32, torch.full_like(counter, index), torch.full_like(counter, t)], seed
-    )
+    drawn = _drawn(seed, index, t, counter)
     lanes = []
-    for w0, w1 in (words[:2], words[2:]):
+    for w0, w1 in (drawn[:2], drawn[2:]):
         r = (-2 * (((w0 >> 9).double() + 0.5) * 2.0**-23).log()).sqrt()
         # Of w1 the sign of the cosine, who gets the cosine, and an angle between -pi / 4 and pi / 4 in two's complement.
         angle = (((w1 << 2) + 2**31) % 2**32 - 2**31).double() * (math.pi / 2 * 2.0**-32)

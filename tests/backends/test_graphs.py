@@ -29,6 +29,8 @@ EXTRAS = {
     "PSWM": {"averaging": PSWM(period=8, beta=0.5, start=6, interval=3)},
     "PSWM, drawn": {"averaging": PSWM(period=9, beta=0.5, probability=0.6, fraction=0.7)},
     "EMA": {"averaging": EMA(beta=0.9, interval=3, start=1, probability=0.8)},
+    "rounding": {"rounding": "stochastic", "state_dtype": torch.bfloat16},
+    "rounding and EMA": {"rounding": "stochastic", "state_dtype": torch.float16, "averaging": EMA(beta=0.9)},
     "both": {"noise": WeightNoise(0.01, schedule="decay"), "averaging": PSWA(period=6)},
 }
 

@@ -66,6 +66,27 @@ def test_states_of_16_bits_have_the_native_backends_bits(name, options, dtype, m
             assert torch.equal(torch.as_tensor(a.state[p][slot]), torch.as_tensor(state)), slot
 
 
+@pytest.mark.parametrize("averaging", [None, fused_opt.EMA(0.9), fused_opt.PSWA(period=2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_rounding_at_random_has_the_native_backends_bits(name, dtype, averaging, monkeypatch):
+    """bfloat16 too: what is rounded so is stored without rounding."""
+    run_with("baseline", monkeypatch)
+    ours = contiguous(dtype)
+    theirs = clones(ours)
+    options = {"lr": 0.01, "averaging": averaging, "rounding": fused_opt.StochasticRounding(seed=2**63 + 5)}
+    if name == "SGD":
+        options["momentum"] = 0.9
+    a, b = (
+        getattr(fused_opt, name)(p, backend=which, **options) for p, which in ((ours, "triton"), (theirs, "native"))
+    )
+    train(a, b, ours, theirs, steps=2)
+    for p, q in zip(ours, theirs):
+        assert torch.equal(p, q)
+        for slot, state in b.state[q].items():
+            assert torch.equal(torch.as_tensor(a.state[p][slot]), torch.as_tensor(state)), slot
+
+
 @pytest.mark.parametrize(("parameter", "gradient"), [(torch.float16, torch.float32), (torch.float64, torch.float16)])
 def test_states_and_gradients_of_other_dtypes(parameter, gradient):
     a, b, ours, theirs = both("AdamW", {"lr": 0.01, **STATES}, dtype=parameter)

@@ -98,7 +98,9 @@ def unsupported(rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = Fals
     if not _dense(tensors[0]):
         return f"a tensor with gaps (strides {tensors[0].stride()}); it steps those that fill one stretch of memory"
     if noisy and not tensors[0].is_contiguous():
-        return f"noise on a tensor with strides {tensors[0].stride()}; it counts the elements of contiguous ones"
+        return (
+            f"noise or rounding at random with strides {tensors[0].stride()}; it counts the elements of contiguous ones"
+        )
     return None
 
 

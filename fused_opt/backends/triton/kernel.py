@@ -21,7 +21,7 @@ import triton.language as tl
 
 from ...rule import UNKNOWN as UNKNOWN_NORM
 from ..interface import Kind, Norm
-from .rules import normal, trust_ratio
+from .rules import at_random, normal, trust_ratio
 
 # Elements that one program works on at once. A FULL block lies wholly within its chunk and is aligned: its loads are
 # unmasked and 128 bits wide, eight elements for each of 4 * 32 threads. What is left, and all of an unaligned tensor,
@@ -39,12 +39,12 @@ UNKNOWN, LAMB = tl.constexpr(UNKNOWN_NORM), tl.constexpr(Kind.LAMB.value)
 
 # A row of arguments, as StepArgs: lr, grad_scale, two decays, 8 coefficients; kind, coefficient, cap, eps, exempt; sigma,
 # relative, seed, step; add, share, restart, write_back, follow; the third decay; whether masks are of the update, of the
-# decay, and scaled.
+# decay, and scaled; whether rounding is at random, its seed and step.
 MOST_COEFFICIENTS = 8
-ROW_FORMAT = struct.Struct("=19dQq9d")
+ROW_FORMAT = struct.Struct("=19dQq9ddQq")
 COUPLED, DECOUPLED, COEFFICIENTS_AT = tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
-RATIO, NOISE, FOLD, WIDTH = tl.constexpr(12), tl.constexpr(17), tl.constexpr(21), tl.constexpr(30)
-INDEPENDENT, MASKS = tl.constexpr(26), tl.constexpr(27)
+RATIO, NOISE, FOLD, WIDTH = tl.constexpr(12), tl.constexpr(17), tl.constexpr(21), tl.constexpr(33)
+INDEPENDENT, MASKS, ROUNDING = tl.constexpr(26), tl.constexpr(27), tl.constexpr(30)
 
 
 def chunk_size(numel: int) -> int:
@@ -199,6 +199,7 @@ def update(
     NOISY: tl.constexpr,
     NORMS: tl.constexpr,
     MASKED: tl.constexpr,  # there are masks, or decay that is not times the rate
+    STOCHASTIC: tl.constexpr,  # something of 16 bits is rounded at random
 ):
     """Step one chunk: everything that a step does to it, in one pass."""
     chunk = tl.program_id(0)
@@ -250,6 +251,10 @@ def update(
         # The seed and the step lie among the floats as integers.
         seed_and_t = words + ROWS * count + row_index * WIDTH + NOISE + 2
         seed, noise_t, index = tl.load(seed_and_t), tl.load(seed_and_t + 1), tl.load(tensors + INDEX * count + t)
+        if STOCHASTIC:
+            rounds = tl.load(row + ROUNDING) != 0
+            rounding_seed = tl.load(words + ROWS * count + row_index * WIDTH + ROUNDING + 1)
+            rounding_t = tl.load(words + ROWS * count + row_index * WIDTH + ROUNDING + 2)
         add, share = tl.load(row + FOLD).to(T), tl.load(row + FOLD + 1).to(T)
         restart, write_back = tl.load(row + FOLD + 2) != 0, tl.load(row + FOLD + 3) != 0
         follow = tl.load(row + FOLD + 4).to(T)
@@ -269,7 +274,12 @@ def update(
                 g = grad_scale.to(T) * _load(addresses[1], start, end, DTYPES[1], T, BLOCK) + coupled * p
                 results = RULE(g, *_states(addresses, start, end, DTYPES, T, BLOCK), *coefficients)
                 for k in tl.static_range(2, len(DTYPES)):
-                    _store(addresses[k], start, end, results[k - 1], DTYPES[k], BLOCK)
+                    new = results[k - 1]
+                    if STOCHASTIC and DTYPES[k].primitive_bitwidth == 16:
+                        counter = start // 4 + tl.arange(0, BLOCK // 4)
+                        drawn = at_random(new, counter, index, rounding_t, rounding_seed, k - 2, DTYPES[k])
+                        new = tl.where(rounds, drawn, new)
+                    _store(addresses[k], start, end, new, DTYPES[k], BLOCK)
                 if MASKED:
                     update, decaying = _masked(row, results[0], g, p, scale)
                     p -= lr * (update + decoupled * decaying) + independent * decaying
@@ -279,6 +289,10 @@ def update(
                     if sigma != 0:
                         z = normal(start // 4 + tl.arange(0, BLOCK // 4), index, noise_t, seed)
                         p += sigma.to(T) * z.to(T)
+                if STOCHASTIC and DTYPES[0].primitive_bitwidth == 16:  # what it is then is stored without rounding
+                    counter = start // 4 + tl.arange(0, BLOCK // 4)
+                    drawn = at_random(p, counter, index, rounding_t, rounding_seed, len(DTYPES) - 2, DTYPES[0])
+                    p = tl.where(rounds, drawn, p)
                 if AVERAGE_DTYPE is not None:
                     p = _narrow(p, DTYPES[0]).to(T)  # what is averaged is what would be stored
                     if (add != 0) | write_back:
@@ -287,6 +301,10 @@ def update(
                         v = tl.where(restart, add * p, v + by)
                         _store(average, start, end, v, AVERAGE_DTYPE, BLOCK)
                         p = tl.where(write_back, v, tl.where(follow != 0, p + follow * by, p))
+                        if STOCHASTIC and DTYPES[0].primitive_bitwidth == 16:
+                            counter = start // 4 + tl.arange(0, BLOCK // 4)
+                            drawn = at_random(p, counter, index, rounding_t, rounding_seed, len(DTYPES) - 1, DTYPES[0])
+                            p = tl.where(rounds, drawn, p)
                 _store(addresses[0], start, end, p, DTYPES[0], BLOCK)
                 if NORMS:
                     squares += _squares(_narrow(p, DTYPES[0]).to(T), start, end, BLOCK)

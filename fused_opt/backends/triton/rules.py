@@ -195,9 +195,9 @@ def box_muller(w0, w1):
 
 
 @triton.jit
-def words(counter, index, t, seed):
-    """Philox4x32-10 at the counters (counter, index, t)."""
-    c0, c1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+def words(counter, index, t, seed, STREAM: tl.constexpr):
+    """Philox4x32-10 at the counters (counter, index, t) of a stream."""
+    c0, c1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32) | (STREAM << 29)
     zero = tl.zeros_like(c0)
     return tl.philox(seed, c0, c1, zero + index.to(tl.uint32), zero + t.to(tl.uint32))
 
@@ -205,7 +205,29 @@ def words(counter, index, t, seed):
 @triton.jit
 def normal(counter, index, t, seed):
     """The four normal numbers of every counter, which belong to the elements 4 * counter and following."""
-    w0, w1, w2, w3 = words(counter, index, t, seed)
+    w0, w1, w2, w3 = words(counter, index, t, seed, 0)
     z0, z1 = box_muller(w0, w1)
     z2, z3 = box_muller(w2, w3)
     return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+
+
+@triton.jit
+def at_random(x, counter, index, t, seed, PLACE: tl.constexpr, DTYPE: tl.constexpr):
+    """What x is rounded to at random as the number that is stored in this place: narrow_at_random of csrc/types.h."""
+    w0, w1, w2, w3 = words(counter, index, t, seed, 1 + PLACE // 2)
+    bits = (tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)) >> (PLACE % 2 * 16)) & 0xFFFF
+    narrow = x.to(tl.float32)
+    word = narrow.to(tl.uint32, bitcast=True)
+    size = tl.abs(narrow)
+    if tl.bfloat16 == DTYPE:
+        finite = size <= 3.3895313892515355e38
+        rounded = ((word + bits) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        finite = size <= 65504.0
+        coarse = ((word + (bits >> 3)) & 0xFFFFE000).to(tl.float32, bitcast=True)
+        denormal = size < 6.103515625e-05  # 2**-14: a whole number of 2**-24
+        units = (tl.where(denormal, size, 0.0) * 1099511627776.0).to(tl.uint32) + bits  # 2**40
+        whole = (units >> 16).to(tl.float32) * 5.9604644775390625e-08
+        signed = (whole.to(tl.uint32, bitcast=True) | (word & 0x80000000)).to(tl.float32, bitcast=True)
+        rounded = tl.where(denormal, signed, coarse)
+    return tl.where(finite, rounded, narrow).to(x.dtype)

@@ -25,6 +25,7 @@ from ..interface import (
     ParamEntry,
     PartNorms,
     RatioArgs,
+    RoundingArgs,
     StepArgs,
     StepKey,
     is_known,
@@ -37,7 +38,7 @@ TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: t
 #: As nvcc compiles csrc/cuda/: a multiplication and an addition are two roundings, so the bits are the native backend's.
 OPTIONS = {"enable_fp_fusion": False}
 NO_RATIO, NO_NOISE, NO_FOLD = (0, 1.0, 0.0, 0.0, 0), NoiseArgs(0.0, False, 0, 0), Fold(0.0, 0.0, False, False)
-NO_MASKS = CautiousArgs(False, False, False)
+NO_MASKS, NO_ROUNDING = CautiousArgs(False, False, False), RoundingArgs(0, 0)
 
 _grad, _dtype, _shape, _version = map(attrgetter, ("grad", "dtype", "shape", "_version"))
 
@@ -249,6 +250,7 @@ class Table:
             self.sums[2], self.sums[3], self.ratios, len(self.members), self.function, self.types,
             self.average_type if folds else None, arithmetic(self.p_dtype), self.coefficients,
             any(of_row.noise is not None for of_row in args), any(carries), masked,
+            any(of_row.rounding is not None for of_row in args),
         )  # fmt: skip
         self._advance(carries, args)
 
@@ -300,5 +302,5 @@ def pack(args: StepArgs) -> bytes:
     ratio: RatioArgs | tuple[float, ...] = args.ratio or NO_RATIO
     return kernel.ROW_FORMAT.pack(
         *args[:4], *coefficients, *ratio, *(args.noise or NO_NOISE), *(args.fold or NO_FOLD), args.independent_decay,
-        *(args.cautious or NO_MASKS),
+        *(args.cautious or NO_MASKS), args.rounding is not None, *(args.rounding or NO_ROUNDING),
     )  # fmt: skip
