@@ -13,6 +13,7 @@ from .checks import real, whole
 from .extras import COUNTS, EXTRAS, pack, unpack
 from .extras.averaging import AVERAGE, LR_SQUARES
 from .groups import Groups, name_of
+from .in_backward import StepInBackward, Stepped
 from .plan import Plan
 from .rule import Rule
 from .states import StateDtype, WithStates, dtype_of_state
@@ -27,8 +28,9 @@ class Checkpoints(WithStates):
     _scales: dict[str, dict[Tensor, tuple[float, float]]]
     _groups: Groups
     _plan: Plan | None
-    _last: Plan | None
+    _last: Plan | Stepped | None
     _captured: Plan | None
+    _in_backward: StepInBackward | None = None
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
         raise TypeError(f"{type(self).__name__} is not an optimizer by itself; fused_opt.SGD is one")
@@ -47,6 +49,8 @@ class Checkpoints(WithStates):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._plan = self._last = self._captured = None
+        if self._in_backward is not None:
+            self._in_backward.forget()
         self.__dict__.setdefault("_parts", None)
         self.__dict__.setdefault("_partial", False)
         self.__dict__.setdefault("_holds_averages", False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias
@@ -19,6 +19,7 @@ from .extras import COUNTS, EXTRAS, FOLD, Extras, check_extras
 from .extras.averaging import finish, swapped_in
 from .extras.decay import COUPLED, DECOUPLED, check_together
 from .groups import Groups, extras_of, name_of
+from .in_backward import StepInBackward, Stepped
 from .keywords import write_out, write_out_root
 from .parts.microbatches import Microbatches
 from .parts.probe import Probe
@@ -86,7 +87,7 @@ class FusedOptimizer(Checkpoints):
         self._groups = Groups(defaults)
         self._plan: Plan | None = None
         self._parts: PartTracker | None = None
-        self._last: Plan | None = None  # the plan of the last step
+        self._last: Plan | Stepped | None = None  # what the last step was made by
         self._captured: Plan | None = None  # a plan whose steps are in CUDA graphs
         super().__init__(params, defaults)
         self._check_names_of_states()
@@ -105,9 +106,10 @@ class FusedOptimizer(Checkpoints):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether torch.amp.GradScaler leaves gradients scaled; Lightning does not clip them then in mixed precision.
 
-        Where parts are tracked it does, so that the step knows whether it has unscaled the gradient and not its parts.
+        Where parts are tracked it does, so that the step knows whether it has unscaled the gradient and not its parts; and
+        where the backward steps, so that the step can refuse it.
         """
-        return self.defaults.get("fused") is True or self._parts is not None
+        return self.defaults.get("fused") is True or self._parts is not None or self._in_backward is not None
 
     def _check(self, options: Mapping[str, Any]) -> None:
         """Raise if a hyper-parameter of the rule is out of its range."""
@@ -239,6 +241,9 @@ class FusedOptimizer(Checkpoints):
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None if closure is None else _evaluate(closure)
+        if self._in_backward is not None:
+            self._in_backward.end()
+            return loss
         with self._begin() as step:
             if step.overflowed or not self._planned(step):
                 return loss
@@ -320,13 +325,18 @@ class FusedOptimizer(Checkpoints):
         self._last = step.plan
         if step.captured:
             self._captured = step.plan
-        elif step.stepping:
+        else:
+            self._count(step)
+        if self._parts is not None:
+            self._parts.reset()
+
+    def _count(self, step: HostStep | DeviceStep, released: Container[Tensor] = ()) -> None:
+        """Count a step in the groups; ``released``: what it has stepped and freed the gradient of."""
+        if step.stepping:
             for group, spec, args, lr in zip(self.param_groups, self._groups.specs, step.extras, step.lrs):
                 group["steps"] += 1
                 if (fold := args[FOLD]) is not None:
-                    finish(group, self._states, fold, (*spec.rule.states, *spec.rule.scalars), lr)
-        if self._parts is not None:
-            self._parts.reset()
+                    finish(group, self._states, fold, (*spec.rule.states, *spec.rule.scalars), lr, released)
 
     def _skip(self, step: HostStep | DeviceStep) -> None:
         """The gradients are not finite: say so, or count it."""
@@ -362,6 +372,8 @@ class FusedOptimizer(Checkpoints):
         read the counts themselves, so that only who looks at ``param_groups`` needs this. It waits for the GPU if a
         step was captured; in a capture it does nothing.
         """
+        if self._in_backward is not None:
+            self._in_backward.refuse_open()
         if self._captured is not None and not self._captured.capturing():
             self._captured.read_counts(self.param_groups)
 
@@ -439,6 +451,10 @@ class FusedOptimizer(Checkpoints):
         kinds: dict[str, type[PartTracker]] = {"microbatch": Microbatches, "sample": Samples, "probe": Probe}
         if kind not in kinds:
             raise ValueError(f"Invalid kind of parts: {kind!r}; there are 'microbatch', 'sample' and 'probe'")
+        if self._in_backward is not None:
+            raise ValueError(
+                "step_in_backward is on, which frees a gradient before the next part of it comes; remove() its handle first"
+            )
         if self._partial:
             raise ValueError(
                 "ZeroRedundancyOptimizer made this optimizer, of the parameters of one process; parts of a gradient are "
@@ -453,6 +469,38 @@ class FusedOptimizer(Checkpoints):
             raise ValueError("parts are tracked already; remove() what track_parts returned first")
         self._parts = kinds[kind](self, model, self.backend)
         return self._parts
+
+    def step_in_backward(self, model: torch.nn.Module) -> StepInBackward:
+        """Step every parameter within the backward, and free its gradient at once; ``.remove()`` on the result ends it.
+
+        The loop stays as it is. ``step()`` after every backward counts the step, and steps what has a gradient from
+        elsewhere; the weights are those of ordinary steps, bit for bit. Each gradient is complete when it comes: a weight
+        that is used twice is stepped once. What looks at all gradients between backward and step finds none.
+
+        Args:
+            model: what the backward runs through, wrapped as it is.
+
+        Raises:
+            ValueError: with ``max_grad_norm``, ``nonfinite``, ``differentiable``, tracked parts, a parameter that is in the
+                groups twice, DistributedDataParallel, ZeroRedundancyOptimizer, or where it is on already. A second gradient
+                of a parameter before ``step()``, a GradScaler, and a capture in a CUDA graph raise a RuntimeError when they
+                are met.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 1)
+            >>> optimizer = fused_opt.SGD(model.parameters(), lr=0.1)
+            >>> handle = optimizer.step_in_backward(model)
+            >>> model(torch.ones(2)).sum().backward()
+            >>> model.weight.grad is None
+            True
+            >>> optimizer.step()
+            >>> handle.remove()
+        """
+        if self._in_backward is not None:
+            raise ValueError("step_in_backward is on already; remove() what it returned first")
+        self._in_backward = StepInBackward(self, model)
+        self._plan = self._last = None
+        return self._in_backward
 
     @contextmanager
     def averaged_weights(self, model: torch.nn.Module | None = None) -> Iterator[None]:

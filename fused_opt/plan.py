@@ -48,6 +48,7 @@ class Plan:
         backend: ``"auto"`` or a backend's name.
         state_dtype: of new states.
         scales: multipliers (learning rate, weight decay) by parameter.
+        first: the place of the first parameter among all of the optimizer's.
 
     Raises:
         RuntimeError: if a gradient or a state does not fit its parameter, or the named backend cannot step it; nothing has
@@ -62,10 +63,11 @@ class Plan:
         backend: str,
         state_dtype: StateDtype,
         scales: Mapping[Tensor, tuple[float, float]],
+        first: int = 0,
     ) -> None:
         self.specs = specs
         self.new_states = NewStates(state, state_dtype)
-        chosen, skipped = _grouped(param_groups, state, specs, backend, state_dtype, scales)
+        chosen, skipped = _grouped(param_groups, state, specs, backend, state_dtype, scales, first)
         self.shards = [entry.shard for members in chosen.values() for entry in members if entry.shard is not None]
         self.buckets: list[Bucket] = []
         try:
@@ -202,9 +204,10 @@ def _grouped(
     backend: str,
     state_dtype: StateDtype,
     scales: Mapping[Tensor, tuple[float, float]],
+    first: int,
 ) -> tuple[dict[_Key, list[ParamEntry]], bool]:
     """The parameters of each bucket, in the order of the buckets' turns, and whether any was left out."""
-    index, skipped, extras = -1, False, self_check.extras_of(param_groups)
+    index, skipped, extras = first - 1, False, self_check.extras_of(param_groups)
     entries: list[tuple[ParamEntry, str]] = []
     seen: Counter[Tensor] = Counter()
     written: list[list[Tensor]] = []

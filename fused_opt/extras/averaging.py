@@ -17,7 +17,7 @@ recurrence, ``v <- (restart ? 0 : v) + add * (w - share * v)``, and at a period'
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -306,14 +306,24 @@ def initial(group: Mapping[str, Any], p: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def finish(group: dict[str, Any], state: Mapping[Tensor, Any], fold: Fold, slots: Sequence[str], lr: Any) -> None:
+def finish(
+    group: dict[str, Any],
+    state: Mapping[Tensor, Any],
+    fold: Fold,
+    slots: Sequence[str],
+    lr: Any,
+    released: Container[Tensor] = (),
+) -> None:
     """Count a sample, and what goes with it; ``slots``: the states that a write-back may begin anew; ``lr``: the step's.
+
+    ``released``: parameters that were stepped with gradients that they no longer have.
 
     A sample is of all weights: those that this step did not move are folded in, and written back, here.
     """
     add, share, restart, write_back, follow = fold
     for p in group["params"]:
-        if p.grad is None and (average := state.get(p, {}).get(AVERAGE)) is not None:
+        idle = p.grad is None and p not in released
+        if idle and (average := state.get(p, {}).get(AVERAGE)) is not None:
             before = average.clone() if follow else average
             average.mul_(0.0 if restart else 1.0 - add * share).add_(p.to(average.dtype), alpha=add)
             if write_back:

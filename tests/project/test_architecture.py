@@ -28,7 +28,7 @@ ORDER = [
     ["fused_opt.batch_size", "fused_opt.second_derivative"],
     ["fused_opt.rules"],
     ["fused_opt.optimizer"],
-    ["fused_opt.checkpoint", "fused_opt.step"],
+    ["fused_opt.checkpoint", "fused_opt.in_backward", "fused_opt.step"],
     ["fused_opt.shard_norms"],
     ["fused_opt.plan"],
     ["fused_opt.states"],
