@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from os import PathLike
+from typing import Any
 
 import lightning.pytorch as pl
 
 from ..batch_size import CyclicalBatchSize
 from ..snapshots import Snapshots
-from .loop import EpochBalance, averaged
+from .loop import EpochBalance, averaged, keep_averages
 
 
 class AveragedWeights(pl.Callback):
@@ -24,10 +25,41 @@ class AveragedWeights(pl.Callback):
     that train, and the averages in the optimizer's state. BatchNorm's running statistics stay those of the former.
     ``trainer.validate`` and ``trainer.test`` by themselves take the weights as they are, since what they load may have
     nothing to do with the averages: ``with optimizer.averaged_weights(): trainer.test(model)``.
+
+    Args:
+        keep: as Lightning's WeightAveraging does, have checkpoints and, after ``fit``, the model hold the averages, so that
+            ``load_from_checkpoint`` gives the model that was validated. The weights that train are in the checkpoint, too,
+            and a run that resumes from it with this callback takes them.
     """
 
-    def __init__(self) -> None:
+    KEY = "fused_opt.trained"  # in checkpoints: the weights that train
+
+    def __init__(self, keep: bool = False) -> None:
+        self.keep = keep
         self._swapped = ExitStack()
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save the averages as the model."""
+        if self.keep and trainer.state.fn == "fit":
+            checkpoint[self.KEY] = checkpoint["state_dict"]
+            with averaged(trainer.optimizers):
+                averages = trainer.strategy.lightning_module_state_dict()
+                checkpoint["state_dict"] = {name: value.clone() for name, value in averages.items()}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Resume with the weights that train."""
+        if trainer.state.fn == "fit" and self.KEY in checkpoint:
+            state = {"state_dict": checkpoint[self.KEY]}  # Lightning has loaded the averages by now
+            trainer.strategy.load_model_state_dict(state, strict=pl_module.strict_loading)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The last checkpoint is written; what is left is the model."""
+        if self.keep:
+            keep_averages(trainer.optimizers, pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Swap in."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -41,6 +41,15 @@ def averaged(optimizers: Iterable[Any]) -> Iterator[None]:
             if any(group.get("averaging") is not None for group in optimizer.param_groups):
                 stack.enter_context(optimizer.averaged_weights())  # type: ignore[attr-defined]  # who has the key has this
         yield
+
+
+def keep_averages(optimizers: Sequence[Any], model: nn.Module) -> None:
+    """Give the model the averages for good."""
+    with averaged(optimizers):
+        averages = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        for p, average in zip(model.parameters(), averages):
+            p.copy_(average)
 
 
 class EpochBalance:

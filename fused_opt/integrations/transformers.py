@@ -13,13 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import transformers
 from torch.utils.data import DataLoader, DistributedSampler
 
 from ..batch_size import CyclicalBatchSampler, CyclicalBatchSize
+from ..shards import is_spread
 from ..snapshots import Snapshots
+from ..warn import warn_once
 from .loop import AllEpochs, EpochBalance, averaged
 
 Passed = Callable[[int], float]  # epochs that have passed after so many updates
@@ -29,27 +32,70 @@ class AveragedEvaluation:
     """``evaluate`` and ``predict`` see the averages of an optimizer that has ``averaging=``, within ``train`` and after it.
 
     The weights are swapped in before the evaluation, and back after it, whatever happens in it: checkpoints hold the weights
-    that train, and the averages in the optimizer's state.
-
-    Raises:
-        ValueError: with ``load_best_model_at_end``, which would load the best checkpoint's weights and not its averages.
+    that train, and the averages in the optimizer's state. With ``load_best_model_at_end`` the averages are saved beside every
+    checkpoint, as by :class:`SaveAverages`, and at the end of ``train`` the model has those of the best: they are what was
+    evaluated.
     """
 
     args: Any
+    model: Any
     optimizer: Any
+    state: Any
+    _best = False  # the model has the best averages, and not weights that train
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.args.load_best_model_at_end:
-            raise ValueError(
-                "load_best_model_at_end=True loads weights alone, and evaluation is of averages, which are with the "
-                "optimizer: take False, and load the best checkpoint's weights and optimizer"
-            )
+        if self.args.load_best_model_at_end and not any(
+            isinstance(callback, SaveAverages)
+            for callback in self.callback_handler.callbacks  # type: ignore[attr-defined]
+        ):
+            self.add_callback(SaveAverages())  # type: ignore[attr-defined]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in ``transformers.Trainer``; the best model is the one that was evaluated."""
+        self._best = False
+        result = super().train(*args, **kwargs)  # type: ignore[misc]
+        best = self.state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best:
+            self._best = True
+            if (folder := Path(best) / SaveAverages.FOLDER).exists():
+                self.model.load_state_dict(type(self.model).from_pretrained(folder).state_dict())
+            else:
+                warn_once(
+                    f"{best} has no averages beside its weights, and the model has these: it was saved without SaveAverages"
+                )
+        return result
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in ``transformers.Trainer``, with the averages."""
-        with averaged([] if self.optimizer is None else [self.optimizer]):
+        with averaged([] if self.optimizer is None or self._best else [self.optimizer]):
             return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+
+
+class SaveAverages(transformers.TrainerCallback):
+    """Saves the averages in every checkpoint, as a model of its own: ``from_pretrained("checkpoint-500/averages")`` loads it.
+
+    Raises:
+        ValueError: at the first checkpoint, of a model without ``save_pretrained``, or whose parameters are sharded.
+    """
+
+    FOLDER = "averages"
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save, in one process."""
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        if not isinstance(model, transformers.PreTrainedModel) or any(map(is_spread, model.parameters())):
+            kind = "sharded" if isinstance(model, transformers.PreTrainedModel) else f"a {type(model).__name__}"
+            raise ValueError(
+                f"the averages are saved as a transformers model, whole, and this one is {kind}. Within "
+                f"averaged_weights() torch.distributed.checkpoint.state_dict.get_model_state_dict has any model's"
+            )
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FOLDER
+            with averaged([optimizer]):
+                model.save_pretrained(folder)
+            if (processing := kwargs.get("processing_class")) is not None:
+                processing.save_pretrained(folder)
 
 
 class CyclicalBatches:

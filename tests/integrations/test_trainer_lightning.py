@@ -150,6 +150,29 @@ def averaging(parameters):
     return fused_opt.AdamW(parameters, lr=0.01, averaging=fused_opt.EMA(0.9))
 
 
+def test_kept_averages_are_the_model_of_checkpoints_and_training_goes_on_from_its_own(tmp_path):
+    """As Lightning's WeightAveraging: what was validated is what load_from_checkpoint gives."""
+
+    def run(**resume):
+        saves = lightning.callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        module = Module(averaging)
+        trainer = trainer_of(tmp_path, callbacks=[AveragedWeights(keep=True), saves], enable_checkpointing=True)
+        trainer.fit(module, **resume)
+        return module, trainer
+
+    module, _ = run()
+    straight = Module(averaging)
+    trainer_of(tmp_path).fit(straight)
+    for epoch in range(3):
+        loaded = Module.load_from_checkpoint(tmp_path / f"epoch={epoch}.ckpt", make=averaging, weights_only=True)
+        assert_close(weights(loaded), module.validated[1 + epoch], bound=0)  # the first is the sanity check
+    assert_close(weights(module), module.validated[-1], bound=0)
+    kept = torch.load(tmp_path / "epoch=2.ckpt", weights_only=True)[AveragedWeights.KEY]
+    assert_close({name.removeprefix("model."): value for name, value in kept.items()}, weights(straight), bound=0)
+    resumed, _ = run(ckpt_path=tmp_path / "epoch=1.ckpt", weights_only=True)
+    assert_close(weights(resumed), weights(module), bound=0)
+
+
 def test_validation_sees_the_averages(tmp_path):
     """And a checkpoint of the same moment the weights that train; validate() takes the module as it is."""
     module = Module(averaging)

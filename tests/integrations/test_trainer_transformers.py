@@ -18,6 +18,7 @@ from support.trainer_ranks import EXAMPLES, SCHEDULE, Text, arguments, trainer_o
 from fused_opt.integrations.transformers import (  # noqa: E402
     AveragedEvaluation,
     CyclicalBatches,
+    SaveAverages,
     SnapshotsCallback,
     TempBalanceCallback,
 )
@@ -177,12 +178,46 @@ class Stop(transformers.TrainerCallback):
         control.should_training_stop |= state.global_step == self.at
 
 
-def test_the_best_model_is_refused_with_averages(tmp_path):
+def best_of(folder, **resume):
+    """A run whose best evaluation is not its last: by the largest loss."""
     args = arguments(
-        tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=4, save_strategy="steps", save_steps=4
-    )
-    with pytest.raises(ValueError, match="load_best_model_at_end=True loads weights alone"):
-        trainer_of((fused_opt.AdamW, {"lr": 0.01}), args, Averaged, eval_dataset=Text(90, 8))
+        folder, load_best_model_at_end=True, eval_strategy="steps", eval_steps=4, save_strategy="steps", save_steps=4,
+        max_steps=16, gradient_accumulation_steps=2, save_total_limit=2, greater_is_better=True,
+    )  # fmt: skip
+    options = {"lr": 0.05, "averaging": fused_opt.EMA(0.9)}
+    trainer = trainer_of((fused_opt.AdamW, options), args, Averaged, eval_dataset=Text(90, 8))
+    trainer.train(**resume)
+    return trainer
+
+
+def test_the_best_model_is_the_averages_that_were_evaluated(tmp_path):
+    """In memory, in evaluations from then on, and in the checkpoint for others to load."""
+    trainer = best_of(tmp_path)
+    found = {log["step"]: log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log}
+    best = max(found, key=found.get)
+    assert best < 16
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    assert loss_of(trainer.model, Text(90, 8)) == pytest.approx(found[best], rel=1e-6)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(found[best], rel=1e-6)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{best}" / "averages")
+    assert_close(dict(loaded.named_parameters()), weights(trainer), bound=0)
+    trained = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / f"checkpoint-{best}")
+    assert abs(loss_of(trained, Text(90, 8)) - found[best]) > 1e-2
+    resumed = best_of(tmp_path, resume_from_checkpoint=tmp_path / f"checkpoint-{best}")
+    assert_close(weights(resumed), weights(trainer), bound=0)
+
+
+def test_a_best_checkpoint_without_averages_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(SaveAverages, "on_save", lambda *args, **kwargs: None)
+    with pytest.warns(fused_opt.warn.FusedOptWarning, match="has no averages beside its weights"):
+        best_of(tmp_path)
+
+
+def test_averages_are_saved_of_models_that_can_be_loaded(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    optimizer = fused_opt.SGD(model.parameters(), averaging=fused_opt.EMA(0.9))
+    with pytest.raises(ValueError, match="saved as a transformers model, whole, and this one is a Linear"):
+        SaveAverages().on_save(arguments(tmp_path), None, None, model=model, optimizer=optimizer)
 
 
 class Cyclical(CyclicalBatches, transformers.Trainer):
