@@ -34,7 +34,7 @@ UPDATES = {
     "adam, everything and masks": ("adam", (F32,) * 4, F32, True, True, True),
 }
 needs_tools = pytest.mark.skipif(not (TOOLS / "cuobjdump").exists(), reason="this Triton comes without NVIDIA's tools")
-THROUGH_STATES = "test_autograd_catches_a_backward_through_states_that_a_step_changed"
+THROUGH_STATES = "plan/test_plan.py::test_autograd_catches_a_backward_through_states_that_a_step_changed"
 TABLES = {"tensors": "*i64", "layers": "*fp64", "words": "*i64", "numbers": "*fp64", "carried": "*fp64"}
 
 
@@ -137,24 +137,15 @@ def test_compiles_for_another_maker(name):
     assert re.findall(r"\.[sv]gpr_spill_count: *(\d+)", text) == ["0", "0"]
 
 
-def test_values_in_the_interpreter():
+@pytest.mark.parametrize("tests", ["rules", "bits", "ratios", "plans", THROUGH_STATES])
+def test_values_in_the_interpreter(tests):
     """Triton decides when it is imported whether it interprets, so another process does."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        Path(__file__).parent / "triton_interpreted.py",
-        f"{Path(__file__).parents[1]}/plan/test_plan.py::{THROUGH_STATES}",
-    ]
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "FUSED_OPT_SELF_CHECK": "0",
-    }  # or every test would begin with one
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    here = Path(__file__).parent
+    target = tests if "::" in tests else here / "interpreted" / f"{tests}.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", target]
+    # Without the self-check, or every test would begin with one.
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "FUSED_OPT_SELF_CHECK": "0"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=here.parent)
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search(r"\d+ passed|\[100%\]", result.stdout)
 

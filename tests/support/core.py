@@ -27,7 +27,9 @@ def built(folder, name):
     """The module of that name; a second time only what has changed is compiled."""
     options = {
         "FUSED_OPT_CUDA": "OFF",
-        "CMAKE_CXX_FLAGS_RELEASE": "-O1",  # soon built
+        "FUSED_OPT_X86": "OFF",
+        "CMAKE_BUILD_TYPE": "Debug",  # soon built rather than fast
+        "CMAKE_CXX_FLAGS_DEBUG": "",
         "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": pybind11.get_cmake_dir(),
         "CMAKE_LIBRARY_OUTPUT_DIRECTORY": folder / "built",
