@@ -7,7 +7,7 @@
 
 namespace fused_opt {
 
-enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kInt16 };
 enum class Kind : uint8_t { kNone, kLARS, kCLARS, kLAMB };  // of trust ratio; as Kind in backends/interface.py
 
 constexpr int kMaxStates = 3;
@@ -38,6 +38,9 @@ struct Operand {
 
 struct Tensor {
   Operand p, g, states[kMaxStates], average;
+  // Of what `p` is the rounding, laid out as `p`: a float32, or of a bfloat16 the int16 to be added to its bits. Or
+  // nothing.
+  Operand exact;
   int64_t numel = 0;
   // Flat: element i of every operand is at data[i]. Otherwise element i is the i-th in row-major order of `sizes`.
   bool flat = true;

@@ -82,6 +82,30 @@ FUSED_OPT_FN To narrow_at_random(float x, uint32_t bits) {
   }
 }
 
+// A float32 as the nearest bfloat16, ties away from zero, and what then is to be added to its bits: the lower half of
+// the float32's. (With ties to even as in `narrow` it would be one of 2^16 + 1 numbers.)
+struct Split {
+  BFloat16 high;
+  int16_t low;
+};
+FUSED_OPT_FN Split split(float x) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  const Split number = {{static_cast<uint16_t>((bits + 0x8000) >> 16)}, static_cast<int16_t>(bits)};
+  const Split none = {{static_cast<uint16_t>(bits >> 16 | 0x40)}, 0};
+  return x == x ? number : none;
+}
+FUSED_OPT_FN float join(BFloat16 high, int16_t low) {
+  return __builtin_bit_cast(
+      float, (static_cast<uint32_t>(high.bits) << 16) + static_cast<uint32_t>(static_cast<int32_t>(low)));
+}
+
+// What a 16-bit number that was stored beside a float32 stands for: that, unless something else has written it since.
+template <class Element>
+FUSED_OPT_FN float exact_of(Element stored, float exact) {
+  const float seen = widen(stored);
+  return widen(narrow<Element>(exact)) == seen ? exact : seen;
+}
+
 // Calls f with a null pointer of the element type that `dtype` names.
 template <class F>
 FUSED_OPT_FN void with_type(DType dtype, const F& f) {
@@ -94,6 +118,8 @@ FUSED_OPT_FN void with_type(DType dtype, const F& f) {
       return f(static_cast<BFloat16*>(nullptr));
     case DType::kFloat16:
       return f(static_cast<Float16*>(nullptr));
+    case DType::kInt16:  // never on its own
+      return;
   }
 }
 

@@ -21,6 +21,7 @@ from .extras import (
 from .gradinit import GradInitIteration, GradInitResult, gradinit
 from .optimizer import FusedOptimizer
 from .parts.probe import probe_parts
+from .precision import to_16bit
 from .rules.adagrad import Adagrad
 from .rules.adam import Adam, AdamW
 from .rules.adamax import Adamax
@@ -76,4 +77,5 @@ __all__ = [
     "by_update",
     "gradinit",
     "probe_parts",
+    "to_16bit",
 ]

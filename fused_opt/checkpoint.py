@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .checks import real, whole
+from .exact import KEPT, slot_of
 from .extras import COUNTS, EXTRAS, pack, unpack
 from .extras.averaging import AVERAGE, LR_SQUARES
 from .groups import Groups, name_of
@@ -18,6 +19,8 @@ from .plan import Plan
 from .rule import Rule
 from .states import StateDtype, WithStates, dtype_of_state
 from .warn import warn_once
+
+_KEPT = dict(KEPT.values())  # dtypes of what is kept beside parameters of 16 bits, by slot
 
 
 class Checkpoints(WithStates):
@@ -109,7 +112,9 @@ class Checkpoints(WithStates):
                 if not isinstance(value, Tensor):
                     continue
                 # torch has cast all but the step count to the parameter's dtype.
-                if slot in scalars:
+                if slot in _KEPT:
+                    self._states[p][slot] = value.to(device=p.device, dtype=_KEPT[slot])
+                elif slot in scalars:
                     self._states[p][slot] = value.to(device="cpu", dtype=torch.float32)
                 elif slot == AVERAGE or (slot != "step" and not p.is_complex()):
                     dtype = value.dtype if slot == AVERAGE else dtype_of_state(self.state_dtype, slot)
@@ -163,8 +168,14 @@ class Checkpoints(WithStates):
                 of_p = state.get(index, {})
                 if AVERAGE in of_p and stale:
                     result[index] = of_p = {slot: value for slot, value in of_p.items() if slot != AVERAGE}
+                if strange := [
+                    slot for slot in _KEPT if slot in of_p and slot != slot_of(p)
+                ]:  # of another dtype's parameter
+                    result[index] = of_p = {slot: value for slot, value in of_p.items() if slot not in strange}
                 if rule.counts_steps:
                     _check_count(f"step count of parameter {name_of(group, g, i)}", of_p.get("step"))
+                if (kept := slot_of(p)) and kept in of_p:
+                    _check_kept(f"state {kept!r} of parameter {name_of(group, g, i)}", of_p[kept], _KEPT[kept], p)
                 for slot in (*rule.states, AVERAGE):
                     if isinstance(of_p.get(slot), Tensor):
                         _check_state(f"state {slot!r} of parameter {name_of(group, g, i)}", of_p[slot], p)
@@ -200,6 +211,12 @@ def _check_count(what: str, value: Any) -> None:
         return
     if not isinstance(number, Real) or not 0 <= float(number) < float("inf"):
         raise ValueError(f"Invalid {what} in the state_dict: {value!r:.60}; it must be a number, at least 0")
+
+
+def _check_kept(what: str, value: Any, dtype: torch.dtype, p: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.dtype != dtype or value.shape != p.shape:
+        found = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{what} is {found} in the loaded state_dict; it must be {dtype} of shape {tuple(p.shape)}")
 
 
 def _check_state(what: str, value: Any, p: Any) -> None:

@@ -29,6 +29,7 @@ class GroupSpec(NamedTuple):
     counts: bool  # the elements of whole tensors
     has_args: bool  # of extras
     differentiable: bool  # autograd follows the step
+    exact: bool  # there are float32 weights behind parameters of 16 bits
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -76,6 +77,7 @@ class Groups:
                 group["cautious"] is not None and group["cautious"].args.scaled,
                 any(group[extra.key] is not None for extra, _ in IN_ARGS),
                 bool(group.get("differentiable")),
+                group["master_weights"],
             )
             for group in groups
         ]

@@ -27,7 +27,7 @@ from .parts.samples import Samples
 from .parts.tracker import PartTracker, wants_parts, warn_without_parts
 from .plan import Plan
 from .shards import within_zero
-from .states import StateDtype, check_state_dtype
+from .states import StateDtype, check_state_dtype, exact_of
 from .step import DeviceStep, HostStep, host_decides
 from .tensors import buffers_restored
 from .warn import warn_once
@@ -396,6 +396,29 @@ class FusedOptimizer(Checkpoints):
         if self._plan is not None and self._plan.reshaped():
             self._plan = self._last = None  # or the next backward would meet what autograd kept of the old shape
         super().zero_grad(set_to_none)
+
+    def master_parameters(self) -> dict[Tensor, Tensor]:
+        """The exact weights of every parameter, which ``master_weights=True`` keeps behind those of 16 bits.
+
+        Returns:
+            By parameter, in the groups' order: new float32 tensors (DTensors of DTensors) where there are such, elsewhere the
+            parameter itself, detached.
+
+        Example:
+            >>> weight = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+            >>> optimizer = fused_opt.SGD([weight], lr=2.0**-12, master_weights=True)
+            >>> weight.grad = torch.ones_like(weight)
+            >>> optimizer.step()
+            >>> weight.data
+            tensor([1., 1.], dtype=torch.bfloat16)
+            >>> optimizer.master_parameters()[weight]
+            tensor([0.9998, 0.9998])
+        """
+        return {
+            p: exact_of(p, self._states.get(p, {}), group["master_weights"]).detach()
+            for group in self.param_groups
+            for p in group["params"]
+        }
 
     def name_parameters(self, model: torch.nn.Module) -> None:
         """Call the parameters what the model calls them: in errors, ``trust_ratios()`` and the trackers' ``counts()``.

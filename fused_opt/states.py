@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .backends.interface import ParamEntry
 from .backends.pointers import DTYPES
+from .exact import KEPT, exact_weights, kept_for, slot_of
 from .extras.averaging import AVERAGE, initial
 from .groups import GroupSpec
 from .rule import Rule
@@ -125,7 +126,32 @@ def check_parameter(name: str, spec: GroupSpec, p: Tensor, of_p: Mapping[str, An
                     f"written one by one; clone() it"
                 )
             tensors.append(of_p[slot])
+    if spec.exact and (kept := slot_of(p)) and of_p.get(kept) is not None:
+        _check_kept(name, kept, of_p[kept], p)
     return tensors
+
+
+def _check_kept(name: str, slot: str, found: Tensor, p: Tensor) -> None:
+    """Raise where what makes a parameter's weights exact does not fit it."""
+    dtype = KEPT[p.dtype][1]
+    if isinstance(found, Tensor):
+        check_alike(name, p, f"state {slot!r}", found)
+    if not isinstance(found, Tensor) or (found.dtype, found.shape, found.device) != (dtype, p.shape, p.device):
+        what = (
+            f"{found.dtype}, {tuple(found.shape)}, {found.device}"
+            if isinstance(found, Tensor)
+            else type(found).__name__
+        )
+        raise RuntimeError(
+            f"parameter {name} has a state {slot!r} that is {what}; it must be {dtype}, {tuple(p.shape)}, {p.device}. "
+            f"Without it the weights are what the parameter holds"
+        )
+
+
+def exact_of(p: Tensor, of_p: Mapping[str, Any], asked: bool = True) -> Tensor:
+    """A parameter's float32 weights, where it has such behind it and they were asked for; otherwise itself."""
+    slot = slot_of(p) if asked else None
+    return p if slot is None or of_p.get(slot) is None else exact_weights(p, of_p[slot])
 
 
 class NewStates:
@@ -183,6 +209,14 @@ class NewStates:
             )
             self._make(p, slot, value)
 
+    def _lay_out_kept(self, p: Tensor, slot: str) -> None:
+        """Make what makes a parameter's weights exact, or move it to where it lies as the parameter does."""
+        kept = self._state.get(p, {}).get(slot)
+        if kept is None:
+            self._make(p, slot, kept_for(p))
+        elif local(kept).stride() != local(p).stride() or overlaps(local(kept)) or local(kept).is_inference():
+            self._make(p, slot, torch.empty_like(kept_for(p)).copy_(kept))
+
     def fill(self, entry: ParamEntry, spec: GroupSpec, group: Mapping[str, Any], count_on_device: bool) -> None:
         """Point an entry at its parameter's states; one that has a gradient gets those it lacks."""
         p, rule = entry.parameter, spec.rule
@@ -193,8 +227,10 @@ class NewStates:
             if p in self._before:
                 before = self._before[p] or {}
                 entry.states_are_new = any(before.get(slot) is None for slot in rule.states)
+            if spec.exact and slot_of(p):
+                self._lay_out_kept(p, str(slot_of(p)))
             if spec.averaged and of_p.get(AVERAGE) is None:
-                self._make(p, AVERAGE, initial(group, p))
+                self._make(p, AVERAGE, initial(group, exact_of(p, self._state.get(p, {}), spec.exact)))
             of_p = self._state.get(p, {})
         for slot in spec.slots:
             state = of_p.get(slot)
@@ -212,3 +248,5 @@ class NewStates:
             entry.step = of_p["step"] if rule.counts_steps else None
             entry.scalar = of_p[rule.scalar] if rule.scalar else None
             entry.average = hold(of_p[AVERAGE]) if spec.averaged else None
+            kept = slot_of(p) if spec.exact else None
+            entry.exact = None if kept is None or of_p.get(kept) is None else hold(of_p[kept])

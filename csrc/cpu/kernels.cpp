@@ -92,6 +92,63 @@ FUSED_OPT_FN void store(const Tensor& tensor, const Operand& operand, int64_t be
   if (!lies_ready<T>(tensor, operand)) copy_out(tensor, operand, begin, n, values);
 }
 
+// Of a parameter that is the rounding of something exact: in and out.
+__attribute__((noinline)) float* copy_in_exact(const Tensor& tensor, int64_t begin, int64_t n, float* buffer) {
+  const auto* low = static_cast<const int16_t*>(tensor.exact.data);
+  const auto* copy = static_cast<const float*>(tensor.exact.data);
+  const bool halves = tensor.exact.dtype == DType::kInt16;
+  with_type(tensor.p.dtype, [&](auto* type) {
+    using Element = std::remove_pointer_t<decltype(type)>;
+    if constexpr (sizeof(Element) == 2) {
+      const auto* data = static_cast<const Element*>(tensor.p.data);
+      const auto get = [&](int64_t k, int64_t i) {
+        if constexpr (std::is_same_v<Element, BFloat16>)
+          buffer[k] = halves ? join(data[i], low[i]) : exact_of(data[i], copy[i]);
+        else
+          buffer[k] = exact_of(data[i], copy[i]);
+      };
+      if (tensor.flat)
+        for (int64_t k = 0; k < n; ++k) get(k, begin + k);
+      else
+        for_each_strided(tensor, tensor.p, begin, n, get);
+    }
+  });
+  return buffer;
+}
+
+__attribute__((noinline)) void copy_out_exact(const Tensor& tensor, int64_t begin, int64_t n, const float* values) {
+  auto* low = static_cast<int16_t*>(tensor.exact.data);
+  auto* copy = static_cast<float*>(tensor.exact.data);
+  const bool halves = tensor.exact.dtype == DType::kInt16;
+  with_type(tensor.p.dtype, [&](auto* type) {
+    using Element = std::remove_pointer_t<decltype(type)>;
+    if constexpr (sizeof(Element) == 2) {
+      auto* data = static_cast<Element*>(tensor.p.data);
+      const auto put = [&](int64_t k, int64_t i) {
+        if constexpr (std::is_same_v<Element, BFloat16>)
+          if (halves) {
+            const Split parts = split(values[k]);
+            data[i] = parts.high, low[i] = parts.low;
+            return;
+          }
+        copy[i] = values[k];
+        data[i] = narrow<Element>(values[k]);
+      };
+      if (tensor.flat)
+        for (int64_t k = 0; k < n; ++k) put(k, begin + k);
+      else
+        for_each_strided(tensor, tensor.p, begin, n, put);
+    }
+  });
+}
+
+template <class T>
+FUSED_OPT_FN T* load_weights(const Tensor& tensor, int64_t begin, int64_t n, T* buffer) {
+  if constexpr (std::is_same_v<T, float>)
+    if (tensor.exact.data) return copy_in_exact(tensor, begin, n, buffer);
+  return load(tensor, tensor.p, begin, n, buffer);
+}
+
 // A sum of squares whose bits do not depend on how the elements came, as long as all but the last `add` bring a
 // multiple of 32: the product of two float32 is exact in float64.
 struct SumOfSquares {
@@ -294,6 +351,13 @@ FUSED_OPT_FN void store(const Operand& operand, const T* values, Bits& bits, int
   if (!lies_ready<T>(bits.tensor, operand)) copy_out(operand, values, bits, place);
 }
 
+template <class T>
+FUSED_OPT_FN void store_weights(const T* values, Bits& bits, int place) {
+  if constexpr (std::is_same_v<T, float>)
+    if (bits.tensor.exact.data) return copy_out_exact(bits.tensor, bits.begin, bits.n, values);
+  store(bits.tensor.p, values, bits, place);
+}
+
 // Block by block, for what is not done in one go. Not inlined: its frame would cost every small tensor.
 template <class T, size_t... S, class Rule>
 __attribute__((noinline)) Squares update_blocks(const Rule& rule, const Factors<T>& by, const Tensor& tensor,
@@ -308,6 +372,7 @@ __attribute__((noinline)) Squares update_blocks(const Rule& rule, const Factors<
   const auto ahead = [&](int64_t begin) {
     prefetch(tensor, begin, tensor.p, tensor.g, tensor.states[S]...);
     if (averages) prefetch(tensor, begin, tensor.average);
+    if (tensor.exact.data) prefetch(tensor, begin, tensor.exact);
   };
   for_each_block(begin, end, [&](int64_t begin, auto n) {
     if (args.sigma == 0)
@@ -316,7 +381,7 @@ __attribute__((noinline)) Squares update_blocks(const Rule& rule, const Factors<
       draw(tensor, {args.seed, layer.index, args.noise_step}, layer, begin, end - begin < kDraw ? end - begin : kDraw,
            z, ahead);
     Bits bits(tensor, args, layer, begin, n);
-    T* p = load(tensor, tensor.p, begin, n, buffers[0]);
+    T* p = load_weights(tensor, begin, n, buffers[0]);
     const T* g = load(tensor, tensor.g, begin, n, buffers[1]);
     T* states[] = {load(tensor, tensor.states[S], begin, n, buffers[2 + S])..., nullptr};
     if (carries) found.add(p, n);
@@ -327,16 +392,16 @@ __attribute__((noinline)) Squares update_blocks(const Rule& rule, const Factors<
     (store(tensor.states[S], states[S], bits, S), ...);
     if (args.sigma != 0)
       for (int64_t k = 0; k < n; ++k) p[k] += sigma * static_cast<T>(z[begin % kDraw + k]);
-    store(tensor.p, p, bits, sizeof...(S));
+    store_weights(p, bits, sizeof...(S));
     if (!averages && !carries) return;
-    p = load(tensor, tensor.p, begin, n, buffers[0]);  // what is averaged and summed is what was stored
+    p = load_weights(tensor, begin, n, buffers[0]);  // what is averaged and summed is what was stored
     if (averages) {
       T* v = load(tensor, tensor.average, begin, n, buffers[2 + sizeof...(S)]);
       fold(args, n, v, p);
       store(tensor, tensor.average, begin, n, v);
       if (moves_weights(args)) {
-        store(tensor.p, p, bits, sizeof...(S) + 1);
-        p = load(tensor, tensor.p, begin, n, buffers[0]);
+        store_weights(p, bits, sizeof...(S) + 1);
+        p = load_weights(tensor, begin, n, buffers[0]);
       }
     }
     if (carries) left.add(p, n);
@@ -373,7 +438,7 @@ Norms norms_as(const Tensor& tensor, const StepArgs& args, const Layer& layer, i
     const T *p = nullptr, *g = nullptr;
     if (wanted & (kWeight | kUpdates)) prefetch(tensor, begin, tensor.p);
     if (wanted & (kGradient | kUpdates)) prefetch(tensor, begin, tensor.g);
-    if (wanted & (kWeight | kUpdates)) p = load(tensor, tensor.p, begin, n, buffers[0]);
+    if (wanted & (kWeight | kUpdates)) p = load_weights(tensor, begin, n, buffers[0]);
     if (wanted & (kGradient | kUpdates)) g = load(tensor, tensor.g, begin, n, buffers[1]);
     if (wanted & kWeight) weight2.add(p, n);
     if (wanted & kGradient) grad2.add(g, n);

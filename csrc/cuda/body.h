@@ -157,9 +157,10 @@ FUSED_OPT_FN void prepare(const Launch& launch, int64_t t, Shared<Rule, T>& shar
   shared.noisy = args.sigma != 0;
   shared.averages = averages(args);
 
-  Operand operands[3 + Rule::kStates] = {tensor.p, tensor.g};
+  Operand operands[4 + Rule::kStates] = {tensor.p, tensor.g};
   for (int s = 0; s < Rule::kStates; ++s) operands[2 + s] = tensor.states[s];
   if (shared.averages) operands[2 + Rule::kStates] = tensor.average;
+  operands[3 + Rule::kStates] = tensor.exact;
   shared.head = peel<T>(operands, tensor.flat);
   shared.stochastic = args.stochastic;
   if ((shared.noisy || shared.stochastic) && shared.head)
@@ -249,12 +250,18 @@ struct Bits {
     }
     store_at_random(operand, at, x, words, rounding_shift(place));
   }
+  template <class T>
+  FUSED_OPT_FN void store_weights(int64_t at, T (&x)[V], int place) {
+    if constexpr (std::is_same_v<T, float>)
+      if (tensor.exact.data) return store_exact(tensor, at, x);
+    store(tensor.p, at, x, place);
+  }
 };
 
 // Requests a group of every operand that the wanted norms need; a step needs those of its direction.
 template <int V, size_t... S>
 FUSED_OPT_FN void fetch_some(const Tensor& tensor, Wanted wanted, int64_t i, Raw<16>* raw, std::index_sequence<S...>) {
-  if (wanted & (kWeight | kUpdates)) fetch_raw<V>(tensor.p, i, raw[0]);
+  if (wanted & (kWeight | kUpdates)) fetch_weights<V>(tensor, i, raw[0]);
   if (wanted & (kGradient | kUpdates)) fetch_raw<V>(tensor.g, i, raw[1]);
   if (wanted & kUpdates) (fetch_raw<V>(tensor.states[S], i, raw[2 + S]), ...);
 }
@@ -267,7 +274,7 @@ FUSED_OPT_FN void step_some(const Shared<Rule, T>& shared, int64_t i, const Raw<
   int64_t at[kAverage + 1];
   locate<V>(tensor, i, at, slots);
   T p[V], g[V], states[sizeof...(S) + 1][V];
-  convert(tensor.p, at[0], raw[0], p);
+  convert_weights(tensor, at[0], raw[0], p);
   convert(tensor.g, at[1], raw[1], g);
   (convert(tensor.states[S], at[2 + S], raw[2 + S], states[S]), ...);
   if (shared.carries) add_squares(p, sums.grad2);  // in an update: of the weights that it finds
@@ -281,13 +288,13 @@ FUSED_OPT_FN void step_some(const Shared<Rule, T>& shared, int64_t i, const Raw<
   Bits<V> bits{tensor, args, layer, shared.stochastic, i};
   (bits.store(tensor.states[S], at[2 + S], states[S], S), ...);
   if (shared.noisy) draw_for(tensor, layer, i, Noise{{args.seed, layer.index, args.noise_step}}, shared.sigma, p);
-  bits.store(tensor.p, at[0], p, sizeof...(S));
+  bits.store_weights(at[0], p, sizeof...(S));
   if (shared.averages) {
     T v[V];
     convert(tensor.average, at[kAverage], raw[kAverage], v);
     fold(args, V, v, p);
     store(tensor.average, at[kAverage], v);
-    if (moves_weights(args)) bits.store(tensor.p, at[0], p, sizeof...(S) + 1);
+    if (moves_weights(args)) bits.store_weights(at[0], p, sizeof...(S) + 1);
   }
   if (shared.carries) add_squares(p, sums.weight2);
 }
@@ -300,7 +307,7 @@ FUSED_OPT_FN void sum_some(const Shared<Rule, T>& shared, int64_t i, const Raw<1
   locate<V>(tensor, i, at, slots);
   T p[V], g[V];
   const Wanted wanted = shared.now.wanted;
-  if (wanted & (kWeight | kUpdates)) convert(tensor.p, at[0], raw[0], p);
+  if (wanted & (kWeight | kUpdates)) convert_weights(tensor, at[0], raw[0], p);
   if (wanted & (kGradient | kUpdates)) convert(tensor.g, at[1], raw[1], g);
   if (wanted & kWeight) add_squares(p, sums.weight2);
   if (wanted & kGradient) add_squares(g, sums.grad2);

@@ -113,6 +113,50 @@ FUSED_OPT_FN void convert(const Operand& operand, int64_t i, const Raw<16>& raw,
   });
 }
 
+// The same of the parameter, and of what it is the rounding of: an int16 goes to the upper bytes of a bfloat16's
+// Raw<16>, a float32 is loaded where it is converted.
+template <int V>
+FUSED_OPT_FN void fetch_weights(const Tensor& tensor, int64_t i, Raw<16>& raw) {
+  fetch_raw<V>(tensor.p, i, raw);
+  if constexpr (V == 4)
+    if (tensor.exact.data && tensor.exact.dtype == DType::kInt16) {
+      const auto low = fetch(reinterpret_cast<const Raw<8>*>(static_cast<const int16_t*>(tensor.exact.data) + i));
+      std::memcpy(&raw.words[2], &low, 8);
+    }
+}
+
+template <int V>
+FUSED_OPT_FN void convert_exact(const Tensor& tensor, int64_t i, const Raw<16>& raw, float (&x)[V]) {
+  if (tensor.exact.dtype == DType::kInt16) {
+    uint16_t high[V];
+    int16_t low[V];
+    if constexpr (V == 1) {
+      high[0] = fetch(static_cast<const uint16_t*>(tensor.p.data) + i);
+      low[0] = static_cast<int16_t>(fetch(static_cast<const uint16_t*>(tensor.exact.data) + i));
+    } else {
+      std::memcpy(&high, &raw.words[0], sizeof high);
+      std::memcpy(&low, &raw.words[2], sizeof low);
+    }
+    FUSED_OPT_UNROLL
+    for (int k = 0; k < V; ++k) x[k] = join({high[k]}, low[k]);
+    return;
+  }
+  convert(tensor.p, i, raw, x);
+  Raw<16> stored{};
+  float exact[V];
+  fetch_raw<V>(tensor.exact, i, stored);
+  convert(tensor.exact, i, stored, exact);
+  FUSED_OPT_UNROLL
+  for (int k = 0; k < V; ++k) x[k] = widen(narrow<Float16>(exact[k])) == x[k] ? exact[k] : x[k];
+}
+
+template <int V, class T>
+FUSED_OPT_FN void convert_weights(const Tensor& tensor, int64_t i, const Raw<16>& raw, T (&x)[V]) {
+  if constexpr (std::is_same_v<T, float>)
+    if (tensor.exact.data) return convert_exact(tensor, i, raw, x);
+  convert(tensor.p, i, raw, x);
+}
+
 // Leaves in x what was stored. `narrowed(null pointer of an element type, x[k], k)`: an element.
 template <int V, class T, class Narrow>
 FUSED_OPT_FN void store(const Operand& operand, int64_t i, T (&x)[V], const Narrow& narrowed) {
@@ -148,6 +192,36 @@ FUSED_OPT_FN void store_at_random(const Operand& operand, int64_t i, T (&x)[V], 
     else
       return narrow<Element>(value);
   });
+}
+
+// Leaves x as it is, which is kept.
+template <int V>
+FUSED_OPT_FN void store_exact(const Tensor& tensor, int64_t i, float (&x)[V]) {
+  if (tensor.exact.dtype == DType::kInt16) {
+    uint16_t high[V], low[V];
+    FUSED_OPT_UNROLL
+    for (int k = 0; k < V; ++k) {
+      const Split parts = split(x[k]);
+      high[k] = parts.high.bits, low[k] = static_cast<uint16_t>(parts.low);
+    }
+    auto *upper = static_cast<uint16_t*>(tensor.p.data) + i, *lower = static_cast<uint16_t*>(tensor.exact.data) + i;
+    if constexpr (V == 1) {
+      put(upper, high[0]);
+      put(lower, low[0]);
+    } else {
+      Raw<sizeof high> raw;
+      std::memcpy(&raw, &high, sizeof high);
+      put(reinterpret_cast<Raw<sizeof high>*>(upper), raw);
+      std::memcpy(&raw, &low, sizeof low);
+      put(reinterpret_cast<Raw<sizeof low>*>(lower), raw);
+    }
+    return;
+  }
+  store(tensor.exact, i, x);
+  float seen[V];
+  FUSED_OPT_UNROLL
+  for (int k = 0; k < V; ++k) seen[k] = x[k];
+  store(tensor.p, i, seen);
 }
 
 }  // namespace fused_opt::cuda

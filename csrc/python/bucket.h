@@ -34,6 +34,7 @@ struct Parameter {
     if (const py::object given = entry.attr("step"); !given.is_none()) step.emplace(given);
     if (const py::object given = entry.attr("scalar"); !given.is_none()) scalar.emplace(given);
     if (const py::object given = entry.attr("average"); !given.is_none()) average.emplace(given);
+    if (const py::object given = entry.attr("exact"); !given.is_none()) exact.emplace(given);
     if (const py::object given = tensor.attr("grad"); !given.is_none()) g.emplace(given);
   }
   FUSED_OPT_FN void prefetch() const {
@@ -52,7 +53,7 @@ struct Parameter {
   int earlier;          // how often its parameter is stepped before it in the same step
   View p;
   std::vector<Held> states;
-  std::optional<Held> step, scalar, average;
+  std::optional<Held> step, scalar, average, exact;
   std::optional<View> g;         // none: it had no gradient when the bucket was made
   PyObject* gradient = nullptr;  // the last one, which is most often the next one, too: to prefetch, never to follow
   double count = 0, scalar_now = 1;
@@ -101,6 +102,11 @@ class Bucket {
       };
       for (size_t s = 0; s < parameter.states.size(); ++s) tensor.states[s] = add(parameter.states[s].view);
       if (parameter.average) tensor.average = add(parameter.average->view);
+      if (parameter.exact) {
+        if (!parameter.exact->view.same_strides(parameter.p))
+          throw py::value_error("exact weights must lie in memory as their parameter");
+        tensor.exact = parameter.exact->view.operand();
+      }
       if (parameter.g) tensor.g = add(*parameter.g);
       if (tensor.flat && !in_order) tensor.flat = walk_as_it_lies(parameter.p, tensor, table_.layers[t]);
       table_.tensors.push_back(tensor);
@@ -191,6 +197,7 @@ class Bucket {
       add(parameters_[t].step);
       add(parameters_[t].scalar);
       add(parameters_[t].average);
+      add(parameters_[t].exact);
     }
     return list;
   }
@@ -221,6 +228,7 @@ class Bucket {
     for (const Held& held : parameter.states)
       if (!held.unmoved()) return false;
     if (parameter.average && !parameter.average->unmoved()) return false;
+    if (parameter.exact && !parameter.exact->unmoved()) return false;
     if (!parameter.step) {
       parameter.count = parameter.states_are_new ? 1 : 2;
       return true;

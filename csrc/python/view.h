@@ -70,6 +70,7 @@ std::optional<DType> dtype_of(const dlpack::DataType& type) {
   if (type.code == dlpack::kFloat && type.bits == 64) return DType::kFloat64;
   if (type.code == dlpack::kFloat && type.bits == 16) return DType::kFloat16;
   if (type.code == dlpack::kBFloat && type.bits == 16) return DType::kBFloat16;
+  if (type.code == dlpack::kInt && type.bits == 16) return DType::kInt16;
   return std::nullopt;
 }
 

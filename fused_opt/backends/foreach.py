@@ -102,7 +102,7 @@ class Bucket(reference.Bucket):
         for member, row in self.active:
             p, g = member.tensor, member.tensor.grad
             assert g is not None
-            plain = g.layout == torch.strided and not g._is_zerotensor() and not p.is_complex()
+            plain = g.layout == torch.strided and not g._is_zerotensor() and not p.is_complex() and member.exact is None
             if able[row] and p.ndim <= exempt[row] and plain:
                 alike = (
                     row,

@@ -202,6 +202,9 @@ class ParamEntry:
     differentiable: bool = False  # autograd follows its step
     exclusive: bool = True  # no other parameter shares its memory, so that a carried norm stays valid
     scalar: Tensor | None = None  # the rule's, a float32
+    exact: Tensor | None = (
+        None  # laid out as `tensor`, which is the rounding of weights that it makes exact: fused_opt/exact.py
+    )
 
     @property
     def parameter(self) -> Tensor:

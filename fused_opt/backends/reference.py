@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..exact import exact_weights, set_exact_weights
 from ..extras.noise import normal, normal_at
 from ..extras.rounding import bits_of, rounded
 from ..rule import UNKNOWN, Rule
@@ -174,7 +175,8 @@ class Bucket:
     def _direct(self, member: ParamEntry, args: StepArgs) -> tuple[Tensor, ...]:
         """Parameter, gradient, direction, what of p decays, new states: real and dense, in the arithmetic's dtype."""
         assert member.tensor.grad is not None
-        tensors = [member.tensor, member.tensor.grad, *(member.states or ())]
+        weights = member.tensor if member.exact is None else exact_weights(member.tensor, member.exact)
+        tensors = [weights, member.tensor.grad, *(member.states or ())]
         if member.differentiable:  # autograd keeps what is multiplied, and the step writes these
             tensors = [tensor.clone() for tensor in tensors]
         if member.tensor.is_complex():
@@ -208,6 +210,9 @@ class Bucket:
 
     def _store(self, member: ParamEntry, args: StepArgs, place: int, tensor: Tensor, value: Tensor) -> None:
         """Put a value where it belongs, rounded; ``place``: among all that the step stores, see extras/rounding.py."""
+        if tensor is member.tensor and member.exact is not None:
+            set_exact_weights(tensor, member.exact, value)
+            return
         if args.rounding is not None and tensor.dtype in (torch.bfloat16, torch.float16):
             elements = self._elements(member, value)
             bits = bits_of(args.rounding, member.index, elements, place).reshape(value.shape)
@@ -218,7 +223,14 @@ class Bucket:
     def _step_rows(self, member: ParamEntry, args: StepArgs) -> bool:
         """Step only the rows that a sparse gradient has, where all else would stay as it is; False: it would not."""
         grad, decay = member.tensor.grad, any(args[2:5])
-        if grad is None or not grad.is_sparse or self.rule.coefficient_count or decay or any(args[6:]):
+        if (
+            grad is None
+            or not grad.is_sparse
+            or self.rule.coefficient_count
+            or decay
+            or any(args[6:])
+            or member.exact is not None
+        ):
             return False
         member.tensor.add_(grad, alpha=-float(args.lr) * member.lr_scale * args.grad_scale)
         return True
@@ -243,7 +255,7 @@ class Bucket:
             ).to(p.dtype).reshape(p.shape)
         for place, (tensor, value) in enumerate(zip([*(member.states or ()), member.tensor], [*new, updated])):
             self._store(member, args, place, tensor, value)
-        if args.rounding is not None and not member.tensor.is_complex():
+        if args.rounding is not None and member.exact is None and not member.tensor.is_complex():
             updated = member.tensor.to(updated.dtype)
         if args.fold is not None and member.average is not None:
             self._fold(member, args, updated)
@@ -263,7 +275,7 @@ class Bucket:
         add, share, restart, write_back, follow = args.fold
         average = torch.view_as_real(member.average) if member.average.is_complex() else member.average
         stored = torch.empty(0, dtype=member.tensor.dtype, device="cpu").real.dtype
-        p = updated.to(stored).to(updated.dtype)
+        p = updated.to(stored).to(updated.dtype) if member.exact is None else updated
         v = torch.zeros_like(p) if restart else average.to(p.dtype)
         by = add * (p - share * v)
         v = v + by

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from ..exact import KEPT, exact_weights, set_exact_weights
 from ..rule import Rule
 from .interface import (
     Average,
@@ -45,8 +46,8 @@ from .interface import (
 #: ``FUSED_OPT_SELF_CHECK=0`` in the environment leaves the checks out.
 ENABLED = os.environ.get("FUSED_OPT_SELF_CHECK") != "0"
 NOISE, RELATIVE_NOISE, AVERAGE, CLIPPING, MASKS = "noise", "relative noise", "averaging", "clipping", "masks"
-ROUNDING = "rounding at random"
-EXTRAS = frozenset([*(kind.name for kind in Kind), NOISE, RELATIVE_NOISE, AVERAGE, CLIPPING, MASKS, ROUNDING])
+ROUNDING, EXACT = "rounding at random", "exact weights"
+EXTRAS = frozenset([*(kind.name for kind in Kind), NOISE, RELATIVE_NOISE, AVERAGE, CLIPPING, MASKS, ROUNDING, EXACT])
 
 
 class Variant(NamedTuple):
@@ -82,6 +83,8 @@ def extras_of(groups: Sequence[Mapping[str, Any]]) -> frozenset[str]:
             found.add(MASKS)
         if group["rounding"] not in (None, "nearest"):
             found.add(ROUNDING)
+        if group["master_weights"]:
+            found.add(EXACT)
     return frozenset(found)
 
 
@@ -171,6 +174,7 @@ class _Row(NamedTuple):
     masks: CautiousArgs | None = None
     scheduled: Average | None = None  # noise that falls and this average, which a device computes from its counts
     rounding: bool = False  # at random
+    exact: bool = False  # float32 weights behind 16 bits
 
     def within(self, extras: frozenset[str]) -> _Row:
         return _Row(
@@ -180,6 +184,7 @@ class _Row(NamedTuple):
             self.masks if MASKS in extras else None,
             self.scheduled if extras & {NOISE, AVERAGE, ROUNDING} else None,
             self.rounding and ROUNDING in extras,
+            self.exact and EXACT in extras,
         )
 
     @property
@@ -201,6 +206,7 @@ _ROWS = (
     _Row(Kind.LAMB, masks=CautiousArgs(True, False, True)),
     _Row(average=True, rounding=True),
     _Row(average=True, scheduled=Average.EXPONENTIAL, rounding=True),
+    _Row(Kind.LAMB, average=True, exact=True),
 )
 _RATIOS = {
     Kind.LARS: RatioArgs(Kind.LARS, 0.5, math.inf, 0.0625, 0),
@@ -266,6 +272,8 @@ class _Run:
             entry.step = memory["step count"][index] if rule.counts_steps else None
             entry.scalar = memory["scalar"][index] if rule.scalar else None
             entry.average = layout.view(memory["average"], start) if rows[row].average else None
+            exact = rows[row].exact and "exact weights" in memory
+            entry.exact = layout.view(memory["exact weights"], start) if exact else None
             entry.lr_scale, entry.decay_scale = ((1.0, 1.0), (0.5, 3.0))[index % 2]
             self.members.append(entry)
         self.groups: list[dict[str, Any]] = [
@@ -303,7 +311,7 @@ class _Run:
         self, n: int, key: StepKey, lr: float | Tensor, scale: float, decay: float | Tensor = _DECAY
     ) -> StepArgs:
         row, step, scalar, earlier = key
-        odd, (kind, noise, average, masks, scheduled, at_random) = row % 2, self.rows[row]
+        odd, (kind, noise, average, masks, scheduled, at_random, _) = row % 2, self.rows[row]
         made = NoiseArgs(_SIGMA, noise == RELATIVE_NOISE, _SEED, n) if noise else None
         fold, counted = None, None
         if average and n != 1:
@@ -365,6 +373,7 @@ class _Comparison:
         p_dtype, self.g_dtype, *state_dtypes = variant.dtypes
         self.wide = p_dtype == torch.float64
         rows = list(dict.fromkeys(row.within(variant.extras) for row in _ROWS))
+        slots = ("parameter", "gradient", *rule.states, "average")
         places, begins, end = [], [], 0
         for row in range(len(rows)):
             begins.append(end)
@@ -391,7 +400,10 @@ class _Comparison:
         if any(row.average for row in rows):
             values["average"] = self.base.roll(5).to(torch.promote_types(p_dtype, torch.float32))
 
-        memory = {name: torch.empty_like(tensor, device=device) for name, tensor in values.items()}
+        if any(row.exact for row in rows) and p_dtype in KEPT:
+            values["exact weights"] = torch.zeros(end, dtype=KEPT[p_dtype][1], device="cpu")
+            set_exact_weights(values["parameter"], values["exact weights"], self.base.float())
+        memory = {name: torch.empty_like(tensor, device=device) for name, tensor in values.items() if name in slots}
 
         def steppable(row: int, layout: _Layout, start: int) -> bool:
             tensors = [layout.view(memory[name], start, name == "gradient") for name in memory]
@@ -470,6 +482,11 @@ class _Comparison:
                 return f"{when} the trust ratio of a tensor with {member.name} is {ratio!r} and not {expected!r}"
         for name, memory in self.ours.memory.items():
             mine, other = memory.cpu(), self.theirs.memory[name]
+            if name == "exact weights" and not self.exact:
+                mine, other = (
+                    exact_weights(side.memory["parameter"], side.memory[name]).cpu()
+                    for side in (self.ours, self.theirs)
+                )
             same = _same(mine, other)
             if not same.all() and name != "step count":
                 same |= self.rounded & torch.isclose(mine, other, rtol=self.bound, atol=self.bound, equal_nan=True)

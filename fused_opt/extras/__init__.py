@@ -18,6 +18,7 @@ from .averaging import AVERAGING, EMA, PSWA, PSWM, PWALKS, SWM, Averaging, Sched
 from .clipping import MAX_GRAD_NORM, NONFINITE, Nonfinite
 from .decay import CAUTIOUS, DECAY, Cautious, Decay
 from .extra import Extra
+from .master_weights import MASTER_WEIGHTS
 from .noise import NOISE, WeightNoise
 from .rounding import ROUNDING, Rounding, StochasticRounding, rounds_at_random
 from .trust_ratio import TRUST_RATIO, TrustRatio
@@ -40,7 +41,7 @@ __all__ = [
     "WeightNoise",
 ]
 
-EXTRAS = (TRUST_RATIO, NOISE, AVERAGING, CAUTIOUS, DECAY, ROUNDING, MAX_GRAD_NORM, NONFINITE)
+EXTRAS = (TRUST_RATIO, NOISE, AVERAGING, CAUTIOUS, DECAY, ROUNDING, MASTER_WEIGHTS, MAX_GRAD_NORM, NONFINITE)
 #: Those that a step's arguments speak of, in the order of ``StepArgs``.
 IN_ARGS = tuple((extra, extra.args) for extra in EXTRAS if extra.args is not None)
 NO_ARGS = (None,) * len(IN_ARGS)
@@ -61,6 +62,7 @@ class ExtrasBesideRatio(TypedDict, total=False):
     cautious: Cautious | None
     decay: Decay | None
     rounding: Rounding | None
+    master_weights: bool
     max_grad_norm: float | None
     nonfinite: Nonfinite
     state_dtype: torch.dtype | Mapping[str, torch.dtype] | None
@@ -85,11 +87,11 @@ def check_extras(options: Mapping[str, Any]) -> None:
             f"averaging=ScheduleFree(...) and {other}: noise would be that of an iterate which is not stored, and autograd "
             f"would take the weight of a step for a constant. Leave one of them out"
         )
-    if options.get("differentiable") and rounds_at_random(options["rounding"]):
-        raise ValueError(
-            f"differentiable=True and rounding={options['rounding']!r}: autograd cannot follow what is rounded at random. "
-            f"Leave one of them out"
-        )
+    if options.get("differentiable") and (rounds_at_random(options["rounding"]) or options["master_weights"]):
+        asked, what = f"rounding={options['rounding']!r}", "what is rounded at random"
+        if options["master_weights"]:
+            asked, what = "master_weights=True", "weights that are kept in two parts"
+        raise ValueError(f"differentiable=True and {asked}: autograd cannot follow {what}. Leave one of them out")
     if options.get("differentiable"):
         noise = options["noise"]
         asked = [key for key in ("trust_ratio", "max_grad_norm") if options[key] is not None]

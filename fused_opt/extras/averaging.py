@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..backends.interface import Fold
 from ..checks import real, whole
+from ..exact import exact_weights, set_exact_weights, slot_of
 from ..tensors import restore
 from .extra import Extra, check_setting
 from .noise import uniform, uniforms
@@ -325,11 +326,14 @@ def finish(
         idle = p.grad is None and p not in released
         if idle and (average := state.get(p, {}).get(AVERAGE)) is not None:
             before = average.clone() if follow else average
-            average.mul_(0.0 if restart else 1.0 - add * share).add_(p.to(average.dtype), alpha=add)
-            if write_back:
-                p.copy_(average)
-            elif follow:
-                p.copy_(p + follow * (average - before))
+            kept = state[p].get(slot_of(p) or "") if group["master_weights"] else None
+            weights = p if kept is None else exact_weights(p, kept)
+            average.mul_(0.0 if restart else 1.0 - add * share).add_(weights.to(average.dtype), alpha=add)
+            moved = average if write_back else weights + follow * (average - before) if follow else None
+            if moved is not None and kept is None:
+                p.copy_(moved)
+            elif moved is not None:
+                set_exact_weights(p, kept, moved)
     group["samples"] += add > 0
     if isinstance(group["averaging"], ScheduleFree):
         group[LR_SQUARES] += float(lr) ** 2

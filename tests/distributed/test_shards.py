@@ -36,6 +36,7 @@ def check_elementwise_steps_are_the_same_to_the_last_bit(rank, world):
         (fused_opt.Adam, torch.bfloat16): {"state_dtype": torch.float32},
         (fused_opt.SGD, torch.float64): {},
         (fused_opt.SGD, torch.bfloat16): {"momentum": 0.9, "rounding": "stochastic"},
+        (fused_opt.AdamW, torch.bfloat16): {"master_weights": True, "rounding": "stochastic"},
         (fused_opt.AdamW, torch.float16): {"rounding": "stochastic", "state_dtype": {"exp_avg_sq": torch.bfloat16}},
         (fused_opt.Lion, torch.float32): {"decay": "independent", "cautious": fused_opt.Cautious("both", scaled=False)},
     }

@@ -25,7 +25,7 @@ ORDER = [
     ["fused_opt.__init__"],
     ["fused_opt.integrations"],
     ["fused_opt.snapshots"],
-    ["fused_opt.accumulation", "fused_opt.balance", "fused_opt.gradinit"],
+    ["fused_opt.accumulation", "fused_opt.balance", "fused_opt.gradinit", "fused_opt.precision"],
     ["fused_opt.batch_size", "fused_opt.second_derivative"],
     ["fused_opt.rules"],
     ["fused_opt.optimizer"],
@@ -42,7 +42,7 @@ ORDER = [
     ["fused_opt.backends.__init__"],
     ["fused_opt.backends.self_check"],
     ["fused_opt.backends.interface", "fused_opt.backends.pointers"],
-    ["fused_opt.tensors"],
+    ["fused_opt.exact", "fused_opt.tensors"],
     ["fused_opt.shards"],
     ["fused_opt._version", "fused_opt.checks", "fused_opt.pictures", "fused_opt.rule", "fused_opt.warn"],
 ]

@@ -151,9 +151,9 @@ class Bucket:
         for place, m in enumerate(members):
             if m.tensor.grad is not None:
                 operands = (m.tensor, m.tensor.grad, *(m.states or ()))
-                average = None if m.average is None else m.average.dtype
+                average, exact = (None if kept is None else kept.dtype for kept in (m.average, m.exact))
                 counted = None if m.step is None else m.step.device
-                key = (m.tensor.device, average, counted, *(tensor.dtype for tensor in operands))
+                key = (m.tensor.device, average, exact, counted, *(tensor.dtype for tensor in operands))
                 alike.setdefault(key, []).append(place)
         self.tables = [Table(rule, [members[place] for place in places], places) for places in alike.values()]
 

@@ -7,7 +7,7 @@ is chosen so that this adding is cheap: see ``chunk_size``.
 The tables, of 8-byte words, are stored column by column, one entry for every tensor:
 
 - ``tensors``, made when something moved: FIRST (its first chunk), NUMEL, CHUNK (elements in a chunk), NDIM, INDEX (which
-  parameter of the optimizer), LR_SCALE, DECAY_SCALE, P, AVERAGE (addresses), and the addresses of the states;
+  parameter of the optimizer), LR_SCALE, DECAY_SCALE, P, AVERAGE, EXACT (addresses), and the addresses of the states;
 - ``words``, new in every step: G (the gradient's address), ROW (of the groups' table, -1: no gradient), WANTS (bits:
   what the first pass sums), PARTS, GRAD2 (norms that are known, -1 where they are not), and then the rows.
 
@@ -31,7 +31,7 @@ FULL, TAIL = tl.constexpr(1024), tl.constexpr(256)
 SUMS = tl.constexpr(512)  # partial sums that are added at once
 
 FIRST, NUMEL, CHUNK, NDIM, INDEX = (tl.constexpr(column) for column in range(5))
-LR_SCALE, DECAY_SCALE, P, AVERAGE, STATES = (tl.constexpr(column) for column in range(5, 10))
+LR_SCALE, DECAY_SCALE, P, AVERAGE, EXACT, STATES = (tl.constexpr(column) for column in range(5, 11))
 G, ROW, WANTS, PARTS, GRAD2, ROWS = (tl.constexpr(column) for column in range(6))
 WANT_WEIGHT, WANT_GRAD, WANT_DIRECTION, WANT_AGREEMENT = (tl.constexpr(norm.value) for norm in Norm)
 WANT_UPDATE = tl.constexpr((Norm.DIRECTION | Norm.AGREEMENT).value)
@@ -95,12 +95,46 @@ def _load(address, start, end, DTYPE: tl.constexpr, T: tl.constexpr, BLOCK: tl.c
         values = tl.load(tl.multiple_of(pointer, 16) + offsets)
     else:
         values = tl.load(pointer + offsets, mask=start + offsets < end, other=0)
+    if DTYPE.is_int():
+        return values.to(T)
     return values.to(tl.float32).to(T) if DTYPE.primitive_bitwidth == 16 else values.to(T)
+
+
+@triton.jit
+def _load_weights(
+    address, exact, start, end, DTYPE: tl.constexpr, KEPT: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Those of a parameter; KEPT: the dtype of what makes them exact, None: nothing does."""
+    if tl.int16 == KEPT:
+        high = _load(address, start, end, tl.int16, tl.int32, BLOCK)
+        low = _load(exact, start, end, tl.int16, tl.int32, BLOCK)
+        return ((high << 16) + low).to(tl.float32, bitcast=True).to(T)
+    seen = _load(address, start, end, DTYPE, T, BLOCK)
+    if tl.float32 == KEPT:
+        kept = _load(exact, start, end, tl.float32, T, BLOCK)
+        return tl.where(_narrow(kept, DTYPE).to(T) == seen, kept, seen)
+    return seen
+
+
+@triton.jit
+def _store_weights(address, exact, start, end, values, DTYPE: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr):
+    if tl.int16 == KEPT:  # the nearest, ties away from zero, and the lower half
+        bits = values.to(tl.float32).to(tl.int32, bitcast=True)
+        number = values == values
+        high = tl.where(number, (bits + 0x8000) >> 16, (bits >> 16) | 0x40)
+        _store(address, start, end, high, tl.int16, BLOCK)
+        _store(exact, start, end, tl.where(number, bits, 0), tl.int16, BLOCK)
+    else:
+        _store(address, start, end, values, DTYPE, BLOCK)
+        if tl.float32 == KEPT:
+            _store(exact, start, end, values, tl.float32, BLOCK)
 
 
 @triton.jit
 def _narrow(values, DTYPE: tl.constexpr):
     """As they are stored; float64 to 16 bits by way of float32, as everywhere else."""
+    if DTYPE.is_int():
+        return values.to(DTYPE)
     return values.to(tl.float32).to(DTYPE) if DTYPE.primitive_bitwidth == 16 else values.to(DTYPE)
 
 
@@ -200,6 +234,7 @@ def update(
     NORMS: tl.constexpr,
     MASKED: tl.constexpr,  # there are masks, or decay that is not times the rate
     STOCHASTIC: tl.constexpr,  # something of 16 bits is rounded at random
+    KEPT: tl.constexpr,  # the dtype of what makes weights exact; None: nothing does
 ):
     """Step one chunk: everything that a step does to it, in one pass."""
     chunk = tl.program_id(0)
@@ -260,7 +295,8 @@ def update(
         follow = tl.load(row + FOLD + 4).to(T)
         addresses, aligned = _addresses(tensors, words, t, count, DTYPES)
         average = tl.load(tensors + AVERAGE * count + t)
-        aligned &= (average & 15) == 0
+        exact = tl.load(tensors + EXACT * count + t)
+        aligned &= ((average | exact) & 15) == 0
 
         begin = (chunk - first) * size
         end = tl.minimum(begin + size, numel)
@@ -270,7 +306,7 @@ def update(
             stop = full if BLOCK == FULL else end
             squares = tl.zeros([BLOCK // 4], tl.float64)
             for start in range(begin, stop, BLOCK):
-                p = _load(addresses[0], start, end, DTYPES[0], T, BLOCK)
+                p = _load_weights(addresses[0], exact, start, end, DTYPES[0], KEPT, T, BLOCK)
                 g = grad_scale.to(T) * _load(addresses[1], start, end, DTYPES[1], T, BLOCK) + coupled * p
                 results = RULE(g, *_states(addresses, start, end, DTYPES, T, BLOCK), *coefficients)
                 for k in tl.static_range(2, len(DTYPES)):
@@ -289,25 +325,28 @@ def update(
                     if sigma != 0:
                         z = normal(start // 4 + tl.arange(0, BLOCK // 4), index, noise_t, seed)
                         p += sigma.to(T) * z.to(T)
-                if STOCHASTIC and DTYPES[0].primitive_bitwidth == 16:  # what it is then is stored without rounding
+                if (
+                    STOCHASTIC and KEPT is None and DTYPES[0].primitive_bitwidth == 16
+                ):  # what it is then is stored without rounding
                     counter = start // 4 + tl.arange(0, BLOCK // 4)
                     drawn = at_random(p, counter, index, rounding_t, rounding_seed, len(DTYPES) - 2, DTYPES[0])
                     p = tl.where(rounds, drawn, p)
                 if AVERAGE_DTYPE is not None:
-                    p = _narrow(p, DTYPES[0]).to(T)  # what is averaged is what would be stored
+                    if KEPT is None:
+                        p = _narrow(p, DTYPES[0]).to(T)  # what is averaged is what would be stored
                     if (add != 0) | write_back:
                         v = _load(average, start, end, AVERAGE_DTYPE, T, BLOCK)
                         by = add * (p - share * v)
                         v = tl.where(restart, add * p, v + by)
                         _store(average, start, end, v, AVERAGE_DTYPE, BLOCK)
                         p = tl.where(write_back, v, tl.where(follow != 0, p + follow * by, p))
-                        if STOCHASTIC and DTYPES[0].primitive_bitwidth == 16:
+                        if STOCHASTIC and KEPT is None and DTYPES[0].primitive_bitwidth == 16:
                             counter = start // 4 + tl.arange(0, BLOCK // 4)
                             drawn = at_random(p, counter, index, rounding_t, rounding_seed, len(DTYPES) - 1, DTYPES[0])
                             p = tl.where(rounds, drawn, p)
-                _store(addresses[0], start, end, p, DTYPES[0], BLOCK)
+                _store_weights(addresses[0], exact, start, end, p, DTYPES[0], KEPT, BLOCK)
                 if NORMS:
-                    squares += _squares(_narrow(p, DTYPES[0]).to(T), start, end, BLOCK)
+                    squares += _squares(p if KEPT is not None else _narrow(p, DTYPES[0]).to(T), start, end, BLOCK)
             new2 += tl.sum(squares)
             begin = stop
         if NORMS:
@@ -330,6 +369,7 @@ def norms(
     COEFFICIENTS: tl.constexpr,
     WANTED: tl.constexpr,  # by any tensor, and of this launch; what one does not want of it is not stored
     MASKED: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
     """Sum the squares of one chunk, before the weights may be touched."""
     chunk = tl.program_id(0)
@@ -341,6 +381,8 @@ def norms(
         size = tl.load(tensors + CHUNK * count + t)
         decay_scale = tl.load(layers + DECAY_SCALE * count + t)
         addresses, aligned = _addresses(tensors, words, t, count, DTYPES)
+        exact = tl.load(tensors + EXACT * count + t)
+        aligned &= (exact & 15) == 0
 
         begin = (chunk - first) * size
         end = tl.minimum(begin + size, numel)
@@ -362,7 +404,7 @@ def norms(
             of_agreement = tl.zeros([BLOCK // 4], tl.float64)
             for start in range(begin, stop, BLOCK):
                 if WANT_UPDATE & WANTED:
-                    p = _load(addresses[0], start, end, DTYPES[0], T, BLOCK)
+                    p = _load_weights(addresses[0], exact, start, end, DTYPES[0], KEPT, T, BLOCK)
                     g = tl.load(row + 1).to(T) * _load(addresses[1], start, end, DTYPES[1], T, BLOCK) + coupled * p
                     states = _states(addresses, start, end, DTYPES, T, BLOCK)
                     results = RULE(g, *states, *_coefficients(row, COEFFICIENTS, T))
@@ -375,7 +417,8 @@ def norms(
                         else:
                             of_direction += _squares(results[0] + decoupled * p, start, end, BLOCK)
                 if WANT_WEIGHT & WANTED:
-                    of_weights += _squares(_load(addresses[0], start, end, DTYPES[0], T, BLOCK), start, end, BLOCK)
+                    weights = _load_weights(addresses[0], exact, start, end, DTYPES[0], KEPT, T, BLOCK)
+                    of_weights += _squares(weights, start, end, BLOCK)
                 if WANT_GRAD & WANTED:
                     of_gradient += _squares(_load(addresses[1], start, end, DTYPES[1], T, BLOCK), start, end, BLOCK)
             weight2 += tl.sum(of_weights)

@@ -35,6 +35,7 @@ from .counts import Counts
 
 INTERPRETED = not isinstance(kernel.update, triton.JITFunction)  # decided from the environment when Triton was imported
 TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+KEPT_TYPES = {torch.int16: tl.int16, torch.float32: tl.float32}
 #: As nvcc compiles csrc/cuda/: a multiplication and an addition are two roundings, so the bits are the native backend's.
 OPTIONS = {"enable_fp_fusion": False}
 NO_RATIO, NO_NOISE, NO_FOLD = (0, 1.0, 0.0, 0.0, 0), NoiseArgs(0.0, False, 0, 0), Fold(0.0, 0.0, False, False)
@@ -69,7 +70,7 @@ class Table:
         self.device = self.parameters[0].device
         # A tensor that is moved no longer has its alias's address, and the alias keeps that memory from being reused.
         self.held = [*self.parameters, *(s for m in members for s in m.states or ())]
-        self.held += [m.average for m in members if m.average is not None]
+        self.held += [kept for m in members for kept in (m.average, m.exact) if kept is not None]
         self.aliases = [tensor.detach() for tensor in self.held]
         gradients = [_grad(p) for p in self.parameters]
         self.layouts = self._layouts(gradients)
@@ -98,6 +99,7 @@ class Table:
         states = members[0].states or ()
         self.types = tuple(TYPES[t.dtype] for t in (self.parameters[0], gradients[0], *states))
         self.average_type = None if members[0].average is None else TYPES[members[0].average.dtype]
+        self.kept = None if members[0].exact is None else KEPT_TYPES[members[0].exact.dtype]
         self.coefficients = rule.coefficient_count
 
     def _columns(self) -> tuple[list[list[int]], int]:
@@ -116,6 +118,7 @@ class Table:
             array("q", array("d", [m.decay_scale for m in members]).tobytes()).tolist(),
             [p.data_ptr() for p in self.parameters],
             [0 if m.average is None else m.average.data_ptr() for m in members],
+            [0 if m.exact is None else m.exact.data_ptr() for m in members],
             *addresses,
         ]
         return columns, chunks
@@ -205,6 +208,7 @@ class Table:
         launch(
             kernel.norms, self.device, self.chunks, *self._tables(), self.sums[self.turn], self.sums[2], self.sums[3],
             len(self.members), self.function, self.types, arithmetic(self.p_dtype), self.coefficients, wanted, masked,
+            self.kept,
         )  # fmt: skip
 
     def grad_norm2(self) -> float:
@@ -250,14 +254,19 @@ class Table:
             self.sums[2], self.sums[3], self.ratios, len(self.members), self.function, self.types,
             self.average_type if folds else None, arithmetic(self.p_dtype), self.coefficients,
             any(of_row.noise is not None for of_row in args), any(carries), masked,
-            any(of_row.rounding is not None for of_row in args),
+            any(of_row.rounding is not None for of_row in args), self.kept,
         )  # fmt: skip
         self._advance(carries, args)
 
     def written_states(self) -> list[Tensor]:
         """What a step has written besides the parameters, and autograd has not seen."""
         stepped = [member for member, row in zip(self.members, self.rows) if row >= 0]
-        written = [tensor for m in stepped for tensor in (*(m.states or ()), m.average, m.scalar) if tensor is not None]
+        written = [
+            tensor
+            for m in stepped
+            for tensor in (*(m.states or ()), m.average, m.scalar, m.exact)
+            if tensor is not None
+        ]
         return written + [m.step for m in stepped if m.step is not None and self.counts.cells]
 
     def _want(self, member: ParamEntry, args: StepArgs, valid: bool, parts: float, grad2: float) -> tuple[bool, int]:

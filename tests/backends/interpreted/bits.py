@@ -48,6 +48,13 @@ def test_states_of_16_bits_have_the_native_backends_bits(name, options, dtype, m
     assert_native_bits(name, {**options, "state_dtype": torch.float16}, dtype, monkeypatch)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_exact_weights_have_the_native_backends_bits(name, dtype, monkeypatch):
+    options = {"lr": 0.01, "averaging": fused_opt.PSWA(period=2), "master_weights": True, **STATES}
+    assert_native_bits(name, options, dtype, monkeypatch)
+
+
 @pytest.mark.parametrize("averaging", [None, fused_opt.EMA(0.9), fused_opt.PSWA(period=2)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("name", "options"), [("SGD", {"momentum": 0.9}), ("AdamW", {})])
