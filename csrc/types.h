@@ -55,9 +55,14 @@ FUSED_OPT_FN To narrow(float x) {
     return static_cast<To>(x);
   }
 }
+// By way of float32, as PyTorch and Triton do.
 template <>
 FUSED_OPT_FN BFloat16 narrow<BFloat16>(double x) {
   return narrow<BFloat16>(static_cast<float>(x));
+}
+template <>
+FUSED_OPT_FN Float16 narrow<Float16>(double x) {
+  return narrow<Float16>(static_cast<float>(x));
 }
 
 // One of the two numbers that x lies between, at random so that their mean is x: the one further from 0 for as many of
