@@ -188,7 +188,7 @@ class StepInBackward:
             self._alone.pop(p, None)
         for p in self._places:
             if p.requires_grad and p.is_leaf and p not in self._handles:
-                self._handles[p] = p.register_post_accumulate_grad_hook(WeakHook(self._take))
+                self._handles[p] = p.register_post_accumulate_grad_hook(self._take)
 
     def _before_forward(self, *_: Any) -> None:
         if DistributedDataParallel._get_active_ddp_module() is not None:
