@@ -54,7 +54,7 @@ aarch64: $(VENV)/installed
 
 # Every figure of docs/performance.md and docs/temp_balance.md, against torch.optim and the published ways; the host's time of docs/gpu.md.
 bench: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet weightwatcher==0.7.7
+	$(BIN)/python -m pip install --quiet weightwatcher==0.7.7 bitsandbytes==0.50.2 torch-optimi==0.3.3
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.spectra
 	$(BIN)/python -m benchmarks.communication

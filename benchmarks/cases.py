@@ -18,6 +18,7 @@ from fused_opt import backends
 from . import shapes
 from .gpu import BACKENDS, ON_CPU
 from .harness import Call, Case, Make, Table, normal
+from .models import MODELS as TRAINED
 from .shapes import SHAPES, Shape
 from .targets import Target
 
@@ -113,6 +114,19 @@ def clip_then_step(parameters: list[Parameter]) -> Call:
     return lambda: (torch.nn.utils.clip_grad_norm_(parameters, 1.0), optimizer.step())
 
 
+def clipped_and_averaged(
+    make: Callable[..., torch.optim.Optimizer], parameters: list[Parameter], **options: Any
+) -> Call:
+    """An optimizer between torch's clipping and its exponential moving average, as loops have them."""
+    model, optimizer = torch.nn.ParameterList(parameters), make(parameters, **options)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    return lambda: (
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0),
+        optimizer.step(),
+        average.update_parameters(model),
+    )
+
+
 def parallel_region() -> None:
     """Wake torch's threads, as a backward does just before a step."""
     torch.mm(MATRIX, MATRIX)
@@ -172,6 +186,57 @@ def beside_adamw(name: str, **options: Any) -> Case:
     return Case(
         name, SHAPES["GPT-2 small"], contenders, "fused_opt.AdamW", (Target(name, "time", 1.1, "fused_opt.AdamW"),)
     )
+
+
+# Public optimizers to compare with; those that can be imported are timed.
+PEERS = {
+    "AdamW": ("bitsandbytes.optim.AdamW", "optimi.AdamW"),
+    "LARS": ("timm.optim.Lars", "torch_optimizer.LARS", "bitsandbytes.optim.LARS"),
+    "LAMB": ("apex.optimizers.FusedLAMB", "timm.optim.Lamb", "torch_optimizer.Lamb", "bitsandbytes.optim.LAMB"),
+}
+
+
+def importable(kind: str) -> dict[str, Callable[..., torch.optim.Optimizer]]:
+    """The public ones that are installed here."""
+    found: dict[str, Callable[..., torch.optim.Optimizer]] = {}
+    for module, _, name in (path.rpartition(".") for path in PEERS[kind]):
+        try:
+            make = getattr(import_module(module), name)
+        except Exception:  # whatever an extension built for another machine may raise
+            continue
+        found[f"{module.partition('.')[0]} {name}"] = make
+    return found
+
+
+def iterations(name: str, count: int) -> list[Case]:
+    """Iterations of a model with so many threads, plain, and with clipping and an exponential moving average."""
+    theirs = {
+        "torch default": partial(torch.optim.AdamW, **ADAMW),
+        "torch fused": partial(torch.optim.AdamW, **ADAMW, fused=True),
+        **{label: partial(make, **ADAMW) for label, make in importable("AdamW").items()},
+    }
+    ways = {
+        "": (partial(stepping, fused_opt.AdamW, **ADAMW), stepping),
+        ", clipping and EMA": (
+            partial(stepping, fused_opt.AdamW, **ADAMW, max_grad_norm=1.0, averaging=fused_opt.EMA(0.999)),
+            clipped_and_averaged,
+        ),
+    }
+    quarter = Target(
+        "fused_opt", "speed", 4, "torch fused", of_part=True
+    )  # of the host's time, which is all that there is
+    return [
+        Case(
+            f"{name}, {count} thread{'s' if count > 1 else ''}{extras}",
+            shapes=(),
+            contenders={"fused_opt": step, **{label: partial(loop, make) for label, make in theirs.items()}},
+            baseline="torch fused",
+            targets=(quarter,) if name == "MLP" else (),
+            training=TRAINED[name],
+            threads=count,
+        )
+        for extras, (step, loop) in ways.items()
+    ]
 
 
 ours_sgd = partial(stepping, fused_opt.SGD, **SGD)
@@ -258,6 +323,11 @@ TABLES = [
             ),
         ],
     ),
+    Table(
+        "iterations",
+        "Iterations of training and the optimizer's part of them, AdamW, float32",
+        [case for name in TRAINED for count in (1, 2) for case in iterations(name, count)],
+    ),
 ]
 
 
@@ -265,11 +335,6 @@ TABLES = [
 
 MODELS = shapes.ON_GPU if not ON_CPU else {"ResNet-50": shapes.tiny(shapes.resnet50()[:2])}
 SGD_BYTES, ADAM_BYTES = 20, 28  # for each element and step, float32: read p, g and the states, write p and the states
-# Public optimizers to compare with; those that can be imported are timed.
-PEERS = {
-    "LARS": ("timm.optim.Lars", "torch_optimizer.LARS", "bitsandbytes.optim.LARS"),
-    "LAMB": ("apex.optimizers.FusedLAMB", "timm.optim.Lamb", "torch_optimizer.Lamb", "bitsandbytes.optim.LAMB"),
-}
 
 
 def ours(name: str, **options: Any) -> dict[str, Make]:
@@ -284,15 +349,8 @@ def torchs(name: str, **options: Any) -> dict[str, Make]:
 
 
 def peers(kind: str, **options: Any) -> dict[str, Make]:
-    """The public ones that are installed here."""
-    found: dict[str, Make] = {}
-    for module, _, name in (path.rpartition(".") for path in PEERS[kind]):
-        try:
-            make = getattr(import_module(module), name)
-        except Exception:  # whatever an extension built for another machine may raise
-            continue
-        found[f"{module.partition('.')[0]} {name}"] = partial(stepping, make, **options)
-    return found
+    """Their steps."""
+    return {label: partial(stepping, make, **options) for label, make in importable(kind).items()}
 
 
 def extras_of_sgd(b: str) -> dict[str, Make]:

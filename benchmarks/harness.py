@@ -8,8 +8,9 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch.nn import Parameter
 
+from .models import Training
 from .shapes import Shape, tiny
 from .targets import Target
 
@@ -38,6 +40,9 @@ class Case:
         baseline: the label that the picture and the column of speeds compare with; empty: none.
         targets: judged by medians.
         before: called before every timed call, untimed.
+        training: in place of shapes, makes a model, of small sizes if it is told so, and its loss: timed is an iteration,
+            with the contender's call in it and by itself.
+        threads: torch's; 0: as they are.
         model: the name of the shapes.
         budget: bytes that a step has to move for each element.
     """
@@ -48,6 +53,8 @@ class Case:
     baseline: str = ""
     targets: tuple[Target, ...] = ()
     before: Call = lambda: None
+    training: Callable[[bool], Training] | None = None
+    threads: int = 0
     model: str = ""
     budget: int = 0
 
@@ -73,14 +80,19 @@ class Table:
 
 @dataclass(frozen=True)
 class Result:
-    """The seconds that every contender's calls took."""
+    """The seconds that every contender's calls took; ``parts``: those of iterations that were the contender's own."""
 
     case: Case
     seconds: dict[str, list[float]]
+    parts: dict[str, list[float]] = field(default_factory=dict)
 
     def median(self, label: str) -> float:
         """Seconds."""
         return float(np.median(self.seconds[label]))
+
+    def part(self, label: str) -> float:
+        """Seconds of an iteration that were the optimizer's."""
+        return float(np.median(self.parts[label]))
 
     def speed(self, label: str) -> float:
         """How many times as fast as the baseline."""
@@ -88,7 +100,11 @@ class Result:
 
     def met(self, target: Target) -> bool:
         """Whether the medians keep to it."""
-        return target.met(target.found(self.median))
+        return target.met(self.found(target))
+
+    def found(self, target: Target) -> float:
+        """What the target bounds, by medians."""
+        return target.found(self.part if target.of_part else self.median)
 
 
 def normal(shape: Shape) -> torch.Tensor:
@@ -127,8 +143,9 @@ def take_turns(turns: Sequence[Call], rounds: int, seconds: float, at_most: floa
 def measure(case: Case, *, quick: bool = False) -> Result:
     """Time a case on the CPU, in turns, for 15 rounds or 3 seconds, whichever is more.
 
-    A turn is four calls, of which the last is timed: the first ones pay for the caches that the contender before it left
-    cold, which would otherwise be a matter of the order. What ``case.before`` leaves cold is in the figures.
+    An iteration is a turn. Of steps alone a turn is four calls, of which the last is timed: the first ones pay for the caches
+    that the contender before it left cold, which would otherwise be a matter of the order. What ``case.before`` leaves cold
+    is in the figures.
 
     Args:
         case: the case.
@@ -138,27 +155,65 @@ def measure(case: Case, *, quick: bool = False) -> Result:
         gc.collect()  # what the last case held
     warm_up, rounds, at_least = (1, 1, 0.0) if quick else (WARM_UP, ROUNDS, SECONDS)
     shapes = tiny(case.shapes) if quick else case.shapes
-    calls = {label: make(parameters_of(shapes)) for label, make in case.contenders.items()}
-    for _ in range(warm_up):
-        for call in calls.values():
-            case.before()
-            call()
+    parts: dict[str, list[float]] = {label: [] for label in case.contenders if case.training}
+    calls: dict[str, Call] = {}
+    for label, make in case.contenders.items():
+        if case.training is None:
+            calls[label] = make(parameters_of(shapes))
+        else:
+            torch.manual_seed(0)
+            calls[label] = iteration(*case.training(quick), make, parts[label])
     seconds: dict[str, list[float]] = {label: [] for label in calls}
 
     def turn(label: str, call: Call) -> None:
-        for _ in range(TURN - 1):
+        for _ in range(0 if case.training else TURN - 1):
             call()
         case.before()
         start = time.perf_counter()
         call()
         seconds[label].append(time.perf_counter() - start)
 
-    take_turns([partial(turn, label, call) for label, call in calls.items()], rounds, at_least)
-    return Result(case, seconds)
+    with threads(0 if quick else case.threads):
+        for _ in range(warm_up):
+            for call in calls.values():
+                case.before()
+                call()
+        for of_label in parts.values():
+            of_label.clear()
+        take_turns([partial(turn, label, call) for label, call in calls.items()], rounds, at_least)
+    return Result(case, seconds, parts)
+
+
+def iteration(model: torch.nn.Module, loss: Callable[[], torch.Tensor], make: Make, parts: list[float]) -> Call:
+    """An iteration of training; the seconds of the optimizer's part go into the list."""
+    parameters = list(model.parameters())
+    step = make(parameters)
+
+    def call() -> None:
+        model.zero_grad()
+        loss().backward()
+        start = time.perf_counter()
+        step()
+        parts.append(time.perf_counter() - start)
+
+    return call
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many of torch's within the block; 0: as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def quartiles(seconds: Sequence[float]) -> dict[str, float]:
-    """Minimum, quartiles and median, in microseconds."""
+    """Minimum, quartiles and median, in microseconds; of nothing none."""
+    if not seconds:
+        return {}
     values = np.quantile(seconds, [0, 0.25, 0.5, 0.75]).tolist()
     return {
         name: round(1e6 * x, 3) for name, x in zip(("minimum", "lower_quartile", "median", "upper_quartile"), values)
@@ -174,6 +229,7 @@ def figures(results: Sequence[Result], here: Mapping[str, Any]) -> list[dict[str
             "contender": label,
             "calls": len(seconds),
             **{f"{name}_us": f"{x:.2f}" for name, x in quartiles(seconds).items()},
+            **{f"part_{name}_us": f"{x:.2f}" for name, x in quartiles(result.parts.get(label, ())).items()},
         }
         for result in results
         for label, seconds in result.seconds.items()

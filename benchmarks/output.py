@@ -62,7 +62,7 @@ def duration(seconds: float) -> str:
 
 def verdict(result: Result, target: Target) -> str:
     """A mark, the target and what was found."""
-    found = target.found(result.median)
+    found = result.found(target)
     words = escape(f"{target}: {found:.3g}x")
     return f"[green]✓[/green] {words}" if target.met(found) else f"[red]✗ {words}[/red]"
 
@@ -75,6 +75,7 @@ def page_of(table: Table, results: Sequence[Result], here: Mapping[str, Any], *,
             "contender": escape(label) if i else f"[bold]{escape(label)}[/bold]",
             "median": duration(result.median(label)),
             "fastest": f"[dim]{duration(min(seconds))}[/dim]",
+            **({"optimizer's part": duration(result.part(label))} if result.parts else {}),
             "speed": "[dim]1x[/dim]" if label == result.case.baseline else f"{result.speed(label):.3g}x",
             "target": "\n".join(verdict(result, t) for t in result.case.targets if t.contender == label and judge),
         }

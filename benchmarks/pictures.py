@@ -27,7 +27,8 @@ MEANINGS = (
     ("^triton ", "fused_opt, Triton", style.TRITON),
     ("^torch fused", "torch fused", style.TORCH_FUSED),
     ("foreach", "torch foreach", style.TORCH_FOREACH),
-    ("^(add,|AveragedModel|clip_grad_norm_|apex|timm|torch_optimizer|bitsandbytes)", "others", style.OTHERS),
+    ("^torch default", "torch default", style.TORCH_DEFAULT),
+    ("^(add,|AveragedModel|clip_grad_norm_|apex|timm|torch_optimizer|bitsandbytes|optimi)", "others", style.OTHERS),
     OURS,
 )
 
@@ -81,7 +82,7 @@ def draw(
                 end = max(begin, bar.value, bar.target or begin)  # of a value that is not a number: begin
                 behind = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
                 area.annotate(bar.text, (end, y), **behind, fontsize=8, color=style.INK)
-            area.set_title(f"{name}: {column}" if column else name, loc="left", fontsize=9)
+            area.set_title(f"{name}: {column}" if column else name, loc="left", fontsize=9, color=style.INK)
             area.set_xscale(scale)
             area.set_xlim(left, right)
             area.set_yticks(range(len(panel)), [bar.label for bar in panel])
@@ -95,7 +96,7 @@ def draw(
                 area.xaxis.set_major_locator(FixedLocator(plain_ticks(left, right)))
                 area.xaxis.set_minor_locator(NullLocator())
             area.xaxis.set_major_formatter(FuncFormatter(lambda x, _: plain(x)))
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=style.INK)
     drawn = {bar.meaning for bar in bars}
     meanings = {name: colour for _, name, colour in (OURS, *MEANINGS) if (name, colour) in drawn}
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in meanings.values()]
@@ -111,7 +112,10 @@ def draw(
 def draw_table(table: Any, figures: Sequence[Mapping[str, Any]], path: Path) -> None:
     """How many times as fast as the baseline, from the rows of a table's CSV."""
     medians: dict[str, dict[str, float]] = {}
+    parts: dict[tuple[str, str], str] = {}  # the optimizer's, of iterations
     for figure in figures:
+        if part := figure.get("part_median_us"):
+            parts[figure["case"], figure["contender"]] = f", of which the step {duration(1e-6 * float(part))}"
         medians.setdefault(figure["case"], {})[figure["contender"]] = 1e-6 * float(figure["median_us"])
     rows = {}
     for case in table.cases:
@@ -122,12 +126,18 @@ def draw_table(table: Any, figures: Sequence[Mapping[str, Any]], path: Path) -> 
         bounds = {
             target.contender: target.bound if target.quantity == "speed" else 1 / target.bound
             for target in case.targets
-            if target.of == case.baseline and target.beyond is None
+            if target.of == case.baseline and target.beyond is None and not target.of_part
         }
         rows[f"{case.name} ({case.baseline}: {duration(baseline)})"] = [
             [
-                Bar(label, baseline / seconds, f"{baseline / seconds:.3g}x   {duration(seconds)}", bounds.get(label))
+                Bar(
+                    label,
+                    baseline / seconds,
+                    f"{baseline / seconds:.3g}x   {duration(seconds)}{part}",
+                    bounds.get(label),
+                )
                 for label, seconds in of_case.items()
+                for part in [parts.get((case.name, label), "")]
             ]
         ]
     axis = f"times as fast as the contender in brackets, by medians\n{in_words(figures[0])}"

@@ -28,6 +28,7 @@ class Target:
         bound: a lower one for "speed" and "share", an upper one for the others.
         of: the label of the contender to compare with.
         beyond: the label of a contender whose figure is subtracted first.
+        of_part: the figures are those of the optimizer's part of iterations.
     """
 
     contender: str
@@ -35,9 +36,10 @@ class Target:
     bound: float
     of: str | None = None
     beyond: str | None = None
+    of_part: bool = False
 
     def __str__(self) -> str:
-        beyond = f"beyond {self.beyond} " if self.beyond else ""
+        beyond = f"beyond {self.beyond} " if self.beyond else "its part " if self.of_part else ""
         return beyond + WORDS[self.quantity].format(bound=self.bound, of=self.of)
 
     def found(self, figure: Callable[[str], float]) -> float:

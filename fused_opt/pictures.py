@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 OURS, TORCH_FUSED, TORCH_FOREACH, OTHERS, TRITON = "#d1495b", "#2f6690", "#9aa5b1", "#66a182", "#edae49"
+TORCH_DEFAULT = "#8fb8d8"
 INK, ASIDE, GRID = "#333333", "#b9b9b9", "#dddddd"
 #: Lines that stand for neither library: layers, schedules, settings.
 SERIES = ("#5b4b8a", "#c98b2b", "#3f8f8f", "#8a5a44", "#7a8b3d", "#a05d9b")
@@ -42,7 +43,9 @@ def finish(panels: Iterable[Any], legends: Iterable[Any] = ()) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     for panel in panels:
-        panel.set_title(panel.get_title(), loc="center", fontsize=10, fontweight="bold", color=INK)
+        title = panel.get_title()
+        panel.set_title("")
+        panel.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(color=GRID, linewidth=0.6)
         panel.set_axisbelow(True)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from support import ROOT
 from support.threads import threads
 
@@ -86,6 +87,29 @@ def test_a_target_may_be_about_what_is_added(benchmarks):
     assert str(target) == "beyond plain ≤ 0.5x time of theirs"
 
 
+def test_iterations_are_timed_with_the_optimizers_part(benchmarks):
+    harness, cases = sys.modules["benchmarks.harness"], sys.modules["benchmarks.cases"]
+    now, weight = iter(range(100)), torch.nn.Parameter(torch.ones(2))
+    model = torch.nn.ParameterList([weight])
+    gradients, parts = [], []
+
+    def make(parameters):
+        assert parameters == [weight]
+        return lambda: gradients.append(weight.grad.tolist())
+
+    call = harness.iteration(model, lambda: 3 * weight.sum(), make, parts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness.time, "perf_counter", lambda: float(next(now)) ** 2)
+        call()
+        call()
+    assert gradients == [[3.0, 3.0]] * 2  # nothing is left from the iteration before
+    assert parts == [1.0, 5.0]
+    quarter = cases.Target("ours", "speed", 4, "theirs", of_part=True)
+    result = harness.Result(None, {"ours": [9.0], "theirs": [9.0]}, {"ours": [1.0], "theirs": [5.0]})
+    assert (result.found(quarter), result.met(quarter)) == (5.0, True)
+    assert str(quarter) == "its part ≥ 4x theirs"
+
+
 def test_pictures_are_drawn_from_saved_figures(benchmarks, tmp_path, monkeypatch):
     pictures, drawn = importlib.import_module("benchmarks.pictures"), []
     monkeypatch.setattr(pictures, "draw", lambda path, title, axis, rows, **_: drawn.append((path, rows)))
@@ -98,7 +122,9 @@ def test_pictures_are_drawn_from_saved_figures(benchmarks, tmp_path, monkeypatch
     assert (ours.label, ours.target, ours.meaning[0]) == ("fused_opt", 5, "fused_opt")
     assert (foreach.label, foreach.target, foreach.meaning[0]) == ("torch foreach", None, "torch foreach")
     assert ours.value == pytest.approx(saved["300 of 64x64", "torch fused"] / saved["300 of 64x64", "fused_opt"])
-    with pytest.raises(SystemExit, match=r"there are .* rules.csv, muon.csv, decay.csv, one_pass.csv, and gpu.json"):
+    with pytest.raises(
+        SystemExit, match=r"there are .* rules.csv, muon.csv, decay.csv, one_pass.csv, iterations.csv, and gpu.json"
+    ):
         pictures.main([str(tmp_path / "spectra.csv")])
 
 
