@@ -52,7 +52,7 @@ def averaging() -> None:
         panel.plot(steps, plain, color=pictures.ASIDE, linewidth=1, label="the weight without averaging")
         panel.plot(steps, weights, color=pictures.INK, linewidth=1.2, label="the weight")
         first = taken[0] - 1
-        panel.plot(steps[first:], averages[first:], color=pictures.OURS, linewidth=2, label="its average")
+        panel.plot(steps[first:], averages[first:], color=pictures.SERIES[1], linewidth=2, label="its average")
         at = [weights[t - 1] for t in taken]
         panel.plot(taken, at, ".", color=pictures.INK, markersize=4, label="sampled")
         if not isinstance(variant, fused_opt.EMA):
@@ -135,9 +135,8 @@ def one_pass() -> None:
     drawn = set()
     for place, pair in enumerate(rows.values()):
         foreach = "foreach" in pair[0][2]
-        theirs = (
-            ("torch foreach", pictures.TORCH_FOREACH) if foreach else ("torch fused and others", pictures.TORCH_FUSED)
-        )
+        fused = "torch fused, with torch's clipping or EMA", pictures.TORCH_FUSED
+        theirs = ("torch foreach", pictures.TORCH_FOREACH) if foreach else fused
         for key, offset, (label, colour) in zip(pair, (-0.2, 0.2), (theirs, ("fused_opt", pictures.OURS))):
             panel.barh(place + offset, median[key], 0.36, color=colour, label=None if label in drawn else label)
             words = f"{median[key]:.1f} ms" + (f", {median[pair[0]] / median[key]:.2f}x" if offset > 0 else "")
@@ -147,6 +146,7 @@ def one_pass() -> None:
             drawn.add(label)
     panel.set_yticks(range(len(rows)), list(rows))
     panel.invert_yaxis()
+    panel.set_xlim(0, 1.12 * max(median[pair[0]] for pair in rows.values()))  # room for the words behind the longest
     panel.set(title="one step, ResNet-50's shapes, float32, two threads of an Intel Xeon", xlabel="milliseconds")
     pictures.finish((panel,), legends=(panel,))
     panel.grid(visible=False, axis="y")

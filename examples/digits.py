@@ -166,6 +166,7 @@ def draw(results: dict[str, tuple[Run, Run]], path: Path) -> None:
         )
         panel.plot(ours.losses, color=ours_colour, linewidth=1.2, label=ours.label)
         panel.set(title=f"{name}: at most {apart((theirs, ours)):.0e} apart", xlabel="step", yscale="log")
+        panel.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylabel("training loss")
     bars = axes[-1]
     ticks = []
@@ -175,13 +176,15 @@ def draw(results: dict[str, tuple[Run, Run]], path: Path) -> None:
             value = median(run.seconds) * 1e3
             bars.barh(2.6 * i + k, value, height=0.92, color=colour)
             words = f"{value:.3f} ms" + (f", {median(runs[0].seconds) / median(run.seconds):.1f}x" if k else "")
-            bars.annotate(words, (value, 2.6 * i + k), xytext=(5, 0), textcoords="offset points", va="center")
+            behind = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+            bars.annotate(words, (value, 2.6 * i + k), **behind)
     bars.set_yticks(ticks, list(results))
     bars.invert_yaxis()
     bars.set_xlim(right=1.4 * max(median(run.seconds) * 1e3 for runs in results.values() for run in runs))
     bars.set(title="time in step(), median", xlabel="milliseconds")
     bars.tick_params(axis="y", length=0)
     pictures.finish(axes, legends=axes[:2])
+    bars.grid(visible=False, axis="y")
     figure.savefig(path, dpi=150)
 
 
