@@ -56,7 +56,7 @@ RECIPES = {
         pictures.SERIES[2],
         warmup=0.2,
     ),
-    "CLARS": Recipe(lambda m, lr: fused_opt.CLARS(m.named_parameters(), lr, **COMMON), pictures.OURS),
+    "CLARS": Recipe(lambda m, lr: fused_opt.CLARS(m.named_parameters(), lr, **COMMON), pictures.SERIES[3]),
 }
 
 
