@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import Parameter
 
 from .models import Training
@@ -122,6 +123,11 @@ def parameters_of(shapes: Sequence[Shape]) -> list[Parameter]:
     return parameters
 
 
+def graph_of(parameters: Iterable[Parameter]) -> list[GradientEdge]:
+    """What a loop's loss keeps alive during a step: autograd's graph, which refers to the parameters."""
+    return [get_gradient_edge(p) for p in parameters]
+
+
 def take_turns(turns: Sequence[Call], rounds: int, seconds: float, at_most: float = math.inf) -> int:
     """Call A B C A B C ... for so many rounds or seconds, whichever is more, and begin no round after ``at_most`` seconds.
 
@@ -157,9 +163,12 @@ def measure(case: Case, *, quick: bool = False) -> Result:
     shapes = tiny(case.shapes) if quick else case.shapes
     parts: dict[str, list[float]] = {label: [] for label in case.contenders if case.training}
     calls: dict[str, Call] = {}
+    graph: list[GradientEdge] = []
     for label, make in case.contenders.items():
         if case.training is None:
-            calls[label] = make(parameters_of(shapes))
+            parameters = parameters_of(shapes)
+            graph += graph_of(parameters)
+            calls[label] = make(parameters)
         else:
             torch.manual_seed(0)
             calls[label] = iteration(*case.training(quick), make, parts[label])
@@ -181,6 +190,7 @@ def measure(case: Case, *, quick: bool = False) -> Result:
         for of_label in parts.values():
             of_label.clear()
         take_turns([partial(turn, label, call) for label, call in calls.items()], rounds, at_least)
+    del graph
     return Result(case, seconds, parts)
 
 
@@ -191,7 +201,8 @@ def iteration(model: torch.nn.Module, loss: Callable[[], torch.Tensor], make: Ma
 
     def call() -> None:
         model.zero_grad()
-        loss().backward()
+        of_batch = loss()  # referred to until the step is over, as in a user's loop
+        of_batch.backward()
         start = time.perf_counter()
         step()
         parts.append(time.perf_counter() - start)

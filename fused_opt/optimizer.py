@@ -303,7 +303,7 @@ class FusedOptimizer(Checkpoints):
     def _make_plan(self, step: HostStep | DeviceStep) -> bool:
         for group, spec in zip(self.param_groups, self._groups.specs):
             spec.rule.numbers(group, 1.0)  # raises, where it must, before any state is made
-        self._plan = self._last = self._captured = None  # whose gradients' edges may be of other shapes
+        self._plan = self._last = self._captured = None  # what they hold may go before another is made
         if self._parts is None:
             warn_without_parts(self.param_groups)
         step.plan = plan = Plan(
@@ -386,16 +386,6 @@ class FusedOptimizer(Checkpoints):
             return {}
         found = {m.name: ratio for bucket in self._last.buckets for m, ratio in zip(bucket.members, bucket.ratios())}
         return {name: ratio for name, ratio in found.items() if not math.isnan(ratio)}
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients of all parameters, as torch.optim does.
-
-        Args:
-            set_to_none: to None, instead of zeros.
-        """
-        if self._plan is not None and self._plan.reshaped():
-            self._plan = self._last = None  # or the next backward would meet what autograd kept of the old shape
-        super().zero_grad(set_to_none)
 
     def master_parameters(self) -> dict[Tensor, Tensor]:
         """The exact weights of every parameter, which ``master_weights=True`` keeps behind those of 16 bits.

@@ -177,10 +177,6 @@ class Plan:
             if shard.tensor.grad is not None:
                 shard.written()
 
-    def reshaped(self) -> bool:
-        """Whether a parameter has got another shape, as far as a bucket keeps something of autograd's for it."""
-        return any(bucket.reshaped() for bucket in self.buckets)
-
     def count_writes_to_states(self) -> None:
         """Have a backward through states that the step has written fail, as it does after torch.optim's."""
         written = [state for bucket in self.buckets for state in bucket.written_states()]

@@ -213,7 +213,6 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Bucket>(m, "Bucket")
       .def("collect_gradients", &Bucket::collect_gradients)
       .def("set_part_norms", &Bucket::set_part_norms)
-      .def("reshaped", &Bucket::reshaped)
       .def("strided", &Bucket::strided)
       .def("touched", &Bucket::touched)
       .def("written_states", &Bucket::written_states);

@@ -169,13 +169,6 @@ class Bucket {
       if (table_.tensors[t].active) list.append(parameters_[t].tensor);
     return list;
   }
-  // Whether a parameter has other sizes, strides, dtype or device than when the bucket was made.
-  bool reshaped() const {
-    void* where;
-    return std::any_of(parameters_.begin(), parameters_.end(), [&](const Parameter& parameter) {
-      return !parameter.p.matches(parameter.tensor.ptr(), &where);
-    });
-  }
 
   // The places of the parameters that are walked element by element, for tests.
   std::vector<size_t> strided() const {

@@ -269,9 +269,6 @@ class Bucket(Protocol):
     def run(self, args: Sequence[StepArgs]) -> None:
         """Step every parameter that has a gradient, with arguments for every pair that ``collect_gradients`` returned."""
 
-    def reshaped(self) -> bool:
-        """Whether what autograd keeps for a gradient's edge that the bucket holds is of another shape than the parameter."""
-
     def written_states(self) -> list[Tensor]:
         """What ``run`` has written besides the parameters, and autograd has not seen."""
 

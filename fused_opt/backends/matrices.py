@@ -230,10 +230,6 @@ class Bucket:
         found = cast(DeviceBucket, self.second).counts()
         return [(self._stacks[k].group, steps, samples, periods) for k, steps, samples, periods in found]
 
-    def reshaped(self) -> bool:
-        """Never: it holds no edges of the parameters' gradients."""
-        return False
-
     def written_states(self) -> list[Tensor]:
         """Momentum and averages."""
         return [*self.first.written_states(), *self.second.written_states()]

@@ -48,15 +48,6 @@ def looks(parameters: Sequence[Tensor], others: Sequence[Tensor]) -> Any:
     return None if unavailable() else _native.Looks(parameters, others)
 
 
-def edges(parameters: Sequence[Tensor]) -> list[Any]:
-    """The gradients' edges, to be kept.
-
-    They refer to the parameters from C++, which makes looking at a parameter three times cheaper (see Held in view.h) and,
-    unlike other references, is one that torch.utils.swap_tensors allows.
-    """
-    return [torch.autograd.graph.get_gradient_edge(p) for p in parameters if p.requires_grad]
-
-
 @lru_cache
 def gpu_unavailable(number: int = -1) -> str | None:
     """Why the GPU of that number cannot be used, or any for -1, or None."""
@@ -146,7 +137,6 @@ class _Bucket:
     def __init__(self, core: Any, members: Sequence[ParamEntry]) -> None:
         self.core = core
         self.members = members
-        self.edges = edges([m.tensor for m in members])
 
     def collect_gradients(
         self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]
@@ -157,10 +147,6 @@ class _Bucket:
     def set_part_norms(self, norms: Sequence[PartNorms | None]) -> None:
         """For every member the sum of its gradient's parts' norms and the gradient's sum of squares, where known."""
         self.core.set_part_norms(norms)
-
-    def reshaped(self) -> bool:
-        """Whether what autograd keeps for a gradient's edge that the bucket holds is of another shape than the parameter."""
-        return self.core.reshaped()
 
     def written_states(self) -> list[Tensor]:
         """What ``run`` has written besides the parameters, and autograd has not seen."""

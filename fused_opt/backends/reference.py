@@ -284,10 +284,6 @@ class Bucket:
             w = v if write_back else p + follow * by
             self._store(member, args, len(self.rule.states) + 1, member.tensor, w)
 
-    def reshaped(self) -> bool:
-        """No: it holds no edges."""
-        return False
-
     def written_states(self) -> list[Tensor]:
         """None: autograd sees what PyTorch writes."""
         return []

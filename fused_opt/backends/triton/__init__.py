@@ -183,10 +183,6 @@ class Bucket:
         for table in self.tables:
             table.run(args)
 
-    def reshaped(self) -> bool:
-        """No: it holds no edges."""
-        return False
-
     def written_states(self) -> list[Tensor]:
         """What ``run`` has written besides the parameters, and autograd has not seen."""
         return [state for table in self.tables for state in table.written_states()]

@@ -76,7 +76,6 @@ class Table:
         self.layouts = self._layouts(gradients)
         # Where the compiled core is installed it looks at all of them in one call, a fifth of the time.
         self.looks = native.looks(self.parameters, self.held[len(members) :])
-        self.edges = native.edges(self.parameters)
         self.groups = [m.group for m in members]
         self.distinct_groups = list(dict.fromkeys(self.groups))
         self.counts = Counts(members)
