@@ -41,7 +41,7 @@ class DeviceBucket : public Bucket {
  public:
   DeviceBucket(const py::object& rule, const py::sequence& entries, const py::list& param_groups, const py::dict& state,
                int device)
-      : Bucket(rule, entries, param_groups, state, false), device_(device) {
+      : Bucket(rule, entries, param_groups, state), device_(device) {
     steps_on_device_ = kRules[rule_].counts_steps;
     std::vector<float*> steps, scalars;
     int groups = 1;

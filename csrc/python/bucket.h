@@ -64,9 +64,8 @@ struct Parameter {
 // What is the same on every device.
 class Bucket {
  public:
-  // As in backends/interface.py; as_they_lie: what is noisy, too, may be walked in another order than row-major.
-  Bucket(const py::object& rule, const py::sequence& entries, const py::list& param_groups, const py::dict& state,
-         bool as_they_lie)
+  // As in backends/interface.py.
+  Bucket(const py::object& rule, const py::sequence& entries, const py::list& param_groups, const py::dict& state)
       : rule_(check_rule(rule)) {
     parameters_.reserve(entries.size());
     for (const auto& entry : entries) {
@@ -95,7 +94,7 @@ class Bucket {
       tensor.sizes = parameter.p.sizes();
       // Only of those that are written is anything asked of their layout.
       const bool in_order = !parameter.noisy || parameter.p.contiguous();
-      tensor.flat = parameter.p.dense() && (in_order || as_they_lie);
+      tensor.flat = parameter.p.dense();
       const auto add = [&](const View& view) {
         tensor.flat &= view.same_strides(parameter.p);
         return view.operand();
@@ -311,7 +310,7 @@ class CPUBucket : public Bucket {
  public:
   CPUBucket(const py::object& rule, const py::sequence& entries, const py::list& param_groups, const py::dict& state,
             const std::optional<std::string>& instruction_set)
-      : Bucket(rule, entries, param_groups, state, true) {
+      : Bucket(rule, entries, param_groups, state) {
     const cpu::InstructionSet* set = cpu::choose(instruction_set ? instruction_set->c_str() : nullptr);
     if (!set) throw py::value_error("this processor does not run the instruction set '" + *instruction_set + "'");
     kernel_ = &set->kernels[rule_];
