@@ -177,6 +177,24 @@ def test_states_that_cannot_be_written_as_they_are(kind, name, every_kernel):
     assert_close(*runs, bound=1e-6)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": 0.5}, {"momentum": 0.5, "averaging": fused_opt.EMA(0.5)}], ids=str
+)
+def test_what_a_step_writes_becomes_lazily_negated(options, every_kernel):
+    """A weight and its momentum that hold the negatives of what lies in their memory."""
+    p, q = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(3))
+    backend = every_kernel if every_kernel in ("reference", "foreach") else "auto"
+    optimizer = fused_opt.SGD([p, q], lr=1.0, backend=backend, **options)
+    for step in range(3):
+        p.grad, q.grad = torch.ones(3), torch.ones(3)
+        if step == 1:
+            p.data = torch._neg_view(torch.full((3,), -2.0))
+            for slot in optimizer.state[p].keys() - {"average"}:
+                optimizer.state[p][slot] = torch._neg_view(torch.full((3,), -4.0))
+        optimizer.step()
+    assert_close([p, q], [torch.full((3,), -3.5 if options else 0.0), torch.full((3,), -4.25 if options else -3.0)])
+
+
 @pytest.mark.parametrize("n", [4, 1])
 def test_a_gradient_that_becomes_lazily_negated(n, backend):
     p = torch.nn.Parameter(torch.zeros(n))
