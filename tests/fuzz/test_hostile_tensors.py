@@ -16,7 +16,7 @@ def strided(draw, overlapping=False):
     """Sizes, strides and offset of a tensor whose dimensions lie in any order, with gaps; or also over one another."""
     sizes = draw(st.lists(st.integers(0, 5), max_size=4))
     if draw(st.integers(0, 9)) == 0:
-        sizes = [size for size in sizes for _ in (0, 1)] + [1] * draw(st.sampled_from([52, 60, 62]))
+        sizes = [min(size, 2) for size in sizes for _ in (0, 1)] + [1] * draw(st.sampled_from([52, 60, 62]))
     strides, reach = [0] * len(sizes), 1
     for d in draw(st.permutations(range(len(sizes)))):
         strides[d] = draw(st.integers(0, 3)) if overlapping else reach * draw(st.sampled_from([1, 1, 1, 2, 3]))
@@ -88,8 +88,9 @@ def test_parameters_that_may_overlap_are_stepped_or_refused(name, options, backe
             assert "share memory" in str(error)  # noqa: PT017
             look.__exit__(None, None, None)
         else:
-            assert (p == p.flatten()[:1].sum()).all()  # no element was stepped twice
-            assert not p.numel() or p.flatten()[0].item() != 0.0
+            values = p.flatten()  # torch compares at most 64 dimensions
+            assert (values == values[:1].sum()).all()  # no element was stepped twice
+            assert not values.numel() or values[0].item() != 0.0
 
     check()
 
