@@ -9,9 +9,11 @@ import pytest
 import torch
 from rules import both_kinds
 from support.compare import assert_close
+from support.kernels import as_on_a_gpu
 from support.parameters import set_gradients
 
 import fused_opt
+from fused_opt.rule import Rule
 
 
 def long(*values):
@@ -62,6 +64,27 @@ def test_many_parameters(name, options, count, backend):
             set_gradients(parameters[step:], step)
             optimizer.step()
         runs.append(torch.stack(parameters))
+    assert_close(*runs)
+
+
+@pytest.mark.parametrize("count", [300, long(30_000)])
+def test_many_counts_of_steps(count, backend, monkeypatch):
+    """A third as many as parameters; the numbers of each are computed once in a step."""
+    runs, calls, numbers = [], [], Rule.numbers
+    monkeypatch.setattr(Rule, "numbers", lambda *args: calls.append(args) or numbers(*args))
+    for module, extra in ((fused_opt, {"backend": backend}), (torch.optim, {"foreach": False})):
+        parameters = [torch.nn.Parameter(row) for row in torch.ones(count, 3, dtype=torch.float64)]
+        optimizer = module.AdamW(parameters, lr=0.1, **extra)
+        for step in range(3):
+            if step == 1:
+                for k, p in enumerate(parameters):
+                    optimizer.state[p]["step"].fill_(1 + k % (count // 3))
+                calls.clear()
+            set_gradients(parameters, step)
+            optimizer.step()
+        runs.append((torch.stack(parameters), [optimizer.state[p]["step"].item() for p in parameters]))
+        if module is fused_opt:
+            assert 0 <= len(calls) - 2 * (1 if as_on_a_gpu() else count // 3) <= 2  # once more where a plan is made
     assert_close(*runs)
 
 

@@ -1,6 +1,8 @@
 """Keywords in signatures and help(), names of parameters in what the optimizers say, and what objects say they are."""
 
+import re
 from inspect import Parameter, signature
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +49,33 @@ def test_help_describes_every_keyword(kind):
     assert signature(kind).parameters.keys() <= described
     for extra in EXTRAS:
         assert (extra.doc.split("\n")[0] in kind.__doc__) == (extra.key in signature(kind).parameters)
+
+
+SETTINGS = [
+    ("averaging", fused_opt.EMA),
+    ("averaging", fused_opt.PSWM),
+    ("noise", fused_opt.WeightNoise),
+    ("trust_ratio", fused_opt.TrustRatio),
+    ("cautious", fused_opt.Cautious),
+]
+
+
+@pytest.mark.parametrize(("key", "kind"), SETTINGS)
+def test_a_class_in_place_of_a_setting_is_refused_by_names_that_there_are(key, kind):
+    with pytest.raises(TypeError) as refused:
+        fused_opt.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1, **{key: kind})
+    (named,) = re.findall(r"fused_opt\.(\w+)", str(refused.value))
+    assert issubclass(kind, getattr(fused_opt, named))
+    assert str(refused.value).endswith(f"or None, not the class: {kind.__name__}(...)")
+
+
+def test_what_errors_and_help_name_is_exported():
+    """``fused_opt.X`` in the package's own text, and what a setting must be, can be written by a user."""
+    text = "".join(file.read_text() for file in Path(fused_opt.__file__).parent.rglob("*.py"))
+    named = set(re.findall(r"\bfused_opt\.([A-Z]\w*|[a-z_]+(?=\())", text))
+    named |= {kind.__name__ for extra in EXTRAS for kind in extra.settings} | {"Averaging"}
+    assert len(named) > 20
+    assert sorted(named - set(fused_opt.__all__)) == []
 
 
 class Halved(fused_opt.SGD):

@@ -91,10 +91,33 @@ def test_one_table_of_extras():
         assert group[extra.key] == extra.default
 
 
-def test_no_groups_is_nothing_to_do():
-    optimizer = stepped("auto")
+EVERYTHING = {
+    "noise": fused_opt.WeightNoise(std=0.1),
+    "averaging": fused_opt.EMA(0.5),
+    "trust_ratio": fused_opt.TrustRatio("lars"),
+    "max_grad_norm": 1.0,
+    "nonfinite": "skip",
+}
+
+
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_no_groups_is_nothing_to_do(options, steps_before, every_kernel):
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = fused_opt.SGD([p], lr=0.1, backend=every_kernel, **options)
+    p.grad = torch.ones(3)
+    for _ in range(steps_before):
+        optimizer.step()
+    before = p.detach().clone()
+    (group,) = optimizer.param_groups
     optimizer.param_groups.clear()
     assert optimizer.step() is None
+    assert optimizer.trust_ratios() == {}
+    assert torch.equal(p, before)
+    optimizer.param_groups.append(group)
+    optimizer.step()
+    assert group["steps"] == steps_before + 1
+    assert not torch.equal(p, before)
 
 
 def test_a_step_within_averaged_weights_is_refused(backend):
