@@ -10,7 +10,7 @@ from support import ROOT
 @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
 @pytest.mark.parametrize(
     ("sanitizers", "tests"),
-    [("address,undefined", ["core", "cuda", "bucket"]), ("thread", ["core"])],  # a GPU's place has one thread
+    [("address,undefined", ["core", "chunks", "cuda", "bucket"]), ("thread", ["core"])],  # a GPU's place has one thread
 )
 def test_core(sanitizers, tests, tmp_path):
     x86 = "OFF" if sanitizers == "thread" else "ON"  # threads are shared in step.cpp, whatever the kernel
