@@ -88,10 +88,10 @@ def check_extras(options: Mapping[str, Any]) -> None:
             f"would take the weight of a step for a constant. Leave one of them out"
         )
     if options.get("differentiable") and (rounds_at_random(options["rounding"]) or options["master_weights"]):
-        asked, what = f"rounding={options['rounding']!r}", "what is rounded at random"
+        key, what = f"rounding={options['rounding']!r}", "what is rounded at random"
         if options["master_weights"]:
-            asked, what = "master_weights=True", "weights that are kept in two parts"
-        raise ValueError(f"differentiable=True and {asked}: autograd cannot follow {what}. Leave one of them out")
+            key, what = "master_weights=True", "weights that are kept in two parts"
+        raise ValueError(f"differentiable=True and {key}: autograd cannot follow {what}. Leave one of them out")
     if options.get("differentiable"):
         noise = options["noise"]
         asked = [key for key in ("trust_ratio", "max_grad_norm") if options[key] is not None]

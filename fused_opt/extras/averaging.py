@@ -330,9 +330,11 @@ def finish(
             weights = p if kept is None else exact_weights(p, kept)
             average.mul_(0.0 if restart else 1.0 - add * share).add_(weights.to(average.dtype), alpha=add)
             moved = average if write_back else weights + follow * (average - before) if follow else None
-            if moved is not None and kept is None:
+            if moved is None:
+                continue
+            if kept is None:
                 p.copy_(moved)
-            elif moved is not None:
+            else:
                 set_exact_weights(p, kept, moved)
     group["samples"] += add > 0
     if isinstance(group["averaging"], ScheduleFree):

@@ -75,7 +75,10 @@ def test_values_out_of_range_in_the_words_of_torch(name, options):
         ({"momentum": float("nan")}, "Invalid momentum value: nan"),
         ({"weight_decay": float("nan")}, "Invalid weight_decay value: nan"),
         ({"dampening": float("nan")}, "Invalid dampening value: nan"),
-        ({"state_dtype": torch.int8}, "Invalid state_dtype: torch.int8; there are None, torch.float32, torch.float64, "),
+        (
+            {"state_dtype": torch.int8},
+            "Invalid state_dtype: torch.int8; there are None, torch.float32, torch.float64, ",
+        ),
         ({"backend": "cuda"}, "Invalid backend: 'cuda'; there are 'auto', 'native', 'triton', 'foreach', 'reference'"),
         ({"backend": None}, "Invalid backend: None; there are 'auto'"),
     ],
