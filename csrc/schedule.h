@@ -20,6 +20,7 @@ struct Schedule {
   int64_t start = 0, period = 0, interval = 1;  // period 0: it never ends
   double window = 0, probability = 1, beta = 0;
   uint64_t seed = 0;
+  int64_t warmup = 0;  // whether beta rises to what it is
 };
 
 // Of a group.
@@ -37,6 +38,12 @@ FUSED_OPT_FN double annealed(int64_t t) {
   double root = __builtin_bit_cast(double, static_cast<int64_t>(0.275 * bits) + kOne);
   for (int k = 0; k < 8; ++k) root *= (39 + n11 / power(root, 40)) / 40;
   return root;
+}
+
+// Of the sample that has n before it.
+FUSED_OPT_FN double beta(const Schedule& s, int64_t n) {
+  const double rising = static_cast<double>(1 + n) / static_cast<double>(10 + n);
+  return s.warmup && rising < s.beta ? rising : s.beta;
 }
 
 // Whether a draw of step t succeeds.
@@ -94,7 +101,7 @@ FUSED_OPT_FN void at_counts(const Schedule& s, const Counts& counts, double lr, 
       break;
     case Average::kExponential:
       args.restart = first && counts.periods == 0;
-      args.add = args.restart ? 1 : 1 - s.beta;
+      args.add = args.restart ? 1 : 1 - beta(s, counts.samples);
       args.share = 1;
       break;
     case Average::kMomentum:

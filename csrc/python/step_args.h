@@ -27,7 +27,7 @@ const std::pair<const char*, std::vector<std::string>> kNamedTuples[] = {
     {"RoundingArgs", {"seed", "step"}},
     {"Schedule",
      {"sigma", "temperature", "decay", "cycle", "relative", "noise_seed", "average", "start", "period", "interval",
-      "window", "probability", "beta", "seed"}},
+      "window", "probability", "beta", "seed", "warmup"}},
     {"Counted", {"schedule", "steps", "samples", "periods"}},
     {"Norms", {"weight2", "grad2", "direction2"}},
     {"PartNorms", {"sum_of_norms", "grad2"}},
@@ -130,6 +130,7 @@ std::optional<Counts> read_schedule(const py::handle& given, StepArgs& args, Sch
   schedule.probability = row[11].cast<double>();
   schedule.beta = row[12].cast<double>();
   schedule.seed = row[13].cast<uint64_t>();
+  schedule.warmup = row[14].cast<bool>();
   return Counts{all[1].cast<int64_t>(), all[2].cast<int64_t>(), all[3].cast<int64_t>(), 0};
 }
 

@@ -124,6 +124,7 @@ class Schedule(NamedTuple):
     probability: float = 1.0
     beta: float = 0.0
     seed: int = 0
+    warmup: bool = False  # of beta
 
 
 class Counted(NamedTuple):

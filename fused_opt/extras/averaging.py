@@ -213,7 +213,13 @@ class EMA(Averaging):
 
     Args:
         beta: in [0, 1).
+        warmup: the n-th sample, counted from 0, takes ``min(beta, (1 + n) / (10 + n))`` in the place of ``beta``, as
+            diffusers' ``EMAModel`` does by default: the average spans about a tenth of all samples until ``beta`` is
+            less. Without it, an average contains the first weights for some ``1 / (1 - beta)`` samples.
         start, probability, interval, seed: see :class:`Averaging`; there are no periods.
+
+    Raises:
+        ValueError: for a number out of its range, or a ``warmup`` that is not True or False.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(1))
@@ -229,6 +235,12 @@ class EMA(Averaging):
     """
 
     beta: float
+    warmup: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.warmup, bool):
+            raise ValueError(f"Invalid warmup: {self.warmup!r}; it must be True or False")
 
     def sampled(self, t: int) -> bool:
         """Every ``interval`` steps."""
@@ -238,7 +250,8 @@ class EMA(Averaging):
         """As SWM, without an end."""
         if not self.sampled(t):
             return None
-        return Fold(1 - self.beta if count else 1.0, 1.0, count == 0, False)
+        beta = min(self.beta, (1 + count) / (10 + count)) if self.warmup else self.beta
+        return Fold(1 - beta if count else 1.0, 1.0, count == 0, False)
 
 
 @dataclass(frozen=True)

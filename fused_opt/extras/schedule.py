@@ -50,6 +50,7 @@ def _schedule(noise: WeightNoise | None, averaging: Averaging | None) -> Schedul
             probability=averaging.probability,
             beta=getattr(averaging, "beta", 0.0),
             seed=averaging.seed % 2**64,
+            warmup=getattr(averaging, "warmup", False),
         )
     return schedule
 

@@ -31,6 +31,7 @@ EXTRAS = {
     "EMA": {"averaging": EMA(beta=0.9, interval=3, start=1, probability=0.8)},
     "rounding": {"rounding": "stochastic", "state_dtype": torch.bfloat16},
     "rounding and EMA": {"rounding": "stochastic", "state_dtype": torch.float16, "averaging": EMA(beta=0.9)},
+    "EMA that warms up": {"averaging": EMA(beta=0.4, warmup=True, interval=2)},
     "both": {"noise": WeightNoise(0.01, schedule="decay"), "averaging": PSWA(period=6)},
 }
 

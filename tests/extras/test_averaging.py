@@ -17,11 +17,20 @@ class Oracle:
     """The definitions, with all samples of a period in a list; of one weight tensor in float64."""
 
     def __init__(
-        self, kind, period=math.inf, start=0, fraction=1.0, probability=1.0, interval=1, beta=None, samples=None
+        self,
+        kind,
+        period=math.inf,
+        start=0,
+        fraction=1.0,
+        probability=1.0,
+        interval=1,
+        beta=None,
+        samples=None,
+        warmup=False,
     ):
         self.kind, self.period, self.start, self.beta, self.last = kind, period, start, beta, samples
         self.fraction, self.probability, self.interval = fraction, probability, interval
-        self.taken, self.v, self.average = [], None, None
+        self.taken, self.v, self.average, self.warmup = [], None, None, warmup
 
     def due(self, t):
         """In the last fraction of the period, on the grid that ends with it, and drawn."""
@@ -41,7 +50,9 @@ class Oracle:
         if sampled:
             self.taken.append(w.clone())
             if self.kind in ("SWM", "EMA"):
-                self.v = w.clone() if self.v is None else self.beta * self.v + (1 - self.beta) * w
+                n = len(self.taken) - 1
+                beta = min(self.beta, (1 + n) / (10 + n)) if self.warmup else self.beta
+                self.v = w.clone() if self.v is None else beta * self.v + (1 - beta) * w
                 self.average = self.v
             else:
                 mean = sum(self.taken) / len(self.taken)
@@ -89,6 +100,7 @@ VARIANTS = {
     "SWM last part": (SWM, {"period": 6, "beta": 0.8, "fraction": 0.5, "interval": 2}),
     "EMA": (EMA, {"beta": 0.8}),
     "EMA late and every third": (EMA, {"beta": 0.8, "start": 4, "interval": 3}),
+    "EMA that warms up": (EMA, {"beta": 0.5, "warmup": True, "start": 1}),
     "EMA by chance": (EMA, {"beta": 0.5, "probability": 0.5}),
 }
 
@@ -333,6 +345,7 @@ def test_invalid_settings():
         (lambda: PWALKS(period=3, samples=0), "Invalid samples: 0"),
         (lambda: PSWM(period=3, beta=1.0), "Invalid beta: 1.0"),
         (lambda: EMA(beta=-0.1), "Invalid beta: -0.1"),
+        (lambda: EMA(0.9, warmup=100), "Invalid warmup: 100; it must be True or False"),
         (lambda: PSWA(period=3, fraction=0.0), "Invalid fraction: 0.0"),
         (lambda: PSWA(period=3, probability=1.5), "Invalid probability: 1.5"),
         (lambda: PSWA(period=3, interval=0), "Invalid interval: 0"),
