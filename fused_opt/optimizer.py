@@ -18,6 +18,7 @@ from .checkpoint import Checkpoints
 from .extras import COUNTS, EXTRAS, FOLD, Extras, check_extras
 from .extras.averaging import finish, swapped_in
 from .extras.decay import COUPLED, DECOUPLED, check_together
+from .extras.trust_ratio import LOOK, warn_of_cap
 from .groups import Groups, extras_of, name_of
 from .in_backward import StepInBackward, Stepped
 from .keywords import write_out, write_out_root
@@ -335,6 +336,9 @@ class FusedOptimizer(Checkpoints):
         if step.stepping:
             for group, spec, args, lr in zip(self.param_groups, self._groups.specs, step.extras, step.lrs):
                 group["steps"] += 1
+                if group["steps"] == LOOK and group["trust_ratio"] is not None and group["trust_ratio"].kind == "clars":
+                    ratios = {m.parameter: ratio for b in step.plan.buckets for m, ratio in zip(b.members, b.ratios())}
+                    warn_of_cap(group["trust_ratio"], [(p, ratios[p]) for p in group["params"] if p in ratios])
                 if (fold := args[FOLD]) is not None:
                     finish(group, self._states, fold, (*spec.rule.states, *spec.rule.scalars), lr, released)
 

@@ -14,12 +14,16 @@ and then ``min(cap, s)``, with s = 1 where either norm is zero or not finite.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
 
+from torch import Tensor
+
 from ..backends.interface import Kind, RatioArgs
 from ..checks import real, whole
+from ..warn import warn_once
 from .extra import Extra, check_setting
 
 RatioKind = Literal["lars", "clars", "lamb"]
@@ -40,7 +44,8 @@ class TrustRatio:
     Args:
         kind: ``"lars"``, ``"clars"`` or ``"lamb"``.
         coefficient: numerator's factor; None: 0.001 for LARS, 0.01 for CLARS, 1 for LAMB, as published.
-        cap: largest ratio; None: 0.1 for CLARS, as its authors' code has it, and none for the others.
+        cap: largest ratio; None: 0.1 for CLARS, as its authors' code has it, and none for the others. Where CLARS's binds on
+            most tensors of a group in step 20, a warning says so, once: there it is the plain rule at a tenth of the rate.
         eps: added to the denominator; None: 1e-6 for CLARS, 0 for the others.
         exempt: tensors of at most this many dimensions keep ratio 1: biases and normalization weights; -1 exempts none.
 
@@ -84,6 +89,22 @@ class TrustRatio:
         assert self.cap is not None
         assert self.eps is not None
         return RatioArgs(Kind[self.kind.upper()], self.coefficient, self.cap, self.eps, self.exempt)
+
+
+LOOK = 20  # the step in which caps are looked at: early, and after a first few that may be unlike the rest
+
+
+def warn_of_cap(trust_ratio: TrustRatio, ratios: Iterable[tuple[Tensor, float]]) -> None:
+    """Say once that CLARS's cap binds on most tensors, given the ratios of a group's parameters in a step."""
+    of_step = [ratio for p, ratio in ratios if p.ndim > trust_ratio.exempt and not math.isnan(ratio)]
+    assert trust_ratio.cap is not None
+    at_cap = sum(math.isclose(ratio, trust_ratio.cap, rel_tol=1e-6) for ratio in of_step)
+    if 2 * at_cap > len(of_step):
+        warn_once(
+            f"CLARS's cap of {trust_ratio.cap:g} binds on {at_cap} of {len(of_step)} tensors in step {LOOK}: they are "
+            f"stepped by the plain rule at {trust_ratio.cap:g} times the learning rate. Their gradients are short beside "
+            f"their weights; cap=math.inf lifts it, cap={trust_ratio.cap * 10:g} moves it; tune the rate anew for either"
+        )
 
 
 TRUST_RATIO = Extra(

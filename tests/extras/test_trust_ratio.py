@@ -326,3 +326,21 @@ def test_a_norm_that_is_not_finite_is_said_once(backend, monkeypatch, recwarn):
     optimizer.step()
     assert optimizer.trust_ratios() == {"0 of group 0": 1.0}
     assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("scale", "words"), [(1e-3, "CLARS's cap of 0.1 binds on 2 of 3 tensors in step 20"), (1.0, None)]
+)
+def test_a_cap_that_binds_on_most_tensors_is_said_once(scale, words, backend, monkeypatch, recwarn):
+    """Vectors are exempt and do not count; one matrix has a gradient that is long enough."""
+    monkeypatch.setattr(warn, "_said", {message for message in warn._said if "cap" not in message})
+    parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 4), (5,), (2, 8), (4, 4), (6,))]
+    optimizer = SGD(parameters, lr=1e-9, trust_ratio=TrustRatio("clars"), backend=backend)
+    optimizer.track_parts("microbatch")
+    for step in range(1, 42):
+        optimizer.zero_grad()
+        sum(p.sum() * (1.0 if i == 0 else scale) for i, p in enumerate(parameters)).backward()
+        optimizer.step()
+        said = [str(one.message) for one in recwarn.list if "cap" in str(one.message)]
+        assert len(said) == (words is not None and step >= 20)
+    assert words is None or said[0].startswith(words)
