@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CXX_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
-.PHONY: demo test docs lint fuzz long matrix aarch64 bench microbench gpu clean
+.PHONY: demo test docs lint fuzz long matrix aarch64 bench microbench studies gpu clean
 
 # Train on real images with torch.optim and with fused_opt, side by side.
 demo: $(VENV)/built
@@ -65,6 +65,10 @@ bench: $(VENV)/installed
 microbench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks/microbench.py -k "$(ONLY)" --benchmark-enable --benchmark-sort=name \
 	  --benchmark-columns=median,iqr,rounds $(if $(SAVE),--benchmark-save="$(SAVE)",--benchmark-compare$(COMPARE:%=\=%))
+
+# What the methods do on real data, with controls: goes on from the rows in studies/results. DATA=DIR has the data sets.
+studies: $(VENV)/installed
+	nice $(BIN)/python -m studies --jobs 2 $(if $(DATA),--data "$(DATA)")
 
 # Build, test and time on the GPU of this machine, in PYTHON's environment as it is, without network: docs/gpu.md.
 gpu:
