@@ -17,6 +17,7 @@ import fused_opt
 
 ROOT = Path(__file__).parent.parent
 OF_THE_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+STUDIES = "studies/results"
 ROLE = re.compile(r":(class|func|meth|attr|mod|data):`(~?)([\w.]+)`")
 
 
@@ -27,6 +28,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, page, content=to_pages(text)))
     for path in (ROOT / "benchmarks/results").glob("*.png"):
         files.append(File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path)))
+    for path in [*(ROOT / STUDIES).glob("*.png"), *(ROOT / STUDIES).glob("*.md")]:
+        files.append(File.generated(config, f"studies/{path.name}", abs_src_path=str(path)))
     return files
 
 
@@ -39,7 +42,12 @@ def to_pages(markdown: str) -> str:
     """Names of documents in links as those of their pages."""
     for name, page in OF_THE_ROOT.items():
         markdown = markdown.replace(f"]({name}", f"]({page}")
-    return markdown
+    return re.sub(rf"\]\((?:\.\./)*(?:docs|{STUDIES})/", _folder, markdown)
+
+
+def _folder(found: re.Match[str]) -> str:
+    """Pages of the studies are in a folder of their own, beside the others."""
+    return "](studies/" if STUDIES in found[0] else "](../"
 
 
 def on_page_content(html_: str, **_: Any) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import torch
 from torch import nn
 
 import fused_opt
@@ -32,7 +34,13 @@ AVERAGES: dict[str, Callable[[int], fused_opt.Averaging | None]] = {
     "SWM .98": lambda period: fused_opt.SWM(period, beta=0.98),
 }
 AGAINST: dict[str, tuple[str, ...]] = {"last weights": (), "EMA .998, warmup": ("last weights", "EMA .998")}
-FALLING = ("last weights", "EMA .98", "PSWA")
+SOME = ("last weights", "EMA .98", "EMA .998, warmup", "PSWA", "PSWA, states zeroed")
+SETTINGS: dict[str, tuple[tuple[str, ...], tuple[int, ...], dict[str, Any]]] = {
+    "constant rate": (tuple(AVERAGES), (-4, -3, -2), {"schedule": "constant"}),
+    "cosine rate": (("last weights", "EMA .98", "PSWA"), (-4, -3, -2), {"schedule": "cosine"}),
+    "constant rate, a fifth of the labels wrong": (SOME, (-4, -3, -2), {"schedule": "constant", "wrong": 0.2}),
+    "constant rate, AdamW": (SOME, (-7, -6, -5), {"schedule": "constant", "optimizer": fused_opt.AdamW}),
+}
 
 
 def network(split: Split, classes: int) -> nn.Module:
@@ -44,11 +52,13 @@ def network(split: Split, classes: int) -> nn.Module:
 def train(
     options: Mapping[str, Any], lr: float, seed: int, data: Split, held_out: Split, classes: int
 ) -> dict[str, Any]:
-    """SGD with momentum; the averages are scored where the arm has one that is not written back."""
+    """SGD with momentum, or AdamW; the averages are scored where the arm has one that is not written back."""
+    data = mislabelled(data, options.get("wrong", 0.0), classes)
     epochs = options.get("epochs", EPOCHS)
     model, steps = network(data, classes), len(data.targets) // BATCH
     averaging = AVERAGES[options["averaging"]](steps)
-    optimizer = fused_opt.SGD(model.parameters(), lr, momentum=0.9, averaging=averaging)
+    make = options.get("optimizer", partial(fused_opt.SGD, momentum=0.9))
+    optimizer = make(model.parameters(), lr, averaging=averaging)
     ends = []
     for update, x, y in batches(data, BATCH, epochs, seed):
         set_rate(optimizer, lr * scheduled(options["schedule"], update / (steps * epochs)))
@@ -68,20 +78,12 @@ def train(
     }
 
 
-def arms(names: Mapping[str, list[str]], grid: tuple[int, ...], **options: Any) -> list[Arm]:
-    """By schedule, the averages that are tried with it."""
-    return [
-        Arm(
-            f"{schedule} rate",
-            name,
-            grid,
-            {"schedule": schedule, "averaging": name, **options},
-            AGAINST.get(name, ("last weights",)),
-            same_rate=name != "last weights",
-        )
-        for schedule, of_schedule in names.items()
-        for name in of_schedule
-    ]
+def mislabelled(data: Split, share: float, classes: int) -> Split:
+    """The same images, a share of them with a label that is drawn, alike in every run."""
+    draws = torch.Generator().manual_seed(0)
+    wrong = torch.rand(len(data.targets), generator=draws) < share
+    drawn = torch.randint(classes, (len(data.targets),), generator=draws)
+    return Split(data.inputs, torch.where(wrong, drawn, data.targets))
 
 
 def load(given: Path | None) -> Data:
@@ -91,14 +93,24 @@ def load(given: Path | None) -> Data:
 
 def study(quick: bool = False) -> Study:
     """The study, or the least of it that runs everything."""
-    names = {"constant": list(AVERAGES), "cosine": list(FALLING)}
-    grid, options = (-4, -3, -2), {}
+    settings = dict(SETTINGS)
     if quick:
-        names, grid, options = {"constant": ["last weights", "EMA .98", "PSWA"]}, (-3, -2), {"epochs": LAST}
+        settings = {"constant rate": (SOME[::2], (-3, -2), {"schedule": "constant", "epochs": LAST, "wrong": 0.1})}
     return Study(
         name="averaging",
         title="Averages of the weights",
-        arms=arms(names, grid, **options),
+        arms=[
+            Arm(
+                setting,
+                name,
+                grid,
+                {"averaging": name, **options},
+                AGAINST.get(name, ("last weights",)),
+                same_rate=name != "last weights",
+            )
+            for setting, (names, grid, options) in settings.items()
+            for name in names
+        ],
         metric="test accuracy, per cent",
         higher=True,
         load=(lambda given: digits()) if quick else load,

@@ -50,7 +50,13 @@ AGAINST: dict[str, tuple[str, ...]] = {
     "AdamW": ("SGD",),
     "LAMB": ("AdamW", "SGD"),
 }
-GRIDS = {"SGD": (-4, -3, -2), "LARS": (-2, -1, 0), "CLARS": (-1, 0, 1), "AdamW": (-6, -5, -4), "LAMB": (-5, -4, -3)}
+GRIDS = {
+    "SGD": (-4, -3, -2, -1, 0),
+    "LARS": (-2, -1, 0),
+    "CLARS": (-1, 0, 1),
+    "AdamW": (-6, -5, -4),
+    "LAMB": (-5, -4, -3),
+}
 
 
 def train(
@@ -85,7 +91,7 @@ def train(
     }
 
 
-def arms(inits: list[str], optimizers: list[str], points: int = 3, **options: Any) -> list[Arm]:
+def arms(inits: list[str], optimizers: list[str], points: int | None = None, **options: Any) -> list[Arm]:
     """Every optimizer, from He's initialization with warmup, too, which is judged at the rate without it as well."""
     return [
         Arm(
