@@ -7,7 +7,6 @@ be run follows from the rows that are there (:func:`pending`), so that a study w
 from __future__ import annotations
 
 import csv
-import math
 import multiprocessing
 import platform
 import time
@@ -265,8 +264,3 @@ def check_budgets(study: Study, rows: Iterable[Row]) -> None:
     for setting, found in budgets.items():
         if len(found) > 1:
             raise RuntimeError(f"{study.name}, {setting}: arms saw different numbers of examples: {found}")
-
-
-def finite(score: float, otherwise: float) -> float:
-    """A score, or that of guessing where a training was lost."""
-    return score if math.isfinite(score) else otherwise
