@@ -151,7 +151,7 @@ def draw(study: Study, rows: Sequence[Row], path: Path) -> None:
                 left.plot(found, [y] * len(found), "o", color=color, markersize=4, alpha=0.5)
                 left.plot([mean(found)], [y], "|", color=color, markersize=16, markeredgewidth=2)
         left.set(title=setting, xlabel=study.metric, yticks=range(len(arms)), yticklabels=[arm.name for arm in arms])
-        left.invert_yaxis()
+        left.set_ylim(len(arms) - 0.5, -0.5)
         right.set(title="on validation data", xlabel="learning rate", xscale="log")
     pictures.finish(panels.flat, legends=panels[:, 1])
     figure.savefig(path, dpi=120)
