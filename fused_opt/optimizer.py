@@ -337,7 +337,8 @@ class FusedOptimizer(Checkpoints):
             for group, spec, args, lr in zip(self.param_groups, self._groups.specs, step.extras, step.lrs):
                 group["steps"] += 1
                 if group["steps"] == LOOK and group["trust_ratio"] is not None and group["trust_ratio"].kind == "clars":
-                    ratios = {m.parameter: ratio for b in step.plan.buckets for m, ratio in zip(b.members, b.ratios())}
+                    buckets = () if self._last is None else self._last.buckets
+                    ratios = {m.parameter: ratio for b in buckets for m, ratio in zip(b.members, b.ratios())}
                     warn_of_cap(group["trust_ratio"], [(p, ratios[p]) for p in group["params"] if p in ratios])
                 if (fold := args[FOLD]) is not None:
                     finish(group, self._states, fold, (*spec.rule.states, *spec.rule.scalars), lr, released)
