@@ -348,12 +348,12 @@ def test_a_cap_that_binds_on_most_tensors_is_said_once(scale, words, backend, mo
 
 def test_a_cap_that_binds_is_seen_where_the_backward_steps(backend, monkeypatch, recwarn):
     monkeypatch.setattr(warn, "_said", {message for message in warn._said if "cap" not in message})
-    model = torch.nn.Linear(4, 4, bias=False)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False))
     optimizer = SGD(model.parameters(), lr=1e-9, trust_ratio=TrustRatio("clars"), backend=backend)
     optimizer.step_in_backward(model)
     for _ in range(20):
         (1e-4 * model(torch.ones(4)).sum()).backward()
         optimizer.step()
     assert [str(one.message)[:50] for one in recwarn.list if "cap" in str(one.message)] == [
-        "CLARS's cap of 0.1 binds on 1 of 1 tensors in step"
+        "CLARS's cap of 0.1 binds on 2 of 2 tensors in step"
     ]
