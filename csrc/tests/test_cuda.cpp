@@ -16,11 +16,17 @@ namespace {
 
 // ---- a step
 
+// Of rules, storages and cases every pair is tried, and of all three together a third.
+bool left_out(const RuleShape& rule, const Storage& kind, const Case& some, const std::vector<Case>& cases) {
+  return ((&rule - kRules) + (&kind - kStorages.data()) + (&some - cases.data())) % 3 != 0;
+}
+
 void an_update_has_the_bits_of_the_cpus() {
   const cpu::InstructionSet& set = *cpu::choose("baseline");
   for (const RuleShape& rule : kRules)
     for (const Storage& kind : kStorages)
       for (const Case& some : kPlain) {
+        if (left_out(rule, kind, some, kPlain)) continue;
         Model ours(kSizes, rule.states, kind), theirs(kSizes, rule.states, kind);
         for (Model* model : {&ours, &theirs}) {
           model->table.args[0] = args_of(rule.name);
@@ -39,6 +45,7 @@ void norms_have_the_values_of_the_cpus() {
   for (const RuleShape& rule : kRules)
     for (const Storage& kind : kStorages)
       for (const Case& some : kNormed) {
+        if (left_out(rule, kind, some, kNormed)) continue;
         Model ours(kSizes, rule.states, kind, true), theirs(kSizes, rule.states, kind, true);
         const bool exact = some.name.rfind("lamb", 0) != 0;
         for (Model* model : {&ours, &theirs}) {
