@@ -20,7 +20,7 @@ tl = triton.language
 kernel, rules, Counts = backend.kernel, backend.rules, backend.table.Counts
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-F32, F64, BF16, F16 = tl.float32, tl.float64, tl.bfloat16, tl.float16
+F32, F64, BF16, F16, I16 = tl.float32, tl.float64, tl.bfloat16, tl.float16, tl.int16
 
 # Every rule plain, of p, g and its states; the extras together; the dtypes.
 UPDATES = {
@@ -32,6 +32,8 @@ UPDATES = {
     "adam, everything": ("adam", (F32,) * 4, F32, True, True),
     "adam, masks": ("adam", (F32,) * 4, None, False, False, True),
     "adam, everything and masks": ("adam", (F32,) * 4, F32, True, True, True),
+    "adam, bfloat16 rounded at random": ("adam", (BF16,) * 4, None, False, False, False, True),
+    "adam, bfloat16 with remainders": ("adam", (BF16, BF16, F32, F32), None, False, False, False, False, I16),
 }
 needs_tools = pytest.mark.skipif(not (TOOLS / "cuobjdump").exists(), reason="this Triton comes without NVIDIA's tools")
 THROUGH_STATES = "plan/test_plan.py::test_autograd_catches_a_backward_through_states_that_a_step_changed"
@@ -47,7 +49,9 @@ def compiled(function, architecture, arguments, **constants):
     return triton.compile(source, target=target, options={"num_warps": 4, **backend.table.OPTIONS})
 
 
-def update(architecture, rule, dtypes, average=None, noisy=False, norms=False, masked=False):
+def update(
+    architecture, rule, dtypes, average=None, noisy=False, norms=False, masked=False, stochastic=False, kept=None
+):
     function = getattr(rules, rule)
     arguments = {
         **TABLES,
@@ -60,7 +64,7 @@ def update(architecture, rule, dtypes, average=None, noisy=False, norms=False, m
     return compiled(
         kernel.update, architecture, arguments, RULE=function, DTYPES=dtypes, AVERAGE_DTYPE=average,
         T=F64 if dtypes[0] == F64 else F32, COEFFICIENTS=len(function.arg_names) - len(dtypes) + 1, NOISY=noisy,
-        NORMS=norms, MASKED=masked,
+        NORMS=norms, MASKED=masked, STOCHASTIC=stochastic, KEPT=kept,
     )  # fmt: skip
 
 
@@ -93,8 +97,8 @@ def test_compiles_to_wide_accesses_without_spills(name, architecture, tmp_path):
     registers, stack, local = usage(binary, tmp_path)
     assert (stack, local) == (0, 0)
     # A thread has 8 elements of a full block: so many 16-byte accesses for each operand, and g is only read.
-    averages = [extras[0]] if extras and extras[0] else []
-    loads = sum(8 * dtype.primitive_bitwidth // 128 for dtype in (*dtypes, *averages))
+    beside = [dtype for dtype in (*extras[:1], *extras[5:]) if dtype]  # averages, and what makes weights exact
+    loads = sum(8 * dtype.primitive_bitwidth // 128 for dtype in (*dtypes, *beside))
     assert wide(binary, "ld") == loads
     assert wide(binary, "st") == loads - 8 * dtypes[1].primitive_bitwidth // 128
     # What keeps enough threads on a multiprocessor of 65536 registers to hide the latency of its memory: 512, and with masks
@@ -114,7 +118,7 @@ def test_norms_compile(wanted, masked, tmp_path):
     function = rules.adam
     binary = compiled(
         kernel.norms, 90, {**TABLES, "gradients": "*fp64", "agreements": "*fp64", "count": "i32"}, RULE=function,
-        DTYPES=(F32,) * 4, T=F32, COEFFICIENTS=6, WANTED=wanted, MASKED=masked,
+        DTYPES=(F32,) * 4, T=F32, COEFFICIENTS=6, WANTED=wanted, MASKED=masked, KEPT=None,
     )  # fmt: skip
     assert usage(binary, tmp_path)[1:] == [0, 0]
     assert wide(binary, "ld") >= (2 if wanted < 4 else 8)
@@ -137,7 +141,7 @@ def test_compiles_for_another_maker(name):
     assert re.findall(r"\.[sv]gpr_spill_count: *(\d+)", text) == ["0", "0"]
 
 
-@pytest.mark.parametrize("tests", ["rules", "bits", "ratios", "plans", THROUGH_STATES])
+@pytest.mark.parametrize("tests", ["every_rule", "bits", "ratios", "plans", THROUGH_STATES])
 def test_values_in_the_interpreter(tests):
     """Triton decides when it is imported whether it interprets, so another process does."""
     here = Path(__file__).parent

@@ -296,7 +296,9 @@ def update(
         addresses, aligned = _addresses(tensors, words, t, count, DTYPES)
         average = tl.load(tensors + AVERAGE * count + t)
         exact = tl.load(tensors + EXACT * count + t)
-        aligned &= ((average | exact) & 15) == 0
+        aligned &= (average & 15) == 0
+        if KEPT is not None:
+            aligned &= (exact & 15) == 0
 
         begin = (chunk - first) * size
         end = tl.minimum(begin + size, numel)
@@ -325,9 +327,7 @@ def update(
                     if sigma != 0:
                         z = normal(start // 4 + tl.arange(0, BLOCK // 4), index, noise_t, seed)
                         p += sigma.to(T) * z.to(T)
-                if (
-                    STOCHASTIC and KEPT is None and DTYPES[0].primitive_bitwidth == 16
-                ):  # what it is then is stored without rounding
+                if STOCHASTIC and KEPT is None and DTYPES[0].primitive_bitwidth == 16:  # and is then stored as it is
                     counter = start // 4 + tl.arange(0, BLOCK // 4)
                     drawn = at_random(p, counter, index, rounding_t, rounding_seed, len(DTYPES) - 2, DTYPES[0])
                     p = tl.where(rounds, drawn, p)
@@ -382,7 +382,8 @@ def norms(
         decay_scale = tl.load(layers + DECAY_SCALE * count + t)
         addresses, aligned = _addresses(tensors, words, t, count, DTYPES)
         exact = tl.load(tensors + EXACT * count + t)
-        aligned &= (exact & 15) == 0
+        if KEPT is not None:
+            aligned &= (exact & 15) == 0
 
         begin = (chunk - first) * size
         end = tl.minimum(begin + size, numel)
