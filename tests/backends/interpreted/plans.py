@@ -104,9 +104,9 @@ def self_check_of(rule, extras=frozenset()):
 def test_the_self_check_passes_and_runs_what_is_needed_alone(rule, monkeypatch):
     launches = []
     launch = table.launch
-    monkeypatch.setattr(table, "launch", lambda f, *rest: (launches.append((f, rest[-2:])), launch(f, *rest)))
+    monkeypatch.setattr(table, "launch", lambda f, *rest: (launches.append((f, rest[-4:])), launch(f, *rest)))
     assert self_check_of(rule) is None
-    assert set(launches) == {(kernel.update, (False, False))}
+    assert set(launches) == {(kernel.update, (False, False, False, None))}
 
 
 def test_the_self_check_of_everything_passes_and_notices_what_is_wrong(monkeypatch):

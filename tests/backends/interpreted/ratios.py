@@ -22,7 +22,7 @@ def test_trust_ratios_where_norms_come_first_and_where_they_are_carried(name, no
     a, b, ours, theirs = both(name, {"lr": 0.1, "exempt": -1, "noise": noise}, make=contiguous)
     launches = []
     launch = table.launch
-    monkeypatch.setattr(table, "launch", lambda f, *rest: (launches.append((f, rest[-2])), launch(f, *rest)))
+    monkeypatch.setattr(table, "launch", lambda f, *rest: (launches.append((f, rest[-3])), launch(f, *rest)))
     train(a, b, ours, theirs, steps=3)
     assert_alike(a, b, ours, theirs, bound=1e-6)
     for mine, other in zip(a.trust_ratios().values(), b.trust_ratios().values(), strict=True):
@@ -117,7 +117,7 @@ def test_clipping_serves_the_ratio_with_the_same_sums(monkeypatch):
     wanted = []
     launch = table.launch
     monkeypatch.setattr(
-        table, "launch", lambda f, *rest: (f is kernel.norms and wanted.append(rest[-2]), launch(f, *rest))
+        table, "launch", lambda f, *rest: (f is kernel.norms and wanted.append(rest[-3]), launch(f, *rest))
     )
     a, b, ours, theirs = both("LARS", {"lr": 0.1, "max_grad_norm": 0.5, "exempt": -1}, make=contiguous)
     train(a, b, ours, theirs, steps=2)
