@@ -162,7 +162,7 @@ FUSED_OPT_FN void prepare(const Launch& launch, int64_t t, Shared<Rule, T>& shar
   if (shared.averages) operands[2 + Rule::kStates] = tensor.average;
   operands[3 + Rule::kStates] = tensor.exact;
   shared.head = peel<T>(operands, tensor.flat);
-  shared.stochastic = args.stochastic;
+  shared.stochastic = launch.rounds && args.stochastic;
   if ((shared.noisy || shared.stochastic) && shared.head)
     shared.head = -1;  // four neighbours draw together, from a multiple of 4 on
 }
@@ -266,7 +266,7 @@ FUSED_OPT_FN void fetch_some(const Tensor& tensor, Wanted wanted, int64_t i, Raw
   if (wanted & kUpdates) (fetch_raw<V>(tensor.states[S], i, raw[2 + S]), ...);
 }
 
-template <int V, class Rule, class T, size_t... S>
+template <int V, bool rounds, class Rule, class T, size_t... S>
 FUSED_OPT_FN void step_some(const Shared<Rule, T>& shared, int64_t i, const Raw<16>* raw, Norms& sums,
                             std::index_sequence<S...> slots) {
   constexpr int kAverage = 2 + sizeof...(S);
@@ -285,7 +285,7 @@ FUSED_OPT_FN void step_some(const Shared<Rule, T>& shared, int64_t i, const Raw<
     apply_masked(shared.rule, shared.by, shared.masks, V, p, g, states[S]...);
   const StepArgs& args = shared.row.args;
   const Layer& layer = shared.entry.layer;
-  Bits<V> bits{tensor, args, layer, shared.stochastic, i};
+  Bits<V> bits{tensor, args, layer, rounds && shared.stochastic, i};
   (bits.store(tensor.states[S], at[2 + S], states[S], S), ...);
   if (shared.noisy) draw_for(tensor, layer, i, Noise{{args.seed, layer.index, args.noise_step}}, shared.sigma, p);
   bits.store_weights(at[0], p, sizeof...(S));
@@ -423,7 +423,8 @@ FUSED_OPT_FN void count_step(const Launch& launch) {
   }
 }
 
-template <template <class> class Rule, class T, class Where>
+// Without `rounds` nothing is rounded at random: the random words would cost every step 20 registers.
+template <template <class> class Rule, class T, bool rounds, class Where>
 FUSED_OPT_FN void update(const Where& where, const Launch& launch, Shared<Rule<T>, T>& shared) {
   if (launch.scalars.found_inf && fetch(launch.scalars.found_inf) != 0) return;
   constexpr auto states = std::make_index_sequence<Rule<T>::kStates>();
@@ -438,7 +439,7 @@ FUSED_OPT_FN void update(const Where& where, const Launch& launch, Shared<Rule<T
               if (shared.averages) fetch_raw<kGroup<T>>(tensor.average, i, raw[2 + Rule<T>::kStates]);
             },
             [&](auto count, int64_t i, const Raw<16>* raw) {
-              step_some<decltype(count)::value>(shared, i, raw, sums, states);
+              step_some<decltype(count)::value, rounds>(shared, i, raw, sums, states);
             });
       },
       [&](int64_t t) {

@@ -260,6 +260,7 @@ void Bucket::run(const std::vector<Tensor>& tensors, std::vector<Layer>& layers,
   if (std::any_of(rows.begin(), rows.end(), [](const Row& row) { return row.advances; }))
     launch.counting = static_cast<int64_t>(rows.size());
   if (known) launch.known = known;
+  launch.rounds = std::any_of(rows.begin(), rows.end(), [](const Row& row) { return row.args.stochastic; });
   machine_.update(rule_, wide_, launch, stream);
   for (const Row& row : rows)
     if (row.advances && !machine_.capturing(stream)) advance(row.schedule, counts_[row.group]);

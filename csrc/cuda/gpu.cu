@@ -71,11 +71,11 @@ constexpr int kBlocks = sizeof(T) == 8      ? 2
                         : Rule::kStates < 2 ? 4
                                             : 3;
 
-template <template <class> class Rule, class T>
+template <template <class> class Rule, class T, bool rounds>
 __global__ void __launch_bounds__(kThreads, (kBlocks<Rule<T>, T>))
     update_kernel(const __grid_constant__ Launch launch) {
   __shared__ alignas(16) unsigned char shared[sizeof(Shared<Rule<T>, T>)];
-  update<Rule, T>(Block(), launch, *reinterpret_cast<Shared<Rule<T>, T>*>(shared));
+  update<Rule, T, rounds>(Block(), launch, *reinterpret_cast<Shared<Rule<T>, T>*>(shared));
 }
 
 template <template <class> class Rule, class T>
@@ -104,9 +104,10 @@ void launch(void (*kernel)(Argument), const Argument& argument, void* stream) {
 }
 
 using Kernel = void (*)(Launch);
-#define FUSED_OPT_UPDATE(name, Rule) {update_kernel<Rule, float>, update_kernel<Rule, double>},
+#define FUSED_OPT_UPDATE(name, Rule) \
+  {update_kernel<Rule, float, false>, update_kernel<Rule, float, true>, update_kernel<Rule, double, true>},
 #define FUSED_OPT_NORMS(name, Rule) {norms_kernel<Rule, float>, norms_kernel<Rule, double>},
-constexpr Kernel kUpdate[][2] = {FUSED_OPT_RULES(FUSED_OPT_UPDATE)};
+constexpr Kernel kUpdate[][3] = {FUSED_OPT_RULES(FUSED_OPT_UPDATE)};
 constexpr Kernel kNorms[][2] = {FUSED_OPT_RULES(FUSED_OPT_NORMS)};
 
 bool capturing(void* stream) {
@@ -215,7 +216,9 @@ const Machine& gpu() {
         check(cudaStreamSynchronize(on), "wait for the GPU");
       },
       capturing,
-      [](int rule, bool wide, const Launch& argument, void* stream) { launch(kUpdate[rule][wide], argument, stream); },
+      [](int rule, bool wide, const Launch& argument, void* stream) {
+        launch(kUpdate[rule][wide ? 2 : argument.rounds], argument, stream);
+      },
       [](int rule, bool wide, const Launch& argument, void* stream) { launch(kNorms[rule][wide], argument, stream); },
       [](bool wide, const Accumulation& work, void* stream) {
         launch(wide ? accumulate_kernel<double> : accumulate_kernel<float>, work, stream);
@@ -234,7 +237,7 @@ std::string unavailable(int device) {
   if (error == cudaSuccess && device >= 0) {
     cudaFuncAttributes attributes;
     error = cudaSetDevice(device);
-    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, update_kernel<SGD, float>);
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, update_kernel<SGD, float, false>);
   }
   cudaGetLastError();
   switch (error) {

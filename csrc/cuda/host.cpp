@@ -52,7 +52,7 @@ template <template <class> class Rule, class T>
 void update_as(const Launch& launch) {
   run([&](const Block& block) {
     Shared<Rule<T>, T> shared;
-    update<Rule, T>(block, launch, shared);
+    update<Rule, T, true>(block, launch, shared);
   });
 }
 template <template <class> class Rule, class T>

@@ -121,6 +121,7 @@ struct Launch {
   DeviceScalars scalars;
   Wanted among = ~Wanted{0};        // of what tensors want, what this launch sums
   bool total = false, add = false;  // what the sums of the gradients are for: scalars.norm2, with what is there or not
+  bool rounds = false;              // whether any tensor is rounded at random
 };
 
 // total += part.
