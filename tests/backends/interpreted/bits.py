@@ -34,12 +34,19 @@ def assert_native_bits(name, options, dtype, monkeypatch):
             assert torch.equal(mine, other), slot
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+BESIDE = {"noise": fused_opt.WeightNoise(std=0.01, seed=5), "averaging": fused_opt.EMA(0.9)}
+
+
 @every_elementwise_rule
-def test_the_bits_are_the_native_backends(name, options, dtype, monkeypatch):
+def test_the_bits_are_the_native_backends(name, options, monkeypatch):
     """Where a multiplication and an addition are two roundings, as on a GPU. Norms are summed in another order."""
-    noise, averaging = fused_opt.WeightNoise(std=0.01, seed=5), fused_opt.EMA(0.9)
-    assert_native_bits(name, {**options, "noise": noise, "averaging": averaging}, dtype, monkeypatch)
+    assert_native_bits(name, {**options, **BESIDE}, torch.float32, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["SGD", "Adam", "RMSprop", "Adagrad"])
+def test_the_bits_of_other_dtypes_are_the_native_backends(name, dtype, monkeypatch):
+    assert_native_bits(name, {"lr": 0.01, "weight_decay": 0.1, **BESIDE}, dtype, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
