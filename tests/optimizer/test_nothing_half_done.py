@@ -122,7 +122,7 @@ def test_what_the_program_asked_for_stays_through_a_load(backend, monkeypatch):
     assert {key: group[key] for key in asked} == asked
     assert (group["steps"], group["samples"]) == (1, 1)  # an EMA goes on as one
     (found,) = [one for one in caught if issubclass(one.category, FusedOptWarning)]
-    for word in ("EMA(start=0", "beta=0.999", "beta=0.9)", "max_grad_norm=2.0 here and None there", "'skip'"):
+    for word in ("EMA(start=0", "beta=0.999", "beta=0.9,", "max_grad_norm=2.0 here and None there", "'skip'"):
         assert word in str(found.message)
     assert found.filename == __file__
 
