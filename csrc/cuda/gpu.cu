@@ -66,10 +66,15 @@ struct Block {
 
 // Blocks on a multiprocessor, at least: as many as every kernel's registers allow. With 16 warps of a momentum step
 // 48 KB of loads are in flight on each, twice what full bandwidth needs.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kFourBlocks = 0;  // states: with one, and 128 registers, this architecture's code would spill
+#else
+constexpr int kFourBlocks = 1;
+#endif
 template <class Rule, class T>
-constexpr int kBlocks = sizeof(T) == 8      ? 2
-                        : Rule::kStates < 2 ? 4
-                                            : 3;
+constexpr int kBlocks = sizeof(T) == 8                 ? 2
+                        : Rule::kStates <= kFourBlocks ? 4
+                                                       : 3;
 
 template <template <class> class Rule, class T, bool rounds>
 __global__ void __launch_bounds__(kThreads, (kBlocks<Rule<T>, T>))
