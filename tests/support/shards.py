@@ -41,7 +41,10 @@ def layouts(world):
 
 
 def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        wide = tensor.int() if tensor.dtype == torch.int16 else tensor  # collectives know no int16
+        return wide.full_tensor().to(tensor.dtype)
+    return tensor
 
 
 def cut_as(tensor, mesh, placements):
