@@ -46,6 +46,7 @@ class TrustRatio:
         coefficient: numerator's factor; None: 0.001 for LARS, 0.01 for CLARS, 1 for LAMB, as published.
         cap: largest ratio; None: 0.1 for CLARS, as its authors' code has it, and none for the others. Where CLARS's binds on
             most tensors of a group in step 20, a warning says so, once: there it is the plain rule at a tenth of the rate.
+            On a GPU the host waits for that one step.
         eps: added to the denominator; None: 1e-6 for CLARS, 0 for the others.
         exempt: tensors of at most this many dimensions keep ratio 1: biases and normalization weights; -1 exempts none.
 
