@@ -116,36 +116,38 @@ FUSED_OPT_FN bool is_plain(const StepArgs& args) {
   return !args.cautious_update && !args.cautious_decay && args.independent_decay == 0;
 }
 
-// What update and decays are multiplied with where update and gradient (or weight) go the same way, and where not.
+// An update is times `others`, and `agreeing` more where it goes the gradient's way; decay is less `against` of it
+// where the update goes against the weight. Sums of 0 and 1 are selections that compilers keep apart: of nested
+// conditions they make a case for every combination.
 template <class T>
 struct Masks {
-  T agreeing, others, decoupled, decoupled_against, independent, independent_against;
+  T others, agreeing, against, decoupled, independent;
 };
 template <class T>
 FUSED_OPT_FN Masks<T> masks(const Tensor& tensor, const StepArgs& args, const Layer& layer) {
   const double numel = static_cast<double>(tensor.numel), least = numel / 1000;
   const bool scaled = args.cautious_update && args.scaled && is_known(layer.agreeing) && numel > 0;
   Masks<T> masks;
-  masks.agreeing = static_cast<T>(scaled ? numel / (layer.agreeing > least ? layer.agreeing : least) : 1);
-  masks.others = args.cautious_update ? T(0) : masks.agreeing;
+  const T agreeing = static_cast<T>(scaled ? numel / (layer.agreeing > least ? layer.agreeing : least) : 1);
+  masks.others = args.cautious_update ? T(0) : agreeing;
+  masks.agreeing = args.cautious_update ? agreeing : T(0);
+  masks.against = args.cautious_decay ? T(1) : T(0);
   masks.decoupled = static_cast<T>(args.decoupled_decay * layer.decay_scale);
   masks.independent = static_cast<T>(args.independent_decay * layer.decay_scale);
-  masks.decoupled_against = args.cautious_decay ? T(0) : masks.decoupled;
-  masks.independent_against = args.cautious_decay ? T(0) : masks.independent;
   return masks;
 }
 
-// By the signs, since a product of small numbers is 0.
+// 1 where both have one sign, else 0. By comparisons, since a product of small numbers is 0.
 template <class T>
-FUSED_OPT_FN bool agree(T a, T b) {
-  return ((a > 0) & (b > 0)) | ((a < 0) & (b < 0));
+FUSED_OPT_FN T agree(T a, T b) {
+  return ((a > 0) & (b > 0)) | ((a < 0) & (b < 0)) ? T(1) : T(0);
 }
 
-// Whether the update of an element goes the gradient's way, as a number.
+// Whether the update of an element goes the gradient's way.
 template <class Rule, class T, class... State>
 FUSED_OPT_FN T agreement(const Rule& rule, const Factors<T>& by, T p, T g, State&... states) {
   const T gradient = given(by, p, g);
-  return agree(rule(gradient, states...), gradient) ? T(1) : T(0);
+  return agree(rule(gradient, states...), gradient);
 }
 
 // `beside`: the decay that is not times the learning rate.
@@ -153,10 +155,9 @@ template <class Rule, class T, class... State>
 FUSED_OPT_FN T masked_direction(const Rule& rule, const Factors<T>& by, const Masks<T>& masks, T p, T g, T& beside,
                                 State&... states) {
   const T gradient = given(by, p, g), update = rule(gradient, states...);
-  const bool against = agree(update, -p);
-  beside = (against ? masks.independent_against : masks.independent) * p;
-  return (agree(update, gradient) ? masks.agreeing : masks.others) * update +
-         (against ? masks.decoupled_against : masks.decoupled) * p;
+  const T weight = (1 - masks.against * agree(update, -p)) * p;
+  beside = masks.independent * weight;
+  return (masks.others + masks.agreeing * agree(update, gradient)) * update + masks.decoupled * weight;
 }
 
 // Standard deviation of the noise on a tensor.

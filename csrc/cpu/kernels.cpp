@@ -417,12 +417,16 @@ Squares update_as(const Tensor& tensor, const StepArgs& args, const Layer& layer
   const auto rule = make<Rule<T>, T>(args.coefficients);
   const auto by = factors<T>(args, args.lr, args.grad_scale, layer);
   bool in_one_go = (end - begin < kLong || !kPrefetches) && lies_ready<T>(tensor, tensor.p) &&
-                   lies_ready<T>(tensor, tensor.g) && !carries_norm(tensor, args) && !averages(args) &&
-                   args.sigma == 0 && is_plain(args);
+                   lies_ready<T>(tensor, tensor.g) && !carries_norm(tensor, args) && !averages(args) && args.sigma == 0;
   ((in_one_go &= lies_ready<T>(tensor, tensor.states[S])), ...);
   if (!in_one_go) return update_blocks<T>(rule, by, tensor, args, layer, begin, end, states);
-  apply(rule, by, end - begin, static_cast<T*>(tensor.p.data) + begin, static_cast<const T*>(tensor.g.data) + begin,
-        static_cast<T*>(tensor.states[S].data) + begin...);
+  auto* p = static_cast<T*>(tensor.p.data) + begin;
+  const auto* g = static_cast<const T*>(tensor.g.data) + begin;
+  if (is_plain(args))
+    apply(rule, by, end - begin, p, g, static_cast<T*>(tensor.states[S].data) + begin...);
+  else
+    apply_masked(rule, by, masks<T>(tensor, args, layer), end - begin, p, g,
+                 static_cast<T*>(tensor.states[S].data) + begin...);
   return {};
 }
 
