@@ -1,5 +1,7 @@
 """Hands the native build to CMake; everything else is in pyproject.toml."""
 
+import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -13,7 +15,7 @@ ROOT = Path(__file__).parent.resolve()
 
 
 class CMakeBuild(build_ext):
-    """Builds an extension that has no sources of its own with CMakeLists.txt."""
+    """Builds an extension that has no sources of its own with CMakeLists.txt; CMAKE_ARGS has further options for cmake."""
 
     def build_extension(self, ext: Extension) -> None:
         """Configure and build in a new directory: the path of an isolated environment is new each time."""
@@ -29,6 +31,7 @@ class CMakeBuild(build_ext):
             }
             with tempfile.TemporaryDirectory() as build:
                 options = [f"-D{name}={value}" for name, value in defines.items()]
+                options += shlex.split(os.environ.get("CMAKE_ARGS", ""))
                 subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options], check=True)
                 subprocess.run(["cmake", "--build", build], check=True)
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
