@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checks import real, whole
-from .exact import KEPT, slot_of
+from .exact import KEPT, SAVED, slot_of, viewed
 from .extras import COUNTS, EXTRAS, pack, unpack
 from .extras.averaging import AVERAGE, LR_SQUARES
 from .groups import Groups, name_of
@@ -78,6 +78,9 @@ class Checkpoints(WithStates):
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
             group.update({extra.key: pack(extra.key, group[extra.key]) for extra in EXTRAS})
+        for index, of_p in state_dict["state"].items():
+            if kept := {slot: viewed(of_p[slot], dtype) for slot, dtype in SAVED.items() if slot in of_p}:
+                state_dict["state"][index] = {**of_p, **kept}
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -175,7 +178,8 @@ class Checkpoints(WithStates):
                 if rule.counts_steps:
                     _check_count(f"step count of parameter {name_of(group, g, i)}", of_p.get("step"))
                 if (kept := slot_of(p)) and kept in of_p:
-                    _check_kept(f"state {kept!r} of parameter {name_of(group, g, i)}", of_p[kept], _KEPT[kept], p)
+                    _check_kept(f"state {kept!r} of parameter {name_of(group, g, i)}", of_p[kept], SAVED[kept], p)
+                    result[index] = of_p = {**of_p, kept: viewed(of_p[kept], _KEPT[kept])}
                 for slot in (*rule.states, AVERAGE):
                     if isinstance(of_p.get(slot), Tensor):
                         _check_state(f"state {slot!r} of parameter {name_of(group, g, i)}", of_p[slot], p)

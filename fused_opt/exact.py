@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,8 @@ from .shards import is_spread, local
 
 #: What is kept beside a parameter, by its dtype, as a state of this name and dtype.
 KEPT = {torch.bfloat16: ("remainder", torch.int16), torch.float16: ("master", torch.float32)}
+#: The dtypes in which a state_dict has the same bits: torch's collectives, which gather shards, know no int16.
+SAVED = {"remainder": torch.bfloat16, "master": torch.float32}
 
 
 def slot_of(p: Tensor) -> str | None:
@@ -22,6 +26,19 @@ def kept_for(p: Tensor) -> Tensor:
     return kept if p.dtype == torch.bfloat16 else kept.copy_(p.detach())
 
 
+def viewed(kept: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same bits as numbers of another dtype, without a copy; of a DTensor, a DTensor."""
+    if is_spread(kept):
+        return _spread_as(local(kept).view(dtype), kept)
+    return kept.view(dtype)
+
+
+def _spread_as(here: Tensor, other: Any) -> Any:
+    return type(other).from_local(
+        here, other.device_mesh, other.placements, run_check=False, shape=other.shape, stride=other.stride()
+    )
+
+
 @torch.no_grad()
 def exact_weights(p: Tensor, kept: Tensor) -> Tensor:
     """The float32 weights of a parameter: a new tensor, and as it a DTensor.
@@ -30,8 +47,7 @@ def exact_weights(p: Tensor, kept: Tensor) -> Tensor:
     something else has written the float16 since.
     """
     if is_spread(p):
-        here = exact_weights(local(p), local(kept))
-        return type(p).from_local(here, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())  # type: ignore[attr-defined]
+        return _spread_as(exact_weights(local(p), local(kept)), p)
     if p.dtype == torch.bfloat16:
         return ((p.detach().view(torch.int16).to(torch.int32) << 16) + kept).view(torch.float32)
     seen = p.detach().float()

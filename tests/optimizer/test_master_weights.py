@@ -238,6 +238,8 @@ def test_checkpoints_without_the_low_bits(backend):
     optimizer.step()
     assert optimizer.state[p]["remainder"].dtype == torch.int16
     saved = optimizer.state_dict()
+    assert saved["state"][0]["remainder"].dtype == torch.bfloat16  # the same bits: collectives know no int16
+    assert torch.equal(saved["state"][0]["remainder"].view(torch.int16), optimizer.state[p]["remainder"])
     float32 = AdamW([torch.nn.Parameter(p.detach().float())], backend=backend)
     float32.load_state_dict(saved)
     assert "remainder" not in float32.state[parameters_of(float32)[0]]

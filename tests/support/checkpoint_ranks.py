@@ -22,6 +22,7 @@ CASES = {
     "AdamW": ("AdamW", {"lr": 0.01, "amsgrad": True, "averaging": PSWM}),
     "bfloat16": ("AdamW", {"lr": 0.01, "state_dtype": torch.float32, "averaging": EMA}),
     "states": ("AdamW", {"lr": 0.01, "state_dtype": {"exp_avg": torch.bfloat16, "exp_avg_sq": torch.float64}}),
+    "exact": ("AdamW", {"lr": 0.001, "state_dtype": torch.float32, "averaging": EMA, "master_weights": True}),
     "noise": ("SGD", {"lr": 0.1, "momentum": 0.9, "noise": fused_opt.WeightNoise(0.01, schedule="cycle", period=3)}),
 }
 # With a norm in the step: on other numbers of ranks within rounding.
@@ -37,7 +38,7 @@ def made(case, mesh=None):
     name, options = {**CASES, **NORMED}[case]
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3), torch.nn.Linear(3, 1))
-    model.to(torch.bfloat16 if case == "bfloat16" else torch.float32)
+    model.to(torch.bfloat16 if case in ("bfloat16", "exact") else torch.float32)
     if mesh is not None:
         fully_shard(model, mesh=mesh)
     weights = [p for p in model.parameters() if p.ndim > 1]
