@@ -168,6 +168,9 @@ class Plan:
     def run(self, args: Sequence[Sequence[StepArgs]], scalars: DeviceScalars | None = None) -> None:
         """Step every bucket, with arguments for every pair that ``collect_gradients`` returned."""
         for bucket, of_bucket in zip(self.buckets, args):
+            if isinstance(bucket, matrices.Bucket):  # which may raise, before any parameter is stepped
+                bucket.prepare(of_bucket, scalars)
+        for bucket, of_bucket in zip(self.buckets, args):
             if scalars is None:
                 bucket.run(of_bucket)
             else:

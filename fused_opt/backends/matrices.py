@@ -114,6 +114,7 @@ class Bucket:
         self.first = backend.bucket(rule, first, self._first_groups, self._first_state)
         self.second = backend.bucket(matrices.apply, second, self._second_groups, {})
         self._keys: list[StepKey] = []
+        self._before: list[tuple[Tensor, Tensor]] = []  # states that a step has written, and what they were
         self.unbind()
 
     def _stack(self, members: Sequence[ParamEntry]) -> list[int]:
@@ -156,7 +157,10 @@ class Bucket:
             weight.grad = None if grad is None else update
 
     def unbind(self) -> None:
-        """Let go of the gradients."""
+        """Let go of the gradients, and of what was prepared for a step that was not made."""
+        for state, before in self._before:
+            state.copy_(before)
+        self._before = []
         for update in self._updates:
             update.grad = None
 
@@ -202,16 +206,27 @@ class Bucket:
         """The same, left on the device."""
         cast(DeviceBucket, self.first).sum_gradients(norm2, add)
 
-    def run(self, args: Sequence[StepArgs], scalars: DeviceScalars | None = None) -> None:
-        """Step every parameter that has a gradient."""
+    def prepare(self, args: Sequence[StepArgs], scalars: DeviceScalars | None = None) -> None:
+        """Make what moves the weights, with the same arguments as ``run``, and keep the states until that was called.
+
+        The products take memory and time, and may raise: memory ends, or somebody presses Ctrl-C.
+        """
+        states = [x for m in self.members if m.tensor.grad is not None for x in m.states or ()]
+        before = [torch.empty_like(x) for x in states]
+        if states:
+            torch._foreach_copy_(before, states)
+        self._before = list(zip(states, before))
         for stack in self._stacks:
             stack.updates.zero_()
         _run(self.first, _of_first(args), scalars)
-        of_stack = {key[0]: of_key for key, of_key in zip(self._keys, args)}
-        for k in of_stack:
+        for k in {key[0] for key in self._keys}:
             group, *_, updates = self._stacks[k]
             for some in updates.split(max(1, _MOST // max(1, updates[0].numel()))):
                 some.copy_(self.matrices.make(some, self.groups[group]))
+
+    def run(self, args: Sequence[StepArgs], scalars: DeviceScalars | None = None) -> None:
+        """Step every parameter that has a gradient, with what was prepared."""
+        of_stack = {key[0]: of_key for key, of_key in zip(self._keys, args)}
         keys = self.second.collect_gradients(self._second_groups, {})
         assert keys is not None
         second = []
@@ -220,6 +235,7 @@ class Bucket:
             scale = self.matrices.scale(self.groups[group], rows, columns)
             second.append(of_stack[k]._replace(grad_scale=scale, coefficients=()))
         _run(self.second, second, None if scalars is None else DeviceScalars(found_inf=scalars.found_inf))
+        self._before = []
 
     def capturing(self) -> bool:
         """Whether a step would go into a CUDA graph now."""

@@ -88,7 +88,8 @@ class Muon(FusedOptimizer):
     divided so into two, first the matrices; ``use_muon=True`` or ``False`` in a group decides for all of its parameters.
 
     The momentum is computed in one pass, all matrices of one shape are multiplied together by torch, and a second pass moves
-    the weights, with the decay, noise and averages. Between steps each matrix has 2 bytes of working memory an element.
+    the weights, with the decay, noise and averages. Between steps each matrix has 2 bytes of working memory an element,
+    and during a step as much again as its momentum, which returns to what it was where the products raise.
 
     Args:
         params: tensors, dicts of groups, or ``(name, tensor)`` pairs; float32, float64, bfloat16 or float16.
