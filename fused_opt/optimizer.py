@@ -56,6 +56,7 @@ class FusedOptimizer(Checkpoints):
     """
 
     _grad_norm: float | Callable[[], float] | None = None
+    _given: set[int] | None = None  # parameters of the groups so far, by id, while the constructor adds groups
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -90,7 +91,9 @@ class FusedOptimizer(Checkpoints):
         self._parts: PartTracker | None = None
         self._last: Plan | Stepped | None = None  # what the last step was made by
         self._captured: Plan | None = None  # a plan whose steps are in CUDA graphs
+        self._given = set()
         super().__init__(params, defaults)
+        del self._given
         self._check_names_of_states()
         self._states_are_known = False
         self._partial = within_zero()
@@ -153,7 +156,22 @@ class FusedOptimizer(Checkpoints):
             params = [params] if isinstance(params, Tensor) else list(params)
             if not isinstance(param_group["params"], set):
                 param_group["params"] = params  # an iterator is spent now
+            ids = [id(one[1] if isinstance(one, tuple) and len(one) > 1 else one) for one in params]
+            if self._given is not None and self._given.isdisjoint(ids):
+                self._given.update(ids)
+                self._append(param_group)
+                return
         super().add_param_group(param_group)
+
+    def _append(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters that are in no other: torch would look at those of all others, for every group."""
+        groups = self.param_groups
+        self.param_groups = groups[:1]  # with or without names, like the others
+        try:
+            super().add_param_group(param_group)
+            groups.append(self.param_groups[-1])
+        finally:
+            self.param_groups = groups
 
     def scale_layers(
         self,

@@ -91,16 +91,34 @@ def test_many_counts_of_steps(count, backend, monkeypatch):
 @pytest.mark.parametrize("count", [200, long(10_000)])
 @both_kinds
 def test_many_groups(name, options, count, backend):
+    """Beside torch's, of 500 groups each: it compares each group with all parameters before it."""
     runs = []
-    for module, extra in ((fused_opt, {"backend": backend}), (torch.optim, {"foreach": False})):
+    for module, extra, most in ((fused_opt, {"backend": backend}, count), (torch.optim, {"foreach": False}, 500)):
         parameters = [torch.nn.Parameter(torch.full((3,), 1.0, dtype=torch.float64)) for _ in range(count)]
         groups = [{"params": [p], "lr": 1 / (k + 1), "weight_decay": k / count} for k, p in enumerate(parameters)]
-        optimizer = getattr(module, name)(groups, **{**options, **extra})
+        make = getattr(module, name)
+        optimizers = [make(groups[k : k + most], **{**options, **extra}) for k in range(0, count, most)]
         for step in range(3):
             set_gradients(parameters, step)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
         runs.append(torch.stack(parameters))
     assert_close(*runs)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Muon"])
+def test_groups_are_made_in_linear_time(name, monkeypatch):
+    """Twice as many groups hash twice as many parameters; torch's constructor four times as many."""
+    hashed, plainly = [], torch.Tensor.__hash__
+    monkeypatch.setattr(torch.Tensor, "__hash__", lambda self: hashed.append(self) or plainly(self))
+    counts = []
+    for count in (40, 80):
+        groups = [{"params": [torch.nn.Parameter(torch.ones(2, 2))]} for _ in range(count)]
+        hashed.clear()
+        optimizer = getattr(fused_opt, name)(groups, lr=0.1)
+        counts.append(len(hashed))
+        assert [group["params"] for group in optimizer.param_groups] == [group["params"] for group in groups]
+    assert 0 < counts[1] < 3 * counts[0]
 
 
 @pytest.mark.parametrize("count", [100_003, long(2**31 + 100_003)])

@@ -114,6 +114,7 @@ def test_parameters_that_are_none_in_the_words_of_torch():
         [{"params": {p}}],
         [p * 2],
         [{"params": [p]}, {"params": [p]}],
+        [{"params": [torch.nn.Parameter(torch.ones(2))]}, {"params": [p]}, {"params": [p]}],
         [("a", p), torch.nn.Parameter(torch.ones(2))],
     ):
         with pytest.raises((TypeError, ValueError)) as theirs:
