@@ -37,12 +37,18 @@ def check_number(message: str, value: Any, valid: Callable[[Any], bool]) -> None
         raise ValueError(f"{message}: {value}")
 
 
-def check_lr(options: Mapping[str, Any]) -> None:
-    """Raise, in torch.optim's words, unless the learning rate is one."""
+def check_kind_of_lr(options: Mapping[str, Any]) -> None:
+    """Raise, in torch.optim's words, unless the learning rate is one number, of any value."""
     lr = options["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
-    check_number("Invalid learning rate", lr, lambda x: x >= 0.0)
+    check_number("Invalid learning rate", lr, lambda _: True)
+
+
+def check_lr(options: Mapping[str, Any]) -> None:
+    """Raise, in torch.optim's words, unless the learning rate is one."""
+    check_kind_of_lr(options)
+    check_number("Invalid learning rate", options["lr"], lambda x: x >= 0.0)
 
 
 def check_decay(options: Mapping[str, Any]) -> None:

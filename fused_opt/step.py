@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from .backends.interface import DeviceScalars, Norm, StepArgs, StepKey
+from .checks import check_kind_of_lr, check_lr
 from .extras import NO_ARGS, step_args
 from .extras.clipping import PASS, RAISE, allows, clip_factor
 from .extras.decay import COUPLED, DECOUPLED, INDEPENDENT
@@ -272,14 +273,18 @@ def rates(groups: Sequence[Mapping[str, Any]], device: torch.device | None) -> l
     """The groups' learning rates: those that are on the device as they are, others as floats.
 
     Raises:
-        ValueError: for one that is not a number, where the host looks at it.
+        ValueError: for one that is none, or negative, where the host looks at it.
     """
+    for group in groups:
+        if not isinstance(group["lr"], float):
+            check_kind_of_lr(group)
     if device is None:
         lrs: list[float | Tensor] = [number(group, group["lr"]) for group in groups]
     else:
         lrs = [on_device(group, group["lr"], device) for group in groups]
-    if any([lr != lr for lr in lrs if isinstance(lr, float)]):  # noqa: C419  # as in Step
-        raise ValueError("Invalid learning rate: nan")
+    for group, lr in zip(groups, lrs):
+        if (device is None or isinstance(lr, float)) and not lr >= 0.0:
+            check_lr(group)
     return lrs
 
 

@@ -43,17 +43,19 @@ def test_sparse_gradients_that_are_not_finite_are_named():
     assert not optimizer.state
 
 
-@pytest.mark.parametrize("bad", [float("nan"), torch.tensor(float("nan"))], ids=["float", "tensor"])
+@pytest.mark.parametrize(
+    "bad", [float("nan"), torch.tensor(float("nan")), -0.1, torch.tensor(-0.1), "0.1", None], ids=str
+)
 @whenever
 @both_kinds
-def test_a_learning_rate_that_becomes_nan(name, options, steps_before, bad, backend):
+def test_a_learning_rate_that_becomes_none(name, options, steps_before, bad, backend):
     if as_on_a_gpu() and steps_before and isinstance(bad, torch.Tensor):
         pytest.skip("a rate that is on a GPU is not looked at by the host")
     optimizer, oracle = pair(name, options, backend)
     train_both(optimizer, oracle, steps_before)
     set_gradients(parameters_of(optimizer), 0)
     optimizer.param_groups[0]["lr"] = bad
-    refuses(optimizer, "Invalid learning rate: nan", ValueError)
+    refuses(optimizer, f"Invalid learning rate: {bad}", ValueError)
     optimizer.param_groups[0]["lr"] = options["lr"]
     train_both(optimizer, oracle)
     assert_same(optimizer, oracle)
