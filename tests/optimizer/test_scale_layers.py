@@ -1,5 +1,8 @@
 """Multipliers of the learning rate and the decay, by layer."""
 
+import gc
+import weakref
+
 import torch
 from rules import every_rule
 from support.compare import assert_close
@@ -41,3 +44,18 @@ def test_scale_layers_takes_effect_at_the_next_step_and_stays(backend):
         assert torch.equal(p, torch.full((2,), expected))
     assert optimizer.param_groups[0]["lr"] == 1.0
     assert set(optimizer.state_dict()) == {"state", "param_groups"}
+
+
+def test_parameters_that_leave_are_let_go_of(backend):
+    p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = fused_opt.SGD([p], lr=1.0, backend=backend)
+    optimizer.scale_layers(lr={p: 0.5})
+    p.grad, q.grad = torch.ones(2), torch.ones(2)
+    optimizer.step()
+    gone = weakref.ref(p)
+    optimizer.param_groups[0]["params"] = [q]
+    del p
+    optimizer.step()
+    gc.collect()
+    assert gone() is None
+    assert q.tolist() == [0.0, 0.0]

@@ -1,5 +1,8 @@
 """Settings are checked when they are made, and again when a step finds them changed."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -78,7 +81,8 @@ def test_strings_of_users_are_theirs(backend):
     p = torch.nn.Parameter(torch.ones(2))
     optimizer = fused_opt.SGD([{"params": [p], "name": "EMA", "note": 'SWM {"beta": 1}'}], lr=0.1, backend=backend)
     optimizer.load_state_dict(optimizer.state_dict())
-    assert [optimizer.param_groups[0][key] for key in ("name", "note")] == ["EMA", 'SWM {"beta": 1}']
+    for found in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert [found.param_groups[0][key] for key in ("name", "note")] == ["EMA", 'SWM {"beta": 1}']
 
 
 def test_one_table_of_extras():
