@@ -13,6 +13,7 @@ from .checks import real, whole
 from .exact import KEPT, SAVED, slot_of, viewed
 from .extras import COUNTS, EXTRAS, pack, unpack
 from .extras.averaging import AVERAGE, LR_SQUARES
+from .extras.buffers import AveragedBuffers
 from .groups import Groups, name_of
 from .in_backward import StepInBackward, Stepped
 from .plan import Plan
@@ -34,6 +35,7 @@ class Checkpoints(WithStates):
     _last: Plan | Stepped | None
     _captured: Plan | None
     _in_backward: StepInBackward | None = None
+    _buffers: AveragedBuffers | None = None
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
         raise TypeError(f"{type(self).__name__} is not an optimizer by itself; fused_opt.SGD is one")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias
 
@@ -17,6 +17,7 @@ from . import backends
 from .checkpoint import Checkpoints
 from .extras import COUNTS, EXTRAS, FOLD, Extras, check_extras
 from .extras.averaging import finish, swapped_in
+from .extras.buffers import AveragedBuffers
 from .extras.decay import COUPLED, DECOUPLED, check_together
 from .extras.trust_ratio import LOOK, warn_of_cap
 from .groups import Groups, extras_of, name_of
@@ -270,6 +271,8 @@ class FusedOptimizer(Checkpoints):
                 step.take_parts(self._parts)
             step.complete_norms()
             if step.clip():
+                if step.captured and self._buffers is not None:
+                    self._buffers.refuse_capture()
                 step.run()
                 if self._states_are_known:
                     step.count_writes_to_states()
@@ -360,6 +363,8 @@ class FusedOptimizer(Checkpoints):
                     warn_of_cap(group["trust_ratio"], [(p, ratios[p]) for p in group["params"] if p in ratios])
                 if (fold := args[FOLD]) is not None:
                     finish(group, self._states, fold, (*spec.rule.states, *spec.rule.scalars), lr, released)
+            if self._buffers is not None:
+                self._buffers.fold(args[FOLD] for args in step.extras)
 
     def _skip(self, step: HostStep | DeviceStep) -> None:
         """The gradients are not finite: say so, or count it."""
@@ -538,12 +543,47 @@ class FusedOptimizer(Checkpoints):
         self._plan = self._last = None
         return self._in_backward
 
+    def average_buffers(self, model: torch.nn.Module) -> AveragedBuffers:
+        """From now on average the model's buffers, such as BatchNorm's running statistics, at every sample of the weights.
+
+        As timm's ``ModelEmaV3`` and torch's ``AveragedModel(use_buffers=True)`` do: :meth:`averaged_weights` then has both,
+        and needs no ``update_bn``. Averages are in float32 or float64; buffers that are not floating point stay as they are.
+
+        Args:
+            model: whose buffers. Another call is about another model.
+
+        Returns:
+            Has the ``averages`` by name, and ``state_dict()`` and ``load_state_dict()``: save it beside the optimizer. It
+            does not travel with pickles and copies of the optimizer.
+
+        Raises:
+            ValueError: where the groups have no averaging, several, or another one than :class:`EMA`. A step captured in a
+                CUDA graph raises a RuntimeError.
+
+        Example:
+            >>> norm = torch.nn.BatchNorm1d(1)
+            >>> optimizer = fused_opt.SGD(norm.parameters(), lr=0.1, averaging=fused_opt.EMA(beta=0.5))
+            >>> buffers = optimizer.average_buffers(norm)
+            >>> for mean in (10.0, 20.0):
+            ...     norm(torch.tensor([[mean], [mean]])).sum().backward()
+            ...     optimizer.step()
+            >>> round(norm.running_mean.item(), 4)  # 1 first, then 0.9 * 1 + 0.1 * 20
+            2.9
+            >>> with optimizer.averaged_weights():
+            ...     round(norm.running_mean.item(), 4)
+            1.95
+        """
+        averaged = [group for group in self.param_groups if group["averaging"] is not None]
+        self._buffers = AveragedBuffers(model, averaged)
+        return self._buffers
+
     @contextmanager
     def averaged_weights(self, model: torch.nn.Module | None = None) -> Iterator[None]:
         """Within the block the parameters hold their averages; afterwards what they held before, whatever happens.
 
         Parameters of which no sample was taken yet keep their weights. BatchNorm's running statistics belong to the
-        weights they were made with: estimate them anew within the block with torch.optim.swa_utils.update_bn.
+        weights they were made with: estimate them anew within the block with torch.optim.swa_utils.update_bn, or have them
+        averaged, too, by :meth:`average_buffers`.
 
         Args:
             model: whose buffers, such as BatchNorm's running statistics, are swapped back with the weights. Without it they
@@ -556,7 +596,14 @@ class FusedOptimizer(Checkpoints):
         averaged = [group for group in self.param_groups if group["averaging"] is not None]
         if not averaged:
             raise RuntimeError("no group of this optimizer has averaging=; fused_opt.EMA(beta) is one")
-        with swapped_in(averaged, self._states), _batch_norm_noticed() if model is None else buffers_restored(model):
+        with ExitStack() as stack:
+            stack.enter_context(swapped_in(averaged, self._states))
+            if model is not None:
+                stack.enter_context(buffers_restored(model))
+            if self._buffers is not None:
+                stack.enter_context(self._buffers.swapped_in())
+            elif model is None:
+                stack.enter_context(_batch_norm_noticed())
             before, self._holds_averages = self._holds_averages, True
             try:
                 yield

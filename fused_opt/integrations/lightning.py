@@ -22,7 +22,8 @@ class AveragedWeights(pl.Callback):
     """Validation within ``fit`` sees the averages of the optimizers that have ``averaging=``.
 
     The weights are swapped in before validation, and back after it, whatever happens in it: checkpoints hold the weights
-    that train, and the averages in the optimizer's state. BatchNorm's running statistics stay those of the former.
+    that train, and the averages in the optimizer's state. BatchNorm's running statistics stay those of the former,
+    unless ``optimizer.average_buffers(model)`` was called.
     ``trainer.validate`` and ``trainer.test`` by themselves take the weights as they are, since what they load may have
     nothing to do with the averages: ``with optimizer.averaged_weights(): trainer.test(model)``.
 

@@ -46,10 +46,10 @@ def averaged(optimizers: Iterable[Any]) -> Iterator[None]:
 def keep_averages(optimizers: Sequence[Any], model: nn.Module) -> None:
     """Give the model the averages for good."""
     with averaged(optimizers):
-        averages = [p.detach().clone() for p in model.parameters()]
+        averages = [tensor.detach().clone() for tensor in (*model.parameters(), *model.buffers())]
     with torch.no_grad():
-        for p, average in zip(model.parameters(), averages):
-            p.copy_(average)
+        for tensor, average in zip((*model.parameters(), *model.buffers()), averages):
+            tensor.copy_(average)
 
 
 class EpochBalance:

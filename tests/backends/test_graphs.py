@@ -234,6 +234,7 @@ REFUSED = {
     "begun anew": ({"averaging": PSWA(period=5, on_write_back="zero")}, "'keep' would work"),
     "a parameter without a gradient": ({"averaging": PSWA(period=5)}, "a gradient of zeros would work"),
     "counts that were set": ({"averaging": PSWA(period=5)}, "Step once outside"),
+    "averages of buffers": ({"averaging": EMA(0.9)}, "with average_buffers: its replays would take no samples"),
 }
 
 
@@ -245,6 +246,8 @@ def test_what_cannot_be_captured_is_refused_in_words(name):
         training.optimizer.param_groups[0]["steps"] = 1
     if name == "a parameter without a gradient":
         training.parameters[1].grad = None
+    if name == "averages of buffers":
+        training.optimizer.average_buffers(torch.nn.BatchNorm1d(2))
     if name == "counts that were set":
         training.optimizer.param_groups[0]["steps"] = 77
     with unchanged(training.optimizer), pytest.raises(RuntimeError, match=words):
