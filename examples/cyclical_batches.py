@@ -185,6 +185,8 @@ def main() -> None:
         last, together = [one.curve[-1] for one in runs], [one.ensemble for one in runs]
         print(f"{name:26}{epochs * len(train):9}{runs[0].updates:9}   {spread(last):34} {spread(together)}")
     draw(results, epochs, len(train), options.out)
+    if options.quick:
+        print("--quick: this shows that the example runs; its figures mean nothing")
 
 
 def draw(results: dict[str, list[Result]], epochs: int, dataset_size: int, out: Path) -> None:

@@ -216,6 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, tuple[Run, Run]]:
     options.out.mkdir(parents=True, exist_ok=True)
     draw(results, options.out / "digits.png")
     console.print(f"picture: {options.out / 'digits.png'}", highlight=False, soft_wrap=True)
+    if options.quick:
+        console.print("--quick: this shows that the example runs; its figures mean nothing")
     return results
 
 

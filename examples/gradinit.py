@@ -139,6 +139,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options.out.mkdir(parents=True, exist_ok=True)
     draw(runs, scales, rates, options.out / "gradinit.png")
+    if options.quick:
+        print("--quick: this shows that the example runs; its figures mean nothing")
 
 
 def draw(runs: Runs, scales: dict[tuple[str, str], list[float]], rates: Sequence[float], path: Path) -> None:

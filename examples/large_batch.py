@@ -243,6 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
     options.out.mkdir(parents=True, exist_ok=True)
     draw(results, grid, options.out / "large_batch.png")
     console.print(f"picture: {options.out / 'large_batch.png'}", highlight=False, soft_wrap=True)
+    if options.quick:
+        console.print("--quick: this shows that the example runs; its figures mean nothing")
     return results
 
 

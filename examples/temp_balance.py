@@ -115,6 +115,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     balance.plot().savefig(options.out / "temp_balance.png", dpi=120)
     print(f"drawn: {options.out / 'temp_balance.png'}")
+    if options.quick:
+        print("--quick: this shows that the example runs; its figures mean nothing")
 
 
 if __name__ == "__main__":

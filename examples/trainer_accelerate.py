@@ -81,6 +81,8 @@ def main() -> None:
                 f"  {'fused_opt.CLARS, averaged and balanced' if ours else 'torch.optim.SGD':40} seed {seed}: accuracy "
                 f"{100 * accuracy:.2f} %, resumed from epoch {epochs // 2}: {'the same bits' if same else 'other weights'}"
             )
+    if options.quick:
+        print("--quick: this shows that the example runs; its figures mean nothing")
 
 
 if __name__ == "__main__":

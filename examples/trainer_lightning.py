@@ -149,6 +149,8 @@ def main() -> None:
             print(
                 f"  {'fused_opt.SGD, averaged, cyclical batches' if ours else 'torch.optim.SGD':42} seed {seed}: {found}"
             )
+    if options.quick:
+        print("--quick: this shows that the example runs; its figures mean nothing")
 
 
 if __name__ == "__main__":

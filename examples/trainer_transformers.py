@@ -94,6 +94,8 @@ def main() -> None:
             print(
                 f"  {'fused_opt.AdamW, averaged and balanced' if ours else 'torch.optim.AdamW':40} seed {seed}: {losses}"
             )
+    if options.quick:
+        print("--quick: this shows that the example runs; its figures mean nothing")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ def test_example(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "SGD, cosine, TempBalance" in printed
     assert "multiplier 0.500" in printed
+    assert "its figures mean nothing" in printed
     assert (tmp_path / "temp_balance.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -34,6 +34,7 @@ def test_it_runs_and_draws(example, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "batches of 1024 as 16 micro-batches" in printed
     assert "CLARS" in printed
+    assert "its figures mean nothing" in printed
 
 
 def test_learning_rates(example):
