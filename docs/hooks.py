@@ -28,7 +28,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, page, content=to_pages(text)))
     for path in (ROOT / "benchmarks/results").glob("*.png"):
         files.append(File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path)))
-    for path in [*(ROOT / STUDIES).glob("*.png"), *(ROOT / STUDIES).glob("*.md")]:
+    for path in (ROOT / STUDIES).glob("*.*"):  # pages, pictures, rows
         files.append(File.generated(config, f"studies/{path.name}", abs_src_path=str(path)))
     return files
 

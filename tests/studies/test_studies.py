@@ -6,11 +6,13 @@ import hashlib
 import math
 import multiprocessing
 import os
+import re
 import signal
 from dataclasses import replace
 
 import pytest
 import torch
+from support import ROOT
 
 from studies import __main__ as program
 from studies import data, harness, report
@@ -177,6 +179,25 @@ def test_the_published_page_is_that_of_the_rows(name):
     assert not pending(study, rows)
     harness.check_budgets(study, rows)
     assert (program.RESULTS / f"{name}.md").read_text() == report.page(study, rows)
+
+
+def figures(text):
+    """Means with their spread."""
+    return set(re.findall(r"\d+\.\d+ ± \d+\.\d+", " ".join(text.split())))
+
+
+def test_figures_in_words_are_in_the_tables_of_the_studies_that_are_named():
+    def tables(name):
+        return figures((program.RESULTS / f"{name}.md").read_text().partition("## Figures")[2])
+
+    for path in report.PAGES.glob("*.md"):
+        assert figures(path.read_text()) <= tables(path.stem)
+    seen = set()
+    for section in (ROOT / "docs" / "methods.md").read_text().split("\n## "):
+        named = set(re.findall(r"studies/results/(\w+)\.md", section))
+        seen |= (found := figures(section))
+        assert found <= set().union(*map(tables, named)), section.partition("\n")[0]
+    assert len(seen) > 10
 
 
 def test_missing_data_says_where_to_get_it(tmp_path, capsys):
