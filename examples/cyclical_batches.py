@@ -195,7 +195,8 @@ def draw(results: dict[str, list[Result]], epochs: int, dataset_size: int, out: 
     for (name, runs), color in zip(results.items(), pictures.SERIES):
         curves = list(zip(*(one.curve for one in runs), strict=True))
         at = [CYCLE.width * (i + 1) for i in range(len(curves))]
-        axes.plot(at, [statistics.mean(values) for values in curves], label=name, color=color)
+        line = "--" if "noise" in name else "-"  # it lies on the one without
+        axes.plot(at, [statistics.mean(values) for values in curves], line, label=name, color=color)
         axes.fill_between(at, [*map(min, curves)], [*map(max, curves)], color=color, alpha=0.2, linewidth=0)
     axes.set(xlabel="epochs, equal numbers of examples", ylabel="held-out bits per character")
     pictures.finish((axes,), legends=(axes,))

@@ -212,6 +212,8 @@ def draw(results: dict[str, Result], grid: Sequence[float], path: Path) -> None:
         )
     loss.set(title="training loss", xlabel="step", yscale="log")
     error.set(title="test error, per cent", xlabel="step", yscale="log")
+    for panel in (loss, error):
+        panel.xaxis.get_major_locator().set_params(integer=True)
     tuning.set(title="validation loss (ring: the rate taken)", xlabel="learning rate", xscale="log", yscale="log")
     pictures.finish((loss, error, tuning), legends=(loss,))
     figure.savefig(path, dpi=150)

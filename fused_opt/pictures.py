@@ -18,10 +18,20 @@ def plain(x: float) -> str:
 
 
 def plain_ticks(left: float, right: float) -> list[float]:
-    """1, 2, 5, 10 ... between two numbers; powers of ten alone where that would be too many."""
-    ticks = [digit * 10.0**power for power in range(-40, 40) for digit in (1, 2, 5)]
-    ticks = [x for x in ticks if left <= x <= right]
-    return ticks if len(ticks) <= 8 else [x for x in ticks if f"{x:e}".startswith("1.0")]
+    """1, 2, 5, 10 ... between two numbers; powers of ten alone where that would be too many, further digits where too few.
+
+    Example:
+        >>> plain_ticks(0.09, 11), plain_ticks(0.09, 0.33)
+        ([0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0], [0.1, 0.15, 0.2, 0.3])
+    """
+    for digits in ((1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9)):
+        ticks = [float(f"{digit}e{power}") for power in range(-40, 40) for digit in digits]
+        ticks = [x for x in ticks if left <= x <= right]
+        if len(ticks) > 2:
+            break
+    if len(ticks) > 8:
+        return [x for x in ticks if f"{x:e}".startswith("1.0")]
+    return ticks or [left, right]
 
 
 def figure(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Any, Any]:
@@ -41,6 +51,7 @@ def figure(rows: int, columns: int, width: float, height: float, **options: Any)
 def finish(panels: Iterable[Any], legends: Iterable[Any] = ()) -> None:
     """Give panels that were drawn their style, and those in ``legends`` a legend below, where nothing is drawn."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+    from matplotlib.transforms import ScaledTranslation
 
     for panel in panels:
         title = panel.get_title()
@@ -57,5 +68,6 @@ def finish(panels: Iterable[Any], legends: Iterable[Any] = ()) -> None:
                 axis.set_major_formatter(FuncFormatter(lambda x, _: plain(x)))
     for panel in legends:
         count = len(panel.get_legend_handles_labels()[1])
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18), "ncols": min(count, 3)}
-        panel.legend(**below, frameon=False, fontsize=7)
+        behind = panel.transAxes + ScaledTranslation(0, -0.5, panel.figure.dpi_scale_trans)  # inches: ticks, name
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": behind, "ncols": min(count, 3)}
+        panel.legend(**below, frameon=False, fontsize=7, handlelength=3.5)

@@ -131,19 +131,28 @@ def page(study: Study, rows: Sequence[Row], note: str = "") -> str:
     return "\n\n".join(text) + "\n"
 
 
+def styles(study: Study) -> dict[str, tuple[str, str]]:
+    """Colour and line of every arm's name, in all settings: what is before a comma has a colour, what is behind it a line."""
+    families: dict[str, list[str]] = {}
+    for name in dict.fromkeys(arm.name for arm in study.arms):
+        families.setdefault(name.partition(",")[0], []).append(name)
+    colors, lines = (*pictures.SERIES, pictures.OURS), ("-", "--", ":", "-.")
+    return {name: (color, line) for color, names in zip(colors, families.values()) for line, name in zip(lines, names)}
+
+
 def draw(study: Study, rows: Sequence[Row], path: Path) -> None:
     """Left every seed's test score and their mean; right what the rate does to validation scores."""
     names = settings(study)
     longest = max(len(of(study, name)) for name in names)
     figure, panels = pictures.figure(len(names), 2, 11, len(names) * (1.6 + 0.28 * longest))
-    colors = (*pictures.SERIES, pictures.OURS, *pictures.SERIES)
+    style = styles(study)
     for (left, right), setting in zip(panels, names):
         arms = of(study, setting)
         for y, arm in enumerate(arms):
-            color, dashed = colors[y % len(colors)], "--" if y >= len(pictures.SERIES) + 1 else "-"
+            color, line = style[arm.name]
             tried, lr = scores(rows, arm, VALIDATION), grid(study, arm, rows)[1]
             right.plot(
-                list(tried), [mean(of_seed.values()) for of_seed in tried.values()], f"o{dashed}",
+                list(tried), [mean(of_seed.values()) for of_seed in tried.values()], f"o{line}",
                 color=color, markersize=3, label=arm.name,
             )  # fmt: skip
             found = list(scores(rows, arm, TEST, lr).values()) if lr is not None else []

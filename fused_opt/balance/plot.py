@@ -58,6 +58,7 @@ def plot(
         drawn = {"color": colours[name], "zorder": 3} if name in colours else {"color": pictures.ASIDE}
         over_time.plot(calls, values, marker=".", linewidth=1, label=name, **drawn)
     over_time.set(title="exponents; coloured: those on the right", xlabel="call of step()", ylabel="alpha")
+    over_time.xaxis.get_major_locator().set_params(integer=True)
     for name in names:
         with torch.no_grad():
             lam = spectrum(layers[name].weight(), estimator["windows"])[0].cpu()

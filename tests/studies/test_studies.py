@@ -181,6 +181,18 @@ def test_the_published_page_is_that_of_the_rows(name):
     assert (program.RESULTS / f"{name}.md").read_text() == report.page(study, rows)
 
 
+@pytest.mark.parametrize("name", program.STUDIES)
+def test_a_colour_has_one_meaning_in_all_settings(name):
+    study = program.study_of(name)
+    style = report.styles(study)
+    assert style.keys() == {arm.name for arm in study.arms}
+    assert len(set(style.values())) == len(style)
+    for one, (color, _) in style.items():
+        assert {other for other in style if style[other][0] == color} == {
+            other for other in style if other.partition(",")[0] == one.partition(",")[0]
+        }
+
+
 def figures(text):
     """Means with their spread."""
     return set(re.findall(r"\d+\.\d+ ± \d+\.\d+", " ".join(text.split())))
