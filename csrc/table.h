@@ -7,7 +7,7 @@
 
 namespace fused_opt {
 
-enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kInt16 };
+enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kInt16, kInt8, kUInt8 };
 enum class Kind : uint8_t { kNone, kLARS, kCLARS, kLAMB };  // of trust ratio; as Kind in backends/interface.py
 
 constexpr int kMaxStates = 3;
@@ -41,6 +41,8 @@ struct Tensor {
   // Of what `p` is the rounding, laid out as `p`: a float32, or of a bfloat16 the int16 to be added to its bits. Or
   // nothing.
   Operand exact;
+  // Of states in 8 bits, one for every block of codes (types.h), which are contiguous whatever else is; or nothing.
+  float* scales[kMaxStates] = {};
   int64_t numel = 0;
   // Flat: element i of every operand is at data[i]. Otherwise element i is the i-th in row-major order of `sizes`.
   bool flat = true;

@@ -123,8 +123,57 @@ FUSED_OPT_FN void with_type(DType dtype, const F& f) {
       return f(static_cast<BFloat16*>(nullptr));
     case DType::kFloat16:
       return f(static_cast<Float16*>(nullptr));
-    case DType::kInt16:  // never on its own
+    case DType::kInt16:  // never on their own
+    case DType::kInt8:
+    case DType::kUInt8:
       return;
+  }
+}
+
+// ---- states in 8 bits: fused_opt/eight_bits.py says what they are. No product is followed by a sum, so that no
+// instruction set rounds both at once, and the bits are the same everywhere.
+
+constexpr int64_t kCoded = 128;  // consecutive elements that share a scale; as BLOCK there
+
+FUSED_OPT_FN float magnitude_of_bits(int32_t bits) {
+  return __builtin_bit_cast(float, bits);
+}
+FUSED_OPT_FN int32_t bits_of_magnitude(float x) {
+  return __builtin_bit_cast(int32_t, x) & 0x7FFFFFFF;
+}
+
+// A block's scale, by the bits of the largest magnitude in it, and what its numbers are multiplied with.
+struct Scale {
+  float scale, inverse;
+};
+FUSED_OPT_FN Scale scale_of(int32_t largest) {
+  if (largest >= 0x7F800000) return {__builtin_nanf(""), 0};
+  if (largest < 0x00800000) return {0, 0};
+  return {magnitude_of_bits(largest), 1 / magnitude_of_bits(largest)};
+}
+
+// What a code is of its block's scale.
+FUSED_OPT_FN float share_of(int8_t code) {
+  const float root = static_cast<float>(code) * (1.0f / 127);
+  return root * absolute(root);
+}
+FUSED_OPT_FN float share_of(uint8_t code) {
+  const float root = static_cast<float>(code) * (1.0f / 255), square = root * root;
+  return square * square;
+}
+
+// The code of a number: of one that is not 0, never the code of 0 where there are no signs.
+template <class Code>
+FUSED_OPT_FN Code code_of(float x, float inverse) {
+  const float size = magnitude_of_bits(bits_of_magnitude(x)), share = size * inverse;
+  if constexpr (std::is_signed_v<Code>) {
+    const float root = square_root(share * (127 * 127));
+    const auto code = static_cast<int32_t>((root > 0 ? root : 0) + 0.5f);
+    return static_cast<Code>(x < 0 ? -code : code);
+  } else {
+    const float root = square_root(square_root(share) * (255 * 255));
+    const auto code = static_cast<int32_t>((root > 1 ? root : 1) + 0.5f);
+    return static_cast<Code>(size == 0 ? 0 : code);
   }
 }
 

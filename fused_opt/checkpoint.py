@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .checks import real, whole
+from .eight_bits import CODES, blocks_of, coded, decoded, scale_of
 from .exact import KEPT, SAVED, slot_of, viewed
 from .extras import COUNTS, EXTRAS, pack, unpack
 from .extras.averaging import AVERAGE, LR_SQUARES
@@ -18,7 +19,7 @@ from .groups import Groups, name_of
 from .in_backward import StepInBackward, Stepped
 from .plan import Plan
 from .rule import Rule
-from .states import StateDtype, WithStates, dtype_of_state
+from .states import StateDtype, WithStates, dtype_for
 from .warn import warn_once
 
 _KEPT = dict(KEPT.values())  # dtypes of what is kept beside parameters of 16 bits, by slot
@@ -111,10 +112,13 @@ class Checkpoints(WithStates):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        scalars = {self._rule(group).scalar for group in self.param_groups}
+        rules = {p: self._rule(group) for group in self.param_groups for p in group["params"]}
+        scalars = {rule.scalar for rule in rules.values()}
         for p, of_p in _by_parameter(self.param_groups, loaded[0]):
+            coded_slots = [slot for slot in rules[p].states if self._load_codes(rules[p], slot, p, of_p)]
+            done = {name for slot in coded_slots for name in (slot, scale_of(slot))}
             for slot, value in of_p.items():
-                if not isinstance(value, Tensor):
+                if not isinstance(value, Tensor) or slot in done:
                     continue
                 # torch has cast all but the step count to the parameter's dtype.
                 if slot in _KEPT:
@@ -122,11 +126,28 @@ class Checkpoints(WithStates):
                 elif slot in scalars:
                     self._states[p][slot] = value.to(device="cpu", dtype=torch.float32)
                 elif slot == AVERAGE or (slot != "step" and not p.is_complex()):
-                    dtype = value.dtype if slot == AVERAGE else dtype_of_state(self.state_dtype, slot)
+                    dtype = value.dtype if slot == AVERAGE else dtype_for(self.state_dtype, rules[p], slot, p)
                     if dtype is not None:
                         self._states[p][slot] = value.to(device=p.device, dtype=dtype)
                 if self._states[p][slot] is value:
                     self._states[p][slot] = value.clone()
+
+    def _load_codes(self, rule: Rule, slot: str, p: Tensor, of_p: Mapping[str, Any]) -> bool:
+        """Load a state that is in 8 bits in the checkpoint or here, and say whether it is."""
+        value, scales, dtype = of_p.get(slot), of_p.get(scale_of(slot)), dtype_for(self.state_dtype, rule, slot, p)
+        if not isinstance(value, Tensor) or not (value.dtype in CODES or dtype in CODES):
+            return False
+        if isinstance(scales, Tensor) and value.dtype == dtype:
+            found = value.clone(), scales.clone()
+        else:
+            value = decoded(value, scales) if isinstance(scales, Tensor) and value.dtype in CODES else value
+            if dtype not in CODES:
+                self._states[p].pop(scale_of(slot), None)
+                self._states[p][slot] = value.to(device=p.device, dtype=dtype or p.dtype)
+                return True
+            found = coded(value, dtype)
+        self._states[p][slot], self._states[p][scale_of(slot)] = (tensor.to(p.device) for tensor in found)
+        return True
 
     def _adapted_groups(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Groups of a state_dict with the extras of this optimizer, checked."""
@@ -184,6 +205,7 @@ class Checkpoints(WithStates):
                     result[index] = of_p = {**of_p, kept: viewed(of_p[kept], _KEPT[kept])}
                 for slot in (*rule.states, AVERAGE):
                     if isinstance(of_p.get(slot), Tensor):
+                        _check_scales(f"state {slot!r} of parameter {name_of(group, g, i)}", slot, of_p, p)
                         _check_state(f"state {slot!r} of parameter {name_of(group, g, i)}", of_p[slot], p)
         return result
 
@@ -225,13 +247,27 @@ def _check_kept(what: str, value: Any, dtype: torch.dtype, p: Tensor) -> None:
         raise ValueError(f"{what} is {found} in the loaded state_dict; it must be {dtype} of shape {tuple(p.shape)}")
 
 
+def _check_scales(what: str, slot: str, of_p: Mapping[str, Any], p: Tensor) -> None:
+    """Raise where a state in 8 bits has no scales that go with it."""
+    scales, expected = of_p.get(scale_of(slot)), (blocks_of(p.numel()),)
+    if of_p[slot].dtype not in CODES:
+        return
+    if not isinstance(scales, Tensor) or scales.dtype != torch.float32 or tuple(scales.shape) != expected:
+        found = f"{scales.dtype} of shape {tuple(scales.shape)}" if isinstance(scales, Tensor) else scales
+        raise ValueError(
+            f"{what} is in 8 bits in the loaded state_dict, and {scale_of(slot)!r} beside it is {found}; it must be float32 "
+            f"of shape {expected}"
+        )
+
+
 def _check_state(what: str, value: Any, p: Any) -> None:
     if value.shape != p.shape:
         raise ValueError(
             f"{what} has shape {tuple(value.shape)} in the loaded state_dict, and the parameter {tuple(p.shape)}; load the "
             f"state of a model of the same shapes"
         )
-    if value.is_complex() != p.is_complex() or not (value.is_floating_point() or value.is_complex()):
+    number = value.is_floating_point() or value.is_complex() or value.dtype in CODES
+    if value.is_complex() != p.is_complex() or not number:
         raise ValueError(
             f"{what} is {value.dtype} in the loaded state_dict, and the parameter {p.dtype}, which do not go together"
         )

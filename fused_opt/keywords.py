@@ -16,8 +16,9 @@ from .extras import EXTRAS, Extras
 
 _BESIDE = {
     "state_dtype": """dtype of the states, or a dict of dtypes by state (``{"exp_avg": torch.bfloat16}``): float32, float64,
-        bfloat16 or float16. None, and for a state that the dict lacks: the parameter's, as torch keeps it. It holds through
-        ``load_state_dict``, too. Averages and complex states keep theirs.""",
+        bfloat16 or float16; or ``"8bit"``: codes with a scale for every 128, of parameters of 4,096 elements and more. None,
+        and for a state that the dict lacks: the parameter's, as torch keeps it. It holds through ``load_state_dict``, too.
+        Averages and complex states keep theirs.""",
     "backend": """``"auto"`` takes for every parameter the first of :func:`fused_opt.backends.available` that can step
         it; a named one steps it or raises with the reason. On a GPU a backend that fails its self-check cannot.""",
 }

@@ -15,6 +15,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from . import backends
 from .checkpoint import Checkpoints
+from .eight_bits import EIGHT_BITS
 from .extras import COUNTS, EXTRAS, FOLD, Extras, check_extras
 from .extras.averaging import finish, swapped_in
 from .extras.buffers import AveragedBuffers
@@ -29,7 +30,7 @@ from .parts.samples import Samples
 from .parts.tracker import PartTracker, wants_parts, warn_without_parts
 from .plan import Plan
 from .shards import within_zero
-from .states import StateDtype, check_state_dtype, exact_of
+from .states import StateDtype, check_state_dtype, exact_of, not_in_8_bits
 from .step import DeviceStep, HostStep, host_decides
 from .tensors import buffers_restored
 from .warn import warn_once
@@ -98,6 +99,11 @@ class FusedOptimizer(Checkpoints):
         self._check_names_of_states()
         self._states_are_known = False
         self._partial = within_zero()
+        if self._partial and self._asks_for_8_bits():
+            raise ValueError(
+                "state_dtype='8bit': ZeroRedundancyOptimizer casts the states that it loads to the parameters' dtype, and "
+                "codes are no numbers. state_dtype=torch.bfloat16 would work, and 8 bits under DistributedDataParallel"
+            )
         for group in self.param_groups if self._partial else ():
             of_all = [extra for extra in EXTRAS if extra.of_all_parameters]
             if asked := [extra.key for extra in of_all if group[extra.key] != extra.default]:
@@ -133,7 +139,7 @@ class FusedOptimizer(Checkpoints):
         check_together(options, self._decay(options))
 
     def _check_names_of_states(self) -> None:
-        """Raise where ``state_dtype`` names a state that no group has."""
+        """Raise where ``state_dtype`` names a state that no group has, or asks for one in 8 bits that cannot be."""
         if isinstance(self.state_dtype, Mapping):
             known = list(dict.fromkeys(slot for group in self.param_groups for slot in self._rule(group).states))
             if unknown := [slot for slot in self.state_dtype if slot not in known]:
@@ -141,6 +147,13 @@ class FusedOptimizer(Checkpoints):
                     f"Invalid state_dtype: it names {unknown[0]!r}, and the states of this {type(self).__name__} are "
                     f"{', '.join(map(repr, known)) or 'none'}"
                 )
+        for group in self.param_groups:
+            if why := not_in_8_bits(self.state_dtype, self._rule(group), bool(group.get("differentiable"))):
+                raise ValueError(f"Invalid state_dtype: {why}")
+
+    def _asks_for_8_bits(self) -> bool:
+        asked = self.state_dtype
+        return EIGHT_BITS in (asked.values() if isinstance(asked, Mapping) else (asked,))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch.optim does, after its hyper-parameters were found in range."""

@@ -20,7 +20,7 @@ from .backends.self_check import Variant
 from .groups import GroupSpec, name_of
 from .rule import Rule
 from .shards import Shard, add_up, is_spread, local, spread_of
-from .states import NewStates, StateDtype, check_parameter, dtype_of_state
+from .states import NewStates, StateDtype, check_codes, check_parameter, dtype_for, not_in_8_bits
 from .tensors import norm2, share_memory
 from .warn import warn_once
 
@@ -211,6 +211,8 @@ def _grouped(
     seen: Counter[Tensor] = Counter()
     written: list[list[Tensor]] = []
     for g, (group, spec) in enumerate(zip(param_groups, specs)):
+        if why := not_in_8_bits(state_dtype, spec.rule, spec.differentiable):
+            raise RuntimeError(f"group {g}: {why}")
         for i, p in enumerate(group["params"]):
             index += 1
             if p.grad is None and _has_no_elements_yet(p):
@@ -230,7 +232,8 @@ def _grouped(
                     f"Cautious(..., scaled=False) masks every element by itself"
                 )
             variants = partial(_variants, spec.rule, group, p, state.get(p, {}), state_dtype, extras)
-            of_p = _choose(name, spec, backend, tensors, shard is not None, variants)
+            coded = check_codes(name, state_dtype, spec.rule, p, state.get(p, {}))
+            of_p = _choose(name, spec, backend, tensors, shard is not None, coded, variants)
             entry = ParamEntry(p if shard is None else shard.tensor, g, index, name, noisy=spec.noisy, shard=shard)
             entry.differentiable = spec.differentiable
             entry.earlier = seen[p]
@@ -269,7 +272,7 @@ def _variants(
 ) -> list[Variant]:
     """What a parameter asks of kernels; ``dtype``: of states that are to be made."""
     found = {slot: state[slot].dtype for slot in rule.states if state.get(slot) is not None}
-    states = [found.get(slot) or dtype_of_state(dtype, slot) or p.dtype for slot in rule.states]
+    states = [found.get(slot) or dtype_for(dtype, rule, slot, p) or p.dtype for slot in rule.states]
     of_gradient = (p.dtype if p.grad is None else p.grad.dtype, *states)
     if rule.matrices is None:
         return [Variant(rule, (p.dtype, *of_gradient), extras)]
@@ -286,6 +289,7 @@ def _choose(
     backend: str,
     tensors: Sequence[Tensor],
     sharded: bool,
+    coded: bool,
     variants: Callable[[], list[Variant]],
 ) -> str:
     """The backend of a parameter: the named one, or the first that can."""
@@ -304,7 +308,7 @@ def _choose(
         return "reference"
     if backend != "auto":
         module = backends.get(backend)
-        reason = module.unavailable() or module.unsupported(spec.rule, tensors, spec.noisy, sharded)
+        reason = module.unavailable() or module.unsupported(spec.rule, tensors, spec.noisy, sharded, coded)
         if reason := reason or _failure(backend, module, tensors[0], variants):
             raise RuntimeError(
                 f"backend {backend!r} cannot step parameter {name}: {reason}. backend='auto' takes one that can"
@@ -317,7 +321,7 @@ def _choose(
         if reason := module.unavailable():
             if device in module.DEVICES:
                 warn_once(f"fused_opt runs without its {candidate} backend: {reason}")
-        elif module.unsupported(spec.rule, tensors, spec.noisy, sharded) is None:
+        elif module.unsupported(spec.rule, tensors, spec.noisy, sharded, coded) is None:
             if not (failure := _failure(candidate, module, tensors[0], variants)):
                 for text in failures:
                     warn_once(f"{text}; the {candidate} backend steps in its place")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from inspect import signature
 from typing import Any, NamedTuple, TypeAlias
@@ -69,6 +69,8 @@ class Rule:
         initial: ``group -> float``: every element of a new state.
         matrices: what is made of the updates before they move the weights; None: they do themselves. With it ``update``
             may not depend on the step.
+        unsigned: the states that are never negative.
+        not_in_8_bits: by state, why eight bits cannot hold it.
     """
 
     name: str
@@ -81,6 +83,8 @@ class Rule:
     refuses_sparse: str = ""
     initial: Callable[[Mapping[str, Any]], float] = lambda group: 0.0
     matrices: Matrices | None = None
+    unsigned: tuple[str, ...] = ()
+    not_in_8_bits: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @cached_property
     def coefficient_count(self) -> int:

@@ -4,35 +4,102 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .backends.interface import ParamEntry
 from .backends.pointers import DTYPES
+from .eight_bits import CODES, EIGHT_BITS, LEAST, SIGNED, UNSIGNED, blocks_of, scale_of
 from .exact import KEPT, exact_weights, kept_for, slot_of
 from .extras.averaging import AVERAGE, initial
 from .groups import GroupSpec
 from .rule import Rule
-from .shards import check_alike, local
+from .shards import check_alike, is_spread, local
 from .tensors import overlaps
 
 #: Of the states that a step makes: all alike, or by name; None, and for a name that it lacks: the parameter's.
-StateDtype: TypeAlias = torch.dtype | Mapping[str, torch.dtype] | None
+OneDtype: TypeAlias = torch.dtype | Literal["8bit"]
+StateDtype: TypeAlias = OneDtype | Mapping[str, OneDtype] | None
 
 
-def dtype_of_state(given: StateDtype, slot: str) -> torch.dtype | None:
+def dtype_of_state(given: StateDtype, slot: str) -> OneDtype | None:
     """What ``state_dtype=`` says of one state; None: nothing, so that it is the parameter's."""
     return given.get(slot) if isinstance(given, Mapping) else given
 
 
+def dtype_for(given: StateDtype, rule: Rule, slot: str, p: Tensor) -> torch.dtype | None:
+    """Of a parameter's new state, of codes where it is kept in 8 bits; None: the parameter's."""
+    asked = dtype_of_state(given, slot)
+    if not isinstance(asked, str):
+        return asked
+    if p.is_complex():
+        return None
+    if p.numel() < LEAST:
+        return torch.promote_types(p.dtype, torch.float32)
+    return UNSIGNED if slot in rule.unsigned else SIGNED
+
+
 def check_state_dtype(given: StateDtype) -> None:
-    """Raise a ValueError unless it is None, a dtype that states can have, or a dict of these by name."""
+    """Raise a ValueError unless it is None, a dtype that states can have, ``"8bit"``, or a dict of these by name."""
     for dtype in given.values() if isinstance(given, Mapping) else () if given is None else (given,):
-        if dtype not in DTYPES:
+        if dtype not in (*DTYPES, EIGHT_BITS):
             kinds = ", ".join(str(dtype) for dtype in DTYPES)
-            raise ValueError(f"Invalid state_dtype: {given}; there are None, {kinds}, and dicts of these by state")
+            raise ValueError(
+                f"Invalid state_dtype: {given}; there are None, {kinds}, {EIGHT_BITS!r}, and dicts of these by state"
+            )
+
+
+def not_in_8_bits(given: StateDtype, rule: Rule, differentiable: bool) -> str | None:
+    """Why a rule cannot be stepped with the states that are asked for in 8 bits, or None."""
+    asked = [slot for slot in rule.states if dtype_of_state(given, slot) == EIGHT_BITS]
+    if asked and differentiable:
+        return f"state_dtype={EIGHT_BITS!r}: differentiable=True has autograd follow states, and codes have no gradient"
+    for slot in asked:
+        if slot in rule.not_in_8_bits:
+            others = {other: EIGHT_BITS for other in rule.states if other not in rule.not_in_8_bits}
+            instead = others or "torch.bfloat16"
+            return (
+                f"the state {slot!r} of rule {rule.name!r} cannot be kept in 8 bits: {rule.not_in_8_bits[slot]}. "
+                f"state_dtype={instead} would work"
+            )
+    return None
+
+
+def check_codes(name: str, given: StateDtype, rule: Rule, p: Tensor, of_p: Mapping[str, Any]) -> bool:
+    """Whether a parameter has states in 8 bits, or is about to have some; raises where it cannot, or they do not fit it."""
+    found = {slot: of_p[slot] for slot in rule.states if of_p.get(slot) is not None}
+    kept = [slot for slot, state in found.items() if state.dtype in CODES]
+    made = [slot for slot in rule.states if slot not in found and dtype_for(given, rule, slot, p) in CODES]
+    if not kept and not (made and p.grad is not None):
+        return False
+    why = None
+    if is_spread(p):
+        why = "it is a DTensor, and a block would be cut where its shards are"
+    elif not p.is_contiguous():
+        why = (
+            f"its strides are {p.stride()}, and a block is of neighbours in row-major order; contiguous() makes them so"
+        )
+    if why is not None:
+        raise RuntimeError(
+            f"parameter {name} cannot have states in 8 bits: {why}. state_dtype=torch.bfloat16 would work, too"
+        )
+    for slot in kept:
+        codes, scale = found[slot], of_p.get(scale_of(slot))
+        dtype = UNSIGNED if slot in rule.unsigned else SIGNED
+        alike = (
+            type(scale) is Tensor
+            and (scale.dtype, scale.shape, scale.device) == (torch.float32, (blocks_of(p.numel()),), p.device)
+            and scale.is_contiguous()
+        )
+        if not alike or codes.dtype != dtype or not codes.is_contiguous() or overlaps(codes):
+            raise RuntimeError(
+                f"parameter {name} has a state {slot!r} in 8 bits that does not fit it: it must be contiguous {dtype} and "
+                f"{scale_of(slot)!r} beside it float32 of shape ({blocks_of(p.numel())},), on {p.device}. Clear its entry in "
+                f"optimizer.state, or load a checkpoint"
+            )
+    return True
 
 
 class WithStates(torch.optim.Optimizer):
@@ -79,7 +146,8 @@ def check_tensor(name: str, what: str, found: Tensor, p: Tensor) -> None:
             f"parameter {name} is on {p.device} and its {what} on {found.device}; they must be on the same device. "
             f"Move the model before making the optimizer, or load_state_dict after moving it"
         )
-    if found.is_complex() != p.is_complex() or not (found.is_floating_point() or found.is_complex()):
+    coded = found.dtype in CODES and what != "gradient"
+    if found.is_complex() != p.is_complex() or not (found.is_floating_point() or found.is_complex() or coded):
         raise RuntimeError(f"parameter {name} is {p.dtype} and its {what} {found.dtype}, which do not go together")
 
 
@@ -200,14 +268,17 @@ class NewStates:
         for slot in rule.states:
             if of_p.get(slot) is not None:
                 continue
+            kept = None if p.is_complex() else dtype_for(self._dtype, rule, slot, p)
             value = torch.full_like(
                 p,
                 complex(begin, begin) if p.is_complex() else begin,
                 memory_format=torch.preserve_format,
-                dtype=None if p.is_complex() else dtype_of_state(self._dtype, slot),
+                dtype=kept,
                 requires_grad=False,
             )
             self._make(p, slot, value)
+            if kept in CODES:  # whose code of 0 is 0; what is not 0 at first is kept in full
+                self._make(p, scale_of(slot), torch.zeros(blocks_of(p.numel()), dtype=torch.float32, device=p.device))
 
     def _lay_out_kept(self, p: Tensor, slot: str) -> None:
         """Make what makes a parameter's weights exact, or move it to where it lies as the parameter does."""
@@ -245,6 +316,7 @@ class NewStates:
             of_p[rule.scalar] = of_p[rule.scalar].to(device=device, dtype=torch.float32)
         if all(of_p.get(slot) is not None for slot in (*spec.slots, *rule.scalars)):
             entry.states = [hold(of_p[slot]) for slot in rule.states]
+            entry.scales = [of_p[scale_of(s)] if of_p[s].dtype in CODES else None for s in rule.states]
             entry.step = of_p["step"] if rule.counts_steps else None
             entry.scalar = of_p[rule.scalar] if rule.scalar else None
             entry.average = hold(of_p[AVERAGE]) if spec.averaged else None

@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t kBlock = 128, kAhead = 768;
 // Normal numbers that are drawn at once; chunks begin at multiples of it.
 constexpr int64_t kDraw = 512;
-static_assert(kChunk % kDraw == 0 && kDraw % kBlock == 0);
+static_assert(kChunk % kDraw == 0 && kDraw % kBlock == 0 && kBlock % kCoded == 0);
 
 // Calls f(k, offset) for the k-th of `n` elements from `begin` in row-major order, offset in elements of the operand.
 template <class F>
@@ -90,6 +90,47 @@ FUSED_OPT_FN T* load(const Tensor& tensor, const Operand& operand, int64_t begin
 template <class T>
 FUSED_OPT_FN void store(const Tensor& tensor, const Operand& operand, int64_t begin, int64_t n, const T* values) {
   if (!lies_ready<T>(tensor, operand)) copy_out(tensor, operand, begin, n, values);
+}
+
+// Of a state in 8 bits: in and out. `begin` is the first of a block of codes.
+template <class T, class Code>
+__attribute__((noinline)) void decode(const Code* codes, const float* scales, int64_t n, T* x) {
+  for (; n > 0; n -= kCoded, codes += kCoded, x += kCoded) {
+    const float scale = *scales++;
+    const auto some = [&](int64_t count) {
+      for (int64_t k = 0; k < count; ++k) x[k] = static_cast<T>(share_of(codes[k]) * scale);
+    };
+    n >= kCoded ? some(kCoded) : some(n);
+  }
+}
+
+template <class T, class Code>
+__attribute__((noinline)) void encode(Code* codes, float* scales, int64_t n, const T* x) {
+  for (; n > 0; n -= kCoded, codes += kCoded, x += kCoded) {
+    const auto some = [&](int64_t count) {
+      int32_t largest = 0;
+      for (int64_t k = 0; k < count; ++k) {
+        const int32_t bits = bits_of_magnitude(static_cast<float>(x[k]));
+        largest = bits > largest ? bits : largest;
+      }
+      const Scale by = scale_of(largest);
+      for (int64_t k = 0; k < count; ++k) codes[k] = code_of<Code>(static_cast<float>(x[k]), by.inverse);
+      *scales++ = by.scale;
+    };
+    n >= kCoded ? some(kCoded) : some(n);
+  }
+}
+
+template <class T>
+FUSED_OPT_FN T* load_state(const Tensor& tensor, int s, int64_t begin, int64_t n, T* buffer) {
+  const Operand& state = tensor.states[s];
+  if (!tensor.scales[s]) return load(tensor, state, begin, n, buffer);
+  const float* scales = tensor.scales[s] + begin / kCoded;
+  if (state.dtype == DType::kInt8)
+    decode(static_cast<const int8_t*>(state.data) + begin, scales, n, buffer);
+  else
+    decode(static_cast<const uint8_t*>(state.data) + begin, scales, n, buffer);
+  return buffer;
 }
 
 // Of a parameter that is the rounding of something exact: in and out.
@@ -244,8 +285,10 @@ template <class... Operands>
 FUSED_OPT_FN void prefetch(const Tensor& tensor, int64_t begin, const Operands&... operands) {
   if (!kPrefetches || !tensor.flat || begin + kAhead + kBlock > tensor.numel) return;
   const auto ask = [&](const Operand& operand) {
-    const char* data = static_cast<const char*>(operand.data) + (begin + kAhead) * size_of(operand.dtype);
-    for (int64_t byte = 0; byte < kBlock * size_of(operand.dtype); byte += 64) __builtin_prefetch(data + byte);
+    const bool codes = operand.dtype == DType::kInt8 || operand.dtype == DType::kUInt8;
+    const int64_t size = codes ? 1 : size_of(operand.dtype);
+    const char* data = static_cast<const char*>(operand.data) + (begin + kAhead) * size;
+    for (int64_t byte = 0; byte < kBlock * size; byte += 64) __builtin_prefetch(data + byte);
   };
   (ask(operands), ...);
 }
@@ -352,6 +395,17 @@ FUSED_OPT_FN void store(const Operand& operand, const T* values, Bits& bits, int
 }
 
 template <class T>
+FUSED_OPT_FN void store_state(const T* values, Bits& bits, int s) {
+  const Operand& state = bits.tensor.states[s];
+  if (!bits.tensor.scales[s]) return store(state, values, bits, s);
+  float* scales = bits.tensor.scales[s] + bits.begin / kCoded;
+  if (state.dtype == DType::kInt8)
+    encode(static_cast<int8_t*>(state.data) + bits.begin, scales, bits.n, values);
+  else
+    encode(static_cast<uint8_t*>(state.data) + bits.begin, scales, bits.n, values);
+}
+
+template <class T>
 FUSED_OPT_FN void store_weights(const T* values, Bits& bits, int place) {
   if constexpr (std::is_same_v<T, float>)
     if (bits.tensor.exact.data) return copy_out_exact(bits.tensor, bits.begin, bits.n, values);
@@ -383,13 +437,13 @@ __attribute__((noinline)) Squares update_blocks(const Rule& rule, const Factors<
     Bits bits(tensor, args, layer, begin, n);
     T* p = load_weights(tensor, begin, n, buffers[0]);
     const T* g = load(tensor, tensor.g, begin, n, buffers[1]);
-    T* states[] = {load(tensor, tensor.states[S], begin, n, buffers[2 + S])..., nullptr};
+    T* states[] = {load_state(tensor, S, begin, n, buffers[2 + S])..., nullptr};
     if (carries) found.add(p, n);
     if (plain)
       apply(rule, by, n, p, g, states[S]...);
     else
       apply_masked(rule, by, masks, n, p, g, states[S]...);
-    (store(tensor.states[S], states[S], bits, S), ...);
+    (store_state(states[S], bits, S), ...);
     if (args.sigma != 0)
       for (int64_t k = 0; k < n; ++k) p[k] += sigma * static_cast<T>(z[begin % kDraw + k]);
     store_weights(p, bits, sizeof...(S));
@@ -447,7 +501,7 @@ Norms norms_as(const Tensor& tensor, const StepArgs& args, const Layer& layer, i
     if (wanted & kWeight) weight2.add(p, n);
     if (wanted & kGradient) grad2.add(g, n);
     if (wanted & kUpdates) {
-      const T* states[] = {load(tensor, tensor.states[S], begin, n, buffers[3 + S])..., nullptr};
+      const T* states[] = {load_state(tensor, S, begin, n, buffers[3 + S])..., nullptr};
       T* directions = buffers[2];
       const auto each = [&](const auto& f) {
         for (int64_t i = 0; i < n; ++i) {

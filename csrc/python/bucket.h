@@ -31,6 +31,10 @@ struct Parameter {
         p(tensor) {
     if (const py::object given = entry.attr("states"); !given.is_none())
       for (const auto& state : given) states.emplace_back(state);
+    for (const auto& given : py::list(entry.attr("scales"))) {
+      scales.emplace_back();
+      if (!given.is_none()) scales.back().emplace(given);
+    }
     if (const py::object given = entry.attr("step"); !given.is_none()) step.emplace(given);
     if (const py::object given = entry.attr("scalar"); !given.is_none()) scalar.emplace(given);
     if (const py::object given = entry.attr("average"); !given.is_none()) average.emplace(given);
@@ -53,6 +57,7 @@ struct Parameter {
   int earlier;          // how often its parameter is stepped before it in the same step
   View p;
   std::vector<Held> states;
+  std::vector<std::optional<Held>> scales;  // of states in 8 bits, by state
   std::optional<Held> step, scalar, average, exact;
   std::optional<View> g;         // none: it had no gradient when the bucket was made
   PyObject* gradient = nullptr;  // the last one, which is most often the next one, too: to prefetch, never to follow
@@ -100,6 +105,8 @@ class Bucket {
         return view.operand();
       };
       for (size_t s = 0; s < parameter.states.size(); ++s) tensor.states[s] = add(parameter.states[s].view);
+      for (size_t s = 0; s < parameter.scales.size(); ++s)
+        if (parameter.scales[s]) tensor.scales[s] = static_cast<float*>(parameter.scales[s]->view.data);
       if (parameter.average) tensor.average = add(parameter.average->view);
       if (parameter.exact) {
         if (!parameter.exact->view.same_strides(parameter.p))
@@ -186,6 +193,7 @@ class Bucket {
     for (size_t t = 0; t < parameters_.size(); ++t) {
       if (!table_.tensors[t].active) continue;
       for (const Held& state : parameters_[t].states) list.append(state.object);
+      for (const std::optional<Held>& held : parameters_[t].scales) add(held);
       add(parameters_[t].step);
       add(parameters_[t].scalar);
       add(parameters_[t].average);
@@ -219,6 +227,8 @@ class Bucket {
   bool collect_states(Parameter& parameter) const {
     for (const Held& held : parameter.states)
       if (!held.unmoved()) return false;
+    for (const std::optional<Held>& held : parameter.scales)
+      if (held && !held->unmoved()) return false;
     if (parameter.average && !parameter.average->unmoved()) return false;
     if (parameter.exact && !parameter.exact->unmoved()) return false;
     if (!parameter.step) {

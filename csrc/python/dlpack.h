@@ -6,7 +6,7 @@
 namespace fused_opt::dlpack {
 
 enum DeviceType : int32_t { kCPU = 1, kCUDA = 2 };
-enum TypeCode : uint8_t { kInt = 0, kFloat = 2, kBFloat = 4 };
+enum TypeCode : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBFloat = 4 };
 
 struct Device {
   int32_t type;

@@ -71,6 +71,8 @@ std::optional<DType> dtype_of(const dlpack::DataType& type) {
   if (type.code == dlpack::kFloat && type.bits == 16) return DType::kFloat16;
   if (type.code == dlpack::kBFloat && type.bits == 16) return DType::kBFloat16;
   if (type.code == dlpack::kInt && type.bits == 16) return DType::kInt16;
+  if (type.code == dlpack::kInt && type.bits == 8) return DType::kInt8;
+  if (type.code == dlpack::kUInt && type.bits == 8) return DType::kUInt8;
   return std::nullopt;
 }
 

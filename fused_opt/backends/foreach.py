@@ -103,6 +103,7 @@ class Bucket(reference.Bucket):
             p, g = member.tensor, member.tensor.grad
             assert g is not None
             plain = g.layout == torch.strided and not g._is_zerotensor() and not p.is_complex() and member.exact is None
+            plain = plain and not member.coded
             plain = plain and not any([t.is_neg() for t in (p, *(member.states or ()))])  # noqa: C419  # of few
             if able[row] and p.ndim <= exempt[row] and plain:
                 alike = (

@@ -13,13 +13,14 @@ In a step the functions of a bucket are called in this order; where one raises, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ..eight_bits import decoded
 from ..rule import UNKNOWN, Rule
 from ..shards import Shard, ShardLayout
 from ..warn import warn_once
@@ -207,6 +208,22 @@ class ParamEntry:
         None  # laid out as `tensor`, which is the rounding of weights that it makes exact: fused_opt/exact.py
     )
 
+    scales: list[Tensor | None] = field(
+        default_factory=list
+    )  # by state; None: it has no codes (fused_opt/eight_bits.py)
+
+    @property
+    def coded(self) -> bool:
+        """Whether it has states in 8 bits."""
+        return any([scale is not None for scale in self.scales])  # noqa: C419  # of one or two
+
+    def values(self) -> list[Tensor]:
+        """What its states are, in 8 bits or not."""
+        states = self.states or ()
+        if not self.coded:
+            return list(states)
+        return [s if scale is None else decoded(s, scale) for s, scale in zip(states, self.scales)]
+
     @property
     def parameter(self) -> Tensor:
         """What the optimizer was given."""
@@ -339,7 +356,12 @@ class Backend(Protocol):
         """Why it cannot run on this machine, in words, or None."""
 
     def unsupported(
-        self, rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = False, sharded: bool = False
+        self,
+        rule: Rule | None,
+        tensors: Sequence[Tensor],
+        noisy: bool = False,
+        sharded: bool = False,
+        coded: bool = False,
     ) -> str | None:
         """Why it cannot step a parameter, or None.
 
@@ -348,6 +370,7 @@ class Backend(Protocol):
             tensors: the parameter, then its gradient and states where it has them.
             noisy: noise is added to it.
             sharded: it is a shard of a DTensor.
+            coded: it has, or is to have, states in 8 bits.
 
         Raises:
             RuntimeError: where the rule has other states or coefficients than the backend's kernel takes.

@@ -86,14 +86,21 @@ def _unsupported_rule(rule: Rule) -> str | None:
     return None
 
 
-def unsupported(rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = False, sharded: bool = False) -> str | None:
+def unsupported(
+    rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = False, sharded: bool = False, coded: bool = False
+) -> str | None:
     """Why a parameter, its gradient or its states cannot be stepped here, or None."""
     if _reason:
         return _reason
     if rule is not None and (reason := _unsupported_rule(rule)):
         return reason
+    if coded and steps_on_device(tensors[0]):
+        return (
+            "states in 8 bits: a scale is of 128 elements, which many threads have in their registers, and its kernels for "
+            "GPUs exchange nothing between load and store (Triton's do)"
+        )
     for tensor in tensors:
-        if reason := unreachable(tensor, DEVICES):
+        if reason := unreachable(tensor, DEVICES, coded):
             return reason
         if tensor.is_cuda and (reason := gpu_unavailable(tensor.device.index)):
             return f"a tensor on {tensor.device}, and {reason}"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..eight_bits import encode
 from ..exact import exact_weights, set_exact_weights
 from ..extras.noise import normal, normal_at
 from ..extras.rounding import bits_of, rounded
@@ -38,7 +39,9 @@ def unavailable() -> str | None:
     return None
 
 
-def unsupported(rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = False, sharded: bool = False) -> str | None:
+def unsupported(
+    rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = False, sharded: bool = False, coded: bool = False
+) -> str | None:
     """Nothing that torch.optim can step is beyond it."""
     return None
 
@@ -176,7 +179,7 @@ class Bucket:
         """Parameter, gradient, direction, what of p decays, new states: real and dense, in the arithmetic's dtype."""
         assert member.tensor.grad is not None
         weights = member.tensor if member.exact is None else exact_weights(member.tensor, member.exact)
-        tensors = [weights, member.tensor.grad, *(member.states or ())]
+        tensors = [weights, member.tensor.grad, *member.values()]
         if member.differentiable:  # autograd keeps what is multiplied, and the step writes these
             tensors = [tensor.clone() for tensor in tensors]
         if member.tensor.is_complex():
@@ -212,6 +215,10 @@ class Bucket:
         """Put a value where it belongs, rounded; ``place``: among all that the step stores, see extras/rounding.py."""
         if tensor is member.tensor and member.exact is not None:
             set_exact_weights(tensor, member.exact, value)
+            return
+        scales = member.scales[place] if place < len(member.scales) else None
+        if scales is not None:
+            encode(value, tensor, scales)
             return
         if args.rounding is not None and tensor.dtype in (torch.bfloat16, torch.float16):
             elements = self._elements(member, value)

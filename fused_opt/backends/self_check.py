@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from ..eight_bits import CODES, blocks_of, scale_of
 from ..exact import KEPT, exact_weights, set_exact_weights
 from ..rule import Rule
 from .interface import (
@@ -149,6 +150,10 @@ class _Layout(NamedTuple):
         start += self.offset + (self.gradient_offset if gradient else 0)
         return memory.as_strided(self.shape, strides, start)
 
+    def scales(self, memory: Tensor, start: int) -> Tensor:
+        """Of a state in 8 bits; ``memory``: with one for every ``_ROOM`` codes, which is more than there are."""
+        return memory[start // _ROOM :][: blocks_of(math.prod(self.shape))]
+
 
 # The first is of two chunks, in CUDA and in Triton.
 _LAYOUTS = (
@@ -269,6 +274,8 @@ class _Run:
             p.grad_dtype = values["gradient"].dtype
             entry = ParamEntry(p, row, index, layout.name, noisy=rows[row].noisy, states_are_new=True)
             entry.states = [layout.view(memory[slot], start) for slot in rule.states]
+            scales = [memory.get(scale_of(slot)) for slot in rule.states]
+            entry.scales = [None if of_slot is None else layout.scales(of_slot, start) for of_slot in scales]
             entry.step = memory["step count"][index] if rule.counts_steps else None
             entry.scalar = memory["scalar"][index] if rule.scalar else None
             entry.average = layout.view(memory["average"], start) if rows[row].average else None
@@ -387,16 +394,21 @@ class _Comparison:
         self.rounded = torch.full((end,), not self.exact, device="cpu")
         for of_row, start, stop in zip(rows, begins, [*begins[1:], end]):
             self.rounded[start:stop] |= self.wide and (of_row.norms or rule.counts_steps)
-        eps = [torch.finfo(dtype).eps for dtype in (p_dtype, *state_dtypes, *([] if self.wide else [torch.float32]))]
+        self.codes = [slot for slot, dtype in zip(rule.states, state_dtypes) if dtype in CODES]
+        floats = [p_dtype, *(d for d in state_dtypes if d not in CODES), *([] if self.wide else [torch.float32])]
+        eps = [torch.finfo(dtype).eps for dtype in floats]
         self.bound = 64 * torch.finfo(torch.float64).eps
         if not self.exact:  # normal numbers are float32's in the kernels, and float64's in the reference
             self.bound = 4 * max(eps) + (1e-6 * _SIGMA if any(row.noise for row in rows) else 0.0)
+            if self.codes:  # a number between two codes may become the other one
+                self.bound = max(self.bound, 2.0**-6)
         generator = torch.Generator("cpu").manual_seed(0)
         self.base = torch.randn(end, dtype=torch.float64, device="cpu", generator=generator)
         if not self.exact:  # few digits, so that no sign depends on a rounding
             self.base = self.base.mul(64).round().div(64)
         values = {"parameter": self.base.to(p_dtype), "gradient": self._gradients(0)}
         values.update({s: torch.zeros(end, dtype=d, device="cpu") for s, d in zip(rule.states, state_dtypes)})
+        values.update({scale_of(s): torch.zeros(end // _ROOM, dtype=torch.float32, device="cpu") for s in self.codes})
         if any(row.average for row in rows):
             values["average"] = self.base.roll(5).to(torch.promote_types(p_dtype, torch.float32))
 
@@ -407,7 +419,9 @@ class _Comparison:
 
         def steppable(row: int, layout: _Layout, start: int) -> bool:
             tensors = [layout.view(memory[name], start, name == "gradient") for name in memory]
-            return backend.unsupported(rule, tensors, rows[row].noisy) is None
+            if self.codes and not tensors[0].is_contiguous():
+                return False
+            return backend.unsupported(rule, tensors, rows[row].noisy, coded=bool(self.codes)) is None
 
         places = [place for place in places if steppable(*place)]
         there = backend.steps_on_device(torch.empty(0, dtype=p_dtype, device=device))
@@ -488,11 +502,18 @@ class _Comparison:
                     for side in (self.ours, self.theirs)
                 )
             same = _same(mine, other)
-            if not same.all() and name != "step count":
+            of_blocks = name in map(scale_of, self.codes)
+            if name in self.codes and not self.exact:
+                same |= (mine.int() - other.int()).abs() <= 1
+            elif of_blocks and not self.exact:
+                same |= torch.isclose(mine, other, rtol=self.bound, atol=0.0)
+            elif not same.all() and name != "step count":
                 same |= self.rounded & torch.isclose(mine, other, rtol=self.bound, atol=self.bound, equal_nan=True)
             if not same.all():
                 at = int((~same).nonzero()[0])
-                row, layout, _ = self.ours.places[at] if name == "step count" else self._at(at)
+                row, layout, _ = (
+                    self.ours.places[at] if name == "step count" else self._at(at * _ROOM if of_blocks else at)
+                )
                 return (
                     f"{when} {int((~same).sum())} of {len(same)} numbers differ in the {name}; the first one, of a tensor "
                     f"with {layout.name} and {self.rows[row]}, is {mine[at].item()!r} and not {other[at].item()!r}"
@@ -506,7 +527,7 @@ class _Comparison:
 
 def _same(mine: Tensor, other: Tensor) -> Tensor:
     """Where two tensors agree in every bit, or neither has a number."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[mine.element_size()]
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[mine.element_size()]
     return (mine.view(bits) == other.view(bits)) | (mine.isnan() & other.isnan())
 
 

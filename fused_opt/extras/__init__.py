@@ -65,7 +65,7 @@ class ExtrasBesideRatio(TypedDict, total=False):
     master_weights: bool
     max_grad_norm: float | None
     nonfinite: Nonfinite
-    state_dtype: torch.dtype | Mapping[str, torch.dtype] | None
+    state_dtype: torch.dtype | Literal["8bit"] | Mapping[str, torch.dtype | Literal["8bit"]] | None
     backend: Literal["auto", "native", "triton", "foreach", "reference"]
 
 

@@ -44,6 +44,7 @@ ADAGRAD_RULE = Rule(
     _at_step,
     counts_steps=True,
     initial=lambda group: float(group["initial_accumulator_value"]),
+    not_in_8_bits={"sum": "it grows by ever smaller shares of itself, of which codes would soon lose every one"},
 )
 
 

@@ -75,8 +75,9 @@ _COUNTED: dict[str, Any] = {
     "counts_steps": True,
     "refuses_sparse": "Adam does not support sparse gradients, please consider SparseAdam instead",
 }
-ADAM_RULE = Rule("adam", _MOMENTS, _coefficients, _adam, **_COUNTED)
-AMSGRAD_RULE = Rule("amsgrad", (*_MOMENTS, "max_exp_avg_sq"), _coefficients, _amsgrad, **_COUNTED)
+ADAM_RULE = Rule("adam", _MOMENTS, _coefficients, _adam, unsigned=("exp_avg_sq",), **_COUNTED)
+_MOST = "max_exp_avg_sq"
+AMSGRAD_RULE = Rule("amsgrad", (*_MOMENTS, _MOST), _coefficients, _amsgrad, unsigned=("exp_avg_sq", _MOST), **_COUNTED)
 
 
 class Adam(FusedOptimizer):

@@ -48,6 +48,7 @@ ADAMAX_RULE = Rule(
     _at_step,
     counts_steps=True,
     refuses_sparse="Adamax does not support sparse gradients",
+    not_in_8_bits={"exp_inf": "a maximum that falls by a thousandth a step, of which codes would lose every one"},
 )
 
 

@@ -78,6 +78,8 @@ ADEMAMIX_RULE = Rule(
     _at_step,
     counts_steps=True,
     refuses_sparse="AdEMAMix does not support sparse gradients",
+    unsigned=("exp_avg_sq",),
+    not_in_8_bits={"exp_avg_slow": "it moves by a ten-thousandth a step, of which codes would lose nearly every one"},
 )
 
 

@@ -76,6 +76,7 @@ MUON_RULE = Rule(
     _muon,
     refuses_sparse="Muon does not support sparse gradients",
     matrices=Matrices(_orthogonalized, _scale, _dtype, SGD_RULE),
+    not_in_8_bits={"momentum_buffer": "the matrices that are made of it are stepped in two buckets"},
 )
 
 

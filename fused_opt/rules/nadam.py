@@ -68,6 +68,7 @@ NADAM_RULE = Rule(
     counts_steps=True,
     scalar="mu_product",
     refuses_sparse="NAdam does not support sparse gradients",
+    unsigned=("exp_avg_sq",),
 )
 
 

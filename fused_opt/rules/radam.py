@@ -67,6 +67,7 @@ RADAM_RULE = Rule(
     _at_step,
     counts_steps=True,
     refuses_sparse="RAdam does not support sparse gradients",
+    unsigned=("exp_avg_sq",),
 )
 
 

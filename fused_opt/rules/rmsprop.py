@@ -67,17 +67,27 @@ def _with_momentum(group: Mapping[str, Any]) -> tuple[float, ...]:
     return *_coefficients(group), float(group["momentum"])
 
 
-_COUNTED: dict[str, Any] = {"counts_steps": True, "refuses_sparse": "RMSprop does not support sparse gradients"}
+_COUNTED: dict[str, Any] = {
+    "counts_steps": True,
+    "refuses_sparse": "RMSprop does not support sparse gradients",
+    "unsigned": ("square_avg",),
+}
+_CENTERED = dict.fromkeys(
+    ("square_avg", "grad_avg"), "it divides by a difference of two states, whose rounding could make it negative"
+)
 #: By whether it has momentum, and whether it is centered.
 RMSPROP_RULES = {
     (False, False): Rule("rmsprop", ("square_avg",), _coefficients, _rmsprop, **_COUNTED),
-    (False, True): Rule("centered_rmsprop", ("square_avg", "grad_avg"), _coefficients, _centered, **_COUNTED),
+    (False, True): Rule(
+        "centered_rmsprop", ("square_avg", "grad_avg"), _coefficients, _centered, not_in_8_bits=_CENTERED, **_COUNTED
+    ),
     (True, False): Rule("momentum_rmsprop", ("square_avg", "momentum_buffer"), _with_momentum, _momentum, **_COUNTED),
     (True, True): Rule(
         "centered_momentum_rmsprop",
         ("square_avg", "momentum_buffer", "grad_avg"),
         _with_momentum,
         _centered_momentum,
+        not_in_8_bits=_CENTERED,
         **_COUNTED,
     ),
 }

@@ -122,7 +122,7 @@ def test_adagrads_states_that_are_made_before_the_first_step():
     [
         (torch.int8, "Invalid state_dtype: torch.int8; there are None, torch.float32, torch.float64, torch.bfloat16, "),
         ({"exp_avg": torch.int8}, "Invalid state_dtype: .*torch.int8.*; there are None"),
-        ("8bit", "Invalid state_dtype: 8bit; there are None"),
+        ("4bit", "Invalid state_dtype: 4bit; there are None, .*'8bit', and dicts"),
         ({"exp_av": torch.bfloat16}, "it names 'exp_av', and the states of this AdamW are 'exp_avg', 'exp_avg_sq'"),
         ({"step": torch.bfloat16}, "it names 'step', and"),
     ],

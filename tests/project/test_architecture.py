@@ -42,7 +42,7 @@ ORDER = [
     ["fused_opt.backends.__init__"],
     ["fused_opt.backends.self_check"],
     ["fused_opt.backends.interface", "fused_opt.backends.pointers"],
-    ["fused_opt.exact", "fused_opt.tensors"],
+    ["fused_opt.eight_bits", "fused_opt.exact", "fused_opt.tensors"],
     ["fused_opt.shards"],
     ["fused_opt._version", "fused_opt.checks", "fused_opt.pictures", "fused_opt.rule", "fused_opt.warn"],
 ]

@@ -82,7 +82,9 @@ def _unsupported_rule(rule: Rule) -> str | None:
     return None
 
 
-def unsupported(rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = False, sharded: bool = False) -> str | None:
+def unsupported(
+    rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = False, sharded: bool = False, coded: bool = False
+) -> str | None:
     """Why a parameter, its gradient or its states cannot be stepped here, or None."""
     if reason := unavailable():
         return reason
@@ -91,7 +93,7 @@ def unsupported(rule: Rule | None, tensors: Sequence[Tensor], noisy: bool = Fals
     if sharded:
         return "a shard of a DTensor; it adds up no norms over processes (the native backend does, if built with nvcc)"
     for tensor in tensors:
-        if reason := unreachable(tensor, DEVICES):
+        if reason := unreachable(tensor, DEVICES, coded):
             return reason
         if _strides(tensor) != _strides(tensors[0]):
             return f"strides {tensor.stride()} beside {tensors[0].stride()}; it steps tensors that lie alike in memory"

@@ -7,7 +7,8 @@ is chosen so that this adding is cheap: see ``chunk_size``.
 The tables, of 8-byte words, are stored column by column, one entry for every tensor:
 
 - ``tensors``, made when something moved: FIRST (its first chunk), NUMEL, CHUNK (elements in a chunk), NDIM, INDEX (which
-  parameter of the optimizer), LR_SCALE, DECAY_SCALE, P, AVERAGE, EXACT (addresses), and the addresses of the states;
+  parameter of the optimizer), LR_SCALE, DECAY_SCALE, P, AVERAGE, EXACT (addresses), and the addresses of the states; where
+  some are in 8 bits, then those of all states' scales;
 - ``words``, new in every step: G (the gradient's address), ROW (of the groups' table, -1: no gradient), WANTS (bits:
   what the first pass sums), PARTS, GRAD2 (norms that are known, -1 where they are not), and then the rows.
 
@@ -21,6 +22,7 @@ import triton.language as tl
 
 from ...rule import UNKNOWN as UNKNOWN_NORM
 from ..interface import Kind, Norm
+from .codes import CODED, decode, encode
 from .rules import at_random, normal, trust_ratio
 
 # Elements that one program works on at once. A FULL block lies wholly within its chunk and is aligned: its loads are
@@ -77,13 +79,45 @@ def _addresses(tensors, words, t, count, DTYPES: tl.constexpr):
     """Of p, g and the states, and whether all of them can be loaded 16 bytes at a time."""
     p = tl.load(tensors + P * count + t)
     g = tl.load(words + G * count + t)
-    addresses = (p, g)
+    addresses, scales = (p, g), (p, g)
     together = p | g
     for state in tl.static_range(len(DTYPES) - 2):
         address = tl.load(tensors + (STATES + state) * count + t)
         addresses = addresses + (address,)
         together |= address
-    return addresses, (together & 15) == 0
+        if DTYPES[2 + state].primitive_bitwidth == 8:
+            scales = scales + (tl.load(tensors + (STATES + len(DTYPES) - 2 + state) * count + t),)
+        else:
+            scales = scales + (address,)
+    return addresses, scales, (together & 15) == 0
+
+
+@triton.jit
+def _scales(address, start, end, BLOCK: tl.constexpr):
+    """Pointers to those of a block, and which of them there are."""
+    blocks = tl.arange(0, BLOCK // CODED)
+    return address.to(tl.pointer_type(tl.float32)) + start // CODED + blocks, start + blocks * CODED < end
+
+
+@triton.jit
+def _load_state(address, scales, start, end, DTYPE: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
+    """As ``_load``; ``scales``: the address of those of a state in 8 bits."""
+    if DTYPE.primitive_bitwidth == 8:
+        pointers, there = _scales(scales, start, end, BLOCK)
+        codes = _load(address, start, end, DTYPE, tl.int32, BLOCK)
+        return decode(codes, tl.load(pointers, mask=there, other=0.0), DTYPE.is_int_signed()).to(T)
+    return _load(address, start, end, DTYPE, T, BLOCK)
+
+
+@triton.jit
+def _store_codes(address, scales, start, end, values, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    values = values.to(tl.float32)
+    if BLOCK != FULL:
+        values = tl.where(start + tl.arange(0, BLOCK) < end, values, 0.0)
+    codes, new = encode(values, DTYPE.is_int_signed())
+    pointers, there = _scales(scales, start, end, BLOCK)
+    tl.store(pointers, new, mask=there)
+    _store(address, start, end, codes, DTYPE, BLOCK)
 
 
 @triton.jit
@@ -205,11 +239,11 @@ def _masked(row, update, g, p, scale):
 
 
 @triton.jit
-def _states(addresses, start, end, DTYPES: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
+def _states(addresses, scales, start, end, DTYPES: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
     """Blocks of a rule's states."""
     states = ()
     for k in tl.static_range(2, len(DTYPES)):
-        states = states + (_load(addresses[k], start, end, DTYPES[k], T, BLOCK),)
+        states = states + (_load_state(addresses[k], scales[k], start, end, DTYPES[k], T, BLOCK),)
     return states
 
 
@@ -293,7 +327,7 @@ def update(
         add, share = tl.load(row + FOLD).to(T), tl.load(row + FOLD + 1).to(T)
         restart, write_back = tl.load(row + FOLD + 2) != 0, tl.load(row + FOLD + 3) != 0
         follow = tl.load(row + FOLD + 4).to(T)
-        addresses, aligned = _addresses(tensors, words, t, count, DTYPES)
+        addresses, scales, aligned = _addresses(tensors, words, t, count, DTYPES)
         average = tl.load(tensors + AVERAGE * count + t)
         exact = tl.load(tensors + EXACT * count + t)
         aligned &= (average & 15) == 0
@@ -310,14 +344,17 @@ def update(
             for start in range(begin, stop, BLOCK):
                 p = _load_weights(addresses[0], exact, start, end, DTYPES[0], KEPT, T, BLOCK)
                 g = grad_scale.to(T) * _load(addresses[1], start, end, DTYPES[1], T, BLOCK) + coupled * p
-                results = RULE(g, *_states(addresses, start, end, DTYPES, T, BLOCK), *coefficients)
+                results = RULE(g, *_states(addresses, scales, start, end, DTYPES, T, BLOCK), *coefficients)
                 for k in tl.static_range(2, len(DTYPES)):
                     new = results[k - 1]
                     if STOCHASTIC and DTYPES[k].primitive_bitwidth == 16:
                         counter = start // 4 + tl.arange(0, BLOCK // 4)
                         drawn = at_random(new, counter, index, rounding_t, rounding_seed, k - 2, DTYPES[k])
                         new = tl.where(rounds, drawn, new)
-                    _store(addresses[k], start, end, new, DTYPES[k], BLOCK)
+                    if DTYPES[k].primitive_bitwidth == 8:
+                        _store_codes(addresses[k], scales[k], start, end, new, DTYPES[k], BLOCK)
+                    else:
+                        _store(addresses[k], start, end, new, DTYPES[k], BLOCK)
                 if MASKED:
                     update, decaying = _masked(row, results[0], g, p, scale)
                     p -= lr * (update + decoupled * decaying) + independent * decaying
@@ -380,7 +417,7 @@ def norms(
         numel = tl.load(tensors + NUMEL * count + t)
         size = tl.load(tensors + CHUNK * count + t)
         decay_scale = tl.load(layers + DECAY_SCALE * count + t)
-        addresses, aligned = _addresses(tensors, words, t, count, DTYPES)
+        addresses, scales, aligned = _addresses(tensors, words, t, count, DTYPES)
         exact = tl.load(tensors + EXACT * count + t)
         if KEPT is not None:
             aligned &= (exact & 15) == 0
@@ -407,7 +444,7 @@ def norms(
                 if WANT_UPDATE & WANTED:
                     p = _load_weights(addresses[0], exact, start, end, DTYPES[0], KEPT, T, BLOCK)
                     g = tl.load(row + 1).to(T) * _load(addresses[1], start, end, DTYPES[1], T, BLOCK) + coupled * p
-                    states = _states(addresses, start, end, DTYPES, T, BLOCK)
+                    states = _states(addresses, scales, start, end, DTYPES, T, BLOCK)
                     results = RULE(g, *states, *_coefficients(row, COEFFICIENTS, T))
                     if WANT_AGREEMENT & WANTED:
                         of_agreement += _squares(tl.where(_agree(results[0], g), 1.0, 0.0), start, end, BLOCK)

@@ -35,6 +35,7 @@ from .counts import Counts
 
 INTERPRETED = not isinstance(kernel.update, triton.JITFunction)  # decided from the environment when Triton was imported
 TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+CODE_TYPES = {torch.int8: tl.int8, torch.uint8: tl.uint8}
 KEPT_TYPES = {torch.int16: tl.int16, torch.float32: tl.float32}
 #: As nvcc compiles csrc/cuda/: a multiplication and an addition are two roundings, so the bits are the native backend's.
 OPTIONS = {"enable_fp_fusion": False}
@@ -70,7 +71,7 @@ class Table:
         self.device = self.parameters[0].device
         # A tensor that is moved no longer has its alias's address, and the alias keeps that memory from being reused.
         self.held = [*self.parameters, *(s for m in members for s in m.states or ())]
-        self.held += [kept for m in members for kept in (m.average, m.exact) if kept is not None]
+        self.held += [kept for m in members for kept in (m.average, m.exact, *m.scales) if kept is not None]
         self.aliases = [tensor.detach() for tensor in self.held]
         gradients = [_grad(p) for p in self.parameters]
         self.layouts = self._layouts(gradients)
@@ -96,7 +97,8 @@ class Table:
         self.function = getattr(rules, rule.name)
         self.p_dtype = self.parameters[0].dtype
         states = members[0].states or ()
-        self.types = tuple(TYPES[t.dtype] for t in (self.parameters[0], gradients[0], *states))
+        types = TYPES | CODE_TYPES
+        self.types = tuple(types[t.dtype] for t in (self.parameters[0], gradients[0], *states))
         self.average_type = None if members[0].average is None else TYPES[members[0].average.dtype]
         self.kept = None if members[0].exact is None else KEPT_TYPES[members[0].exact.dtype]
         self.coefficients = rule.coefficient_count
@@ -120,6 +122,10 @@ class Table:
             [0 if m.exact is None else m.exact.data_ptr() for m in members],
             *addresses,
         ]
+        if members[0].coded:
+            columns += [
+                [0 if s is None else s.data_ptr() for s in of_slot] for of_slot in zip(*(m.scales for m in members))
+            ]
         return columns, chunks
 
     @staticmethod
@@ -263,7 +269,7 @@ class Table:
         written = [
             tensor
             for m in stepped
-            for tensor in (*(m.states or ()), m.average, m.scalar, m.exact)
+            for tensor in (*(m.states or ()), *m.scales, m.average, m.scalar, m.exact)
             if tensor is not None
         ]
         return written + [m.step for m in stepped if m.step is not None and self.counts.cells]

@@ -55,6 +55,11 @@ def test_states_of_16_bits_have_the_native_backends_bits(name, options, dtype, m
     assert_native_bits(name, {"lr": 0.01, **options, "state_dtype": torch.float16}, dtype, monkeypatch)
 
 
+@pytest.mark.parametrize(("name", "options"), [("SGD", {"momentum": 0.9}), ("AdamW", {"amsgrad": True})])
+def test_states_in_8_bits_have_the_native_backends_bits(name, options, monkeypatch):
+    assert_native_bits(name, {"lr": 0.01, **options, **BESIDE, "state_dtype": "8bit"}, torch.float32, monkeypatch)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_exact_weights_have_the_native_backends_bits(name, dtype, monkeypatch):
