@@ -130,51 +130,59 @@ FUSED_OPT_FN void with_type(DType dtype, const F& f) {
   }
 }
 
-// ---- states in 8 bits: fused_opt/eight_bits.py says what they are. No product is followed by a sum, so that no
-// instruction set rounds both at once, and the bits are the same everywhere.
+// ---- states in 8 bits: fused_opt/eight_bits.py says what they are. But for a product with a number of the block there
+// is only arithmetic on bits, so that they are the same everywhere.
 
 constexpr int64_t kCoded = 128;  // consecutive elements that share a scale; as BLOCK there
 
-FUSED_OPT_FN float magnitude_of_bits(int32_t bits) {
-  return __builtin_bit_cast(float, bits);
-}
-FUSED_OPT_FN int32_t bits_of_magnitude(float x) {
-  return __builtin_bit_cast(int32_t, x) & 0x7FFFFFFF;
-}
+// By how many places bits are shifted, and what is then added to those of the root: 1 becomes the largest code.
+template <class Code>
+constexpr int kShift = std::is_signed_v<Code> ? 1 : 2;
+template <class Code>
+constexpr uint32_t kRoot = (std::is_signed_v<Code> ? 0x42FE0000 : 0x437F0000) - (0x3F800000 >> kShift<Code>);
+constexpr uint32_t kSign = 0x80000000;
 
-// A block's scale, by the bits of the largest magnitude in it, and what its numbers are multiplied with.
+// Of a block, by the bits of the largest magnitude in it: its scale, what its numbers are multiplied with, and which of
+// their bits count.
 struct Scale {
   float scale, inverse;
+  uint32_t mask;
 };
 FUSED_OPT_FN Scale scale_of(int32_t largest) {
-  if (largest >= 0x7F800000) return {__builtin_nanf(""), 0};
-  if (largest < 0x00800000) return {0, 0};
-  return {magnitude_of_bits(largest), 1 / magnitude_of_bits(largest)};
+  if (largest >= 0x7F800000) return {__builtin_bit_cast(float, 0x7FC00000), 0, 0};
+  if (largest < 0x00800000) return {0, 0, 0};
+  const auto scale = __builtin_bit_cast(float, largest);
+  return {scale, 1 / scale, ~kSign};
+}
+FUSED_OPT_FN int32_t magnitude(float x) {
+  return static_cast<int32_t>(__builtin_bit_cast(uint32_t, x) & ~kSign);
+}
+
+// The code of a number: of one that is not 0, never the code of 0 where there are no signs. To the nearest, by adding a
+// number whose unit is 1.
+template <class Code>
+FUSED_OPT_FN Code code_of(float x, const Scale& by) {
+  constexpr float kUnits = 12582912;
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x) & by.mask;
+  const auto share = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, bits) * by.inverse);
+  const uint32_t root = (share >> kShift<Code>)+kRoot<Code>;
+  if constexpr (std::is_signed_v<Code>) {
+    const auto with_sign = __builtin_bit_cast(float, root | (__builtin_bit_cast(uint32_t, x) & kSign));
+    return static_cast<Code>(__builtin_bit_cast(uint32_t, with_sign + kUnits));
+  } else {
+    const auto found = __builtin_bit_cast(float, root);
+    const auto code = __builtin_bit_cast(uint32_t, (found > 1 ? found : 1) + kUnits);
+    return static_cast<Code>(bits == 0 ? 0 : code);
+  }
 }
 
 // What a code is of its block's scale.
-FUSED_OPT_FN float share_of(int8_t code) {
-  const float root = static_cast<float>(code) * (1.0f / 127);
-  return root * absolute(root);
-}
-FUSED_OPT_FN float share_of(uint8_t code) {
-  const float root = static_cast<float>(code) * (1.0f / 255), square = root * root;
-  return square * square;
-}
-
-// The code of a number: of one that is not 0, never the code of 0 where there are no signs.
 template <class Code>
-FUSED_OPT_FN Code code_of(float x, float inverse) {
-  const float size = magnitude_of_bits(bits_of_magnitude(x)), share = size * inverse;
-  if constexpr (std::is_signed_v<Code>) {
-    const float root = square_root(share * (127 * 127));
-    const auto code = static_cast<int32_t>((root > 0 ? root : 0) + 0.5f);
-    return static_cast<Code>(x < 0 ? -code : code);
-  } else {
-    const float root = square_root(square_root(share) * (255 * 255));
-    const auto code = static_cast<int32_t>((root > 1 ? root : 1) + 0.5f);
-    return static_cast<Code>(size == 0 ? 0 : code);
-  }
+FUSED_OPT_FN float share_of(Code code) {
+  const auto root = __builtin_bit_cast(uint32_t, static_cast<float>(static_cast<int32_t>(code)));
+  const uint32_t bits = (root << kShift<Code>)-(kRoot<Code> << kShift<Code>);
+  const uint32_t sign = std::is_signed_v<Code> ? root & kSign : 0;
+  return __builtin_bit_cast(float, root == 0 ? 0 : bits | sign);
 }
 
 FUSED_OPT_FN constexpr int64_t size_of(DType dtype) {

@@ -1,14 +1,16 @@
 """States in 8 bits: codes and, for every block of them, a scale; how they are kept, read and written in PyTorch.
 
 A block is :data:`BLOCK` elements that follow each other in row-major order, its scale the largest magnitude in it, a float32.
-Code c of a state with signs stands for :math:`s (c / 127) |c / 127|`, c from -127 to 127, and of one that has none for
-:math:`s (c / 255)^4`, c from 0 to 255: our definition. A number becomes the nearest code, measured in codes, and one that is
-not 0 never the code of 0 where there are no signs: what divides stays above 0. A block whose largest magnitude is below the
+A code is, roughly, the square root of a number's share of the scale where a state has signs, -127 to 127, and the fourth root
+where it has none, 0 to 255. The root is that of the bits: a float32's bits, as an integer, are its logarithm with straight
+lines between the powers of 2, and half or a quarter of them, with a constant added that makes 1 the largest code, are the
+bits of the code before it is rounded to the nearest integer. Backwards they are shifted to the left. So within an octave of
+codes every octave of numbers has as many codes, and half as many within the next one: our definition. A number that is not 0
+never gets the code of 0 where there are no signs: what divides stays above 0. A block whose largest magnitude is below the
 smallest normal float32 is zeros, and one with a number that is not finite is NaN.
 
-Every operation of both directions is one that IEEE 754 rounds to the nearest, and no multiplication is followed by an
-addition, which some processors would round once: every backend has the same bits. csrc/types.h and
-backends/triton/codes.py are the same, line for line.
+But for one product each way, with the scale or its inverse, there is only arithmetic on integers and the addition that
+rounds: every backend has the same bits. csrc/types.h and backends/triton/codes.py are the same, line for line.
 """
 
 from __future__ import annotations
@@ -41,35 +43,37 @@ def _in_blocks(flat: Tensor) -> Tensor:
     return torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
 
 
+def _root(dtype: torch.dtype) -> tuple[int, int]:
+    """By how many places bits are shifted, and what is then added: the bits of 1 become those of the largest code."""
+    shift, most = (1, 0x42FE0000) if dtype == SIGNED else (2, 0x437F0000)
+    return shift, most - (0x3F800000 >> shift)
+
+
 @torch.no_grad()
 def decoded(codes: Tensor, scales: Tensor) -> Tensor:
     """What codes stand for: a new float32 tensor of their shape, contiguous."""
-    share = codes.float()
-    if codes.dtype == SIGNED:
-        share = share * (1 / 127)
-        share = share * share.abs()
-    else:
-        share = share * (1 / 255)
-        share = share * share
-        share = share * share
-    return (_in_blocks(share.flatten()) * scales.unsqueeze(1)).flatten()[: codes.numel()].view(codes.shape)
+    shift, root = _root(codes.dtype)
+    size = codes.float().abs().flatten()
+    share = ((size.view(torch.int32) - root) << shift).view(torch.float32)
+    share = torch.where(codes.flatten() < 0, -share, torch.where(size > 0, share, 0.0))
+    return (_in_blocks(share) * scales.unsqueeze(1)).flatten()[: codes.numel()].view(codes.shape)
 
 
 @torch.no_grad()
 def encode(values: Tensor, codes: Tensor, scales: Tensor) -> None:
     """Store numbers, of the shape of ``codes``, as the nearest codes and scales of their own."""
+    shift, root = _root(codes.dtype)
     bits = _in_blocks(values.float().flatten()).view(torch.int32) & 0x7FFFFFFF
     largest = bits.amax(1)
     finite, zero = largest < 0x7F800000, largest < 0x00800000
-    size, scale = bits.view(torch.float32), largest.view(torch.float32)
-    scale = torch.where(finite, torch.where(zero, 0.0, scale), torch.nan)
-    share = size * torch.where(finite & ~zero, 1.0 / scale, 0.0).unsqueeze(1)
-    if codes.dtype == SIGNED:
-        code = (share * (127 * 127)).sqrt()
-    else:
-        code = (share.sqrt() * (255 * 255)).sqrt()
-        code = torch.where(bits > 0, torch.where(code > 1, code, 1.0), 0.0)
-    code = (torch.where(code > 0, code, 0.0) + 0.5).to(torch.int32).flatten()[: codes.numel()].view(codes.shape)
+    scale = torch.where(zero, 0, torch.where(finite, largest, 0x7FC00000)).view(torch.float32)
+    usable = finite & ~zero
+    bits = torch.where(usable.unsqueeze(1), bits, 0)
+    share = bits.view(torch.float32) * torch.where(usable, 1.0 / scale, 0.0).unsqueeze(1)
+    code = ((share.view(torch.int32) >> shift) + root).view(torch.float32)
+    if codes.dtype == UNSIGNED:
+        code = torch.where(bits == 0, 0.0, torch.where(code > 1, code, 1.0))
+    code = code.round().flatten()[: codes.numel()].view(codes.shape)
     codes.copy_(torch.where(values < 0, -code, code) if codes.dtype == SIGNED else code)
     scales.copy_(scale)
 

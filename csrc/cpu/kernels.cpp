@@ -110,11 +110,11 @@ __attribute__((noinline)) void encode(Code* codes, float* scales, int64_t n, con
     const auto some = [&](int64_t count) {
       int32_t largest = 0;
       for (int64_t k = 0; k < count; ++k) {
-        const int32_t bits = bits_of_magnitude(static_cast<float>(x[k]));
+        const int32_t bits = magnitude(static_cast<float>(x[k]));
         largest = bits > largest ? bits : largest;
       }
       const Scale by = scale_of(largest);
-      for (int64_t k = 0; k < count; ++k) codes[k] = code_of<Code>(static_cast<float>(x[k]), by.inverse);
+      for (int64_t k = 0; k < count; ++k) codes[k] = code_of<Code>(static_cast<float>(x[k]), by);
       *scales++ = by.scale;
     };
     n >= kCoded ? some(kCoded) : some(n);

@@ -1,5 +1,7 @@
 """States in 8 bits: the codes, the step with them on every backend, checkpoints, and what is refused."""
 
+import math
+
 import pytest
 import torch
 from support.compare import assert_close, distance, same_bits, unchanged
@@ -40,26 +42,56 @@ def train(optimizer, steps, first=0):
 # ---- codes
 
 
+def values_of(dtype):
+    """What each code is of its scale, by the definition in words: (1 + r) 2^e, where e + r is 2 or 4 times as far below 0."""
+    root, most = (2, 127) if dtype == SIGNED else (4, 255)
+
+    def logarithm(x):  # with straight lines between the powers of 2
+        mantissa, exponent = math.frexp(x)
+        return exponent - 1 + 2 * mantissa - 1
+
+    shares = [0.0]
+    for code in range(1, most + 1):
+        below = root * (logarithm(code) - logarithm(most))
+        exponent = math.floor(below)
+        shares.append((1 + below - exponent) * 2.0**exponent)
+    return torch.tensor(shares, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("dtype", CODES, ids=str)
-def test_a_number_becomes_the_nearest_code(dtype):
-    """Nearest among codes: by the root that is written, formed here in float64."""
+def test_codes_are_what_their_definition_says(dtype):
+    shares = values_of(dtype)
+    codes = torch.arange(len(shares)).to(dtype)
+    for scale in (1.0, 0.375):
+        scales = torch.full((len(codes) // BLOCK + 1,), scale)[: -(-len(codes) // BLOCK)]
+        assert torch.equal(decoded(codes, scales).double(), (shares.float() * scale).double())
+        if dtype == SIGNED:
+            assert torch.equal(decoded(-codes, scales), -decoded(codes, scales))
+    about = (torch.arange(len(shares)) / (len(shares) - 1)).double() ** (2 if dtype == SIGNED else 4)
+    torch.testing.assert_close(shares[1:], about[1:], rtol=0.21, atol=0)
+    assert shares[-1] == 1
+
+
+@pytest.mark.parametrize("dtype", CODES, ids=str)
+def test_a_number_becomes_one_of_the_two_codes_around_it(dtype):
     x = heavy_tailed((5, 1000), 3, signs=dtype == SIGNED)
     codes, scales = coded(x, dtype)
-    padded = torch.nn.functional.pad(x.double().flatten(), (0, -x.numel() % BLOCK)).view(-1, BLOCK)
-    largest = padded.abs().amax(1, keepdim=True)
-    assert torch.equal(scales, largest.flatten().float())
-    share = padded / largest
-    root = share.sign() * share.abs().sqrt() * 127 if dtype == SIGNED else share.sqrt().sqrt() * 255
-    expected = root.round()
-    if dtype == UNSIGNED:
-        expected = torch.where((padded > 0) & (expected < 1), 1.0, expected)
-    found = torch.nn.functional.pad(codes.flatten(), (0, -x.numel() % BLOCK)).view(-1, BLOCK).double()
-    at_a_tie = ((root - root.floor()) - 0.5).abs() < 1e-4
-    assert torch.equal(found[~at_a_tie], expected[~at_a_tie])
-    assert ((found - root).abs() <= 0.5001)[(found != 1) | (root > 0.5)].all()
-    number = decoded(codes, scales).double()
-    meant = (found / 127 * (found / 127).abs() if dtype == SIGNED else (found / 255) ** 4) * largest
-    torch.testing.assert_close(number.flatten(), meant.flatten()[: x.numel()], rtol=1e-6, atol=0)
+    blocks = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % BLOCK)).view(-1, BLOCK)
+    assert torch.equal(scales, blocks.abs().amax(1))
+    size = codes.flatten().int().abs()
+    share = (blocks.abs().double() / scales.unsqueeze(1)).flatten()[: x.numel()]
+    shares = torch.cat([values_of(dtype), torch.ones(1)])
+    least = 0 if dtype == SIGNED else 1
+    assert (share <= shares[size + 1])[(share > 0)].all()
+    assert (share >= shares[(size - 1).clamp(min=0)] - 1e-7)[size > least].all()
+    assert ((size >= least) | (share == 0)).all()
+    # to the nearer one in the middle of an octave, where codes are evenly spaced
+    steady = (size > 1) & (shares[size + 1] - shares[size] == shares[size] - shares[size - 1])
+    assert steady.sum() > 100
+    half = (shares[size + 1] - shares[size]) / 2
+    assert ((share - shares[size]).abs() <= half * 1.001)[steady].all()
+    signs = x.flatten().sign() * (size > 0)
+    assert torch.equal(codes.flatten().sign().float(), signs)
 
 
 @pytest.mark.parametrize("dtype", CODES, ids=str)
@@ -80,7 +112,7 @@ def test_what_divides_stays_above_0():
     v[0], v[1] = 1.0, 0.0
     codes, scales = coded(v, UNSIGNED)
     assert codes[:3].tolist() == [255, 0, 1]
-    assert decoded(codes, scales)[2].item() == pytest.approx(255**-4)
+    assert decoded(codes, scales)[2].item() == pytest.approx(255**-4, rel=0.02)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
