@@ -191,6 +191,8 @@ def beside_adamw(name: str, **options: Any) -> Case:
 # Public optimizers to compare with; those that can be imported are timed.
 PEERS = {
     "AdamW": ("bitsandbytes.optim.AdamW", "optimi.AdamW"),
+    "8 bits": ("bitsandbytes.optim.AdamW8bit", "torchao.optim.AdamW8bit"),
+    "bfloat16": ("optimi.AdamW", "torchao.optim._AdamW"),
     "LARS": ("timm.optim.Lars", "torch_optimizer.LARS", "bitsandbytes.optim.LARS"),
     "LAMB": ("apex.optimizers.FusedLAMB", "timm.optim.Lamb", "torch_optimizer.Lamb", "bitsandbytes.optim.LAMB"),
 }
@@ -206,6 +208,74 @@ def importable(kind: str) -> dict[str, Callable[..., torch.optim.Optimizer]]:
             continue
         found[f"{module.partition('.')[0]} {name}"] = make
     return found
+
+
+def in_bfloat16(make: Callable[..., torch.optim.Optimizer], parameters: list[Parameter], **options: Any) -> Call:
+    """An optimizer of the same parameters in bfloat16, with gradients that are so, too."""
+    halves = []
+    for p in parameters:
+        halves.append(Parameter(p.detach().to(torch.bfloat16)))
+        halves[-1].grad = None if p.grad is None else p.grad.to(torch.bfloat16)
+    return stepping(make, halves, **options)
+
+
+def precision(model: str) -> list[Case]:
+    """Forms of states and weights over a model's shapes: a case for each of three questions."""
+    # Peers that are not installed are in no target.
+    ours, theirs = fused_opt.AdamW, partial(torch.optim.AdamW, fused=True)
+    plain, large = partial(stepping, ours, **ADAMW), model == "GPT-2 small"
+    peers_8_bits = {label: partial(stepping, make, **ADAMW) for label, make in importable("8 bits").items()}
+    eight = [Target("8-bit states", "time", 1, "float32 states")] if large else []
+    if "bitsandbytes AdamW8bit" in peers_8_bits:
+        eight.append(Target("8-bit states", "speed", 10, "bitsandbytes AdamW8bit"))
+    half = partial(in_bfloat16, ours, **ADAMW)
+    kahan = {"optimi AdamW": {}, "torchao _AdamW": {"bf16_stochastic_round": True}}
+    peers_bfloat16 = {
+        label: partial(in_bfloat16, make, **ADAMW, **kahan[label]) for label, make in importable("bfloat16").items()
+    }
+    return [
+        Case(
+            f"{model}, 8-bit states",
+            SHAPES[model],
+            {"8-bit states": partial(plain, state_dtype="8bit"), "float32 states": plain, **peers_8_bits},
+            "float32 states",
+            tuple(eight),
+            weighs=True,
+        ),
+        Case(
+            f"{model}, bfloat16 states",
+            SHAPES[model],
+            {
+                "bfloat16 states": partial(plain, state_dtype=torch.bfloat16),
+                "float32 states": plain,
+                "torch fused": partial(stepping, theirs, **ADAMW),
+                **{label: partial(stepping, make, **ADAMW) for label, make in importable("AdamW").items()},
+            },
+            "torch fused",
+            (Target("bfloat16 states", "time", 0.8, "float32 states"),) if large else (),
+            weighs=True,
+        ),
+        Case(
+            f"{model}, bfloat16 weights",
+            SHAPES[model],
+            {
+                "to the nearest": half,
+                "stochastic": partial(half, rounding="stochastic"),
+                "remainder": partial(half, master_weights=True),
+                "remainder, 8-bit states": partial(half, master_weights=True, state_dtype="8bit"),
+                "torch fused": partial(in_bfloat16, theirs, **ADAMW),
+                **peers_bfloat16,
+            },
+            "torch fused",
+            (
+                Target("stochastic", "time", 1.25, "to the nearest"),
+                Target("remainder", "time", 1.2, "to the nearest"),
+            )
+            if large
+            else (),
+            weighs=True,
+        ),
+    ]
 
 
 def iterations(name: str, count: int) -> list[Case]:
@@ -266,6 +336,11 @@ TABLES = [
             beside_adamw("cautious update, unscaled", cautious=fused_opt.Cautious("update", scaled=False)),
             beside_adamw("cautious update", cautious=fused_opt.Cautious("update")),
         ],
+    ),
+    Table(
+        "precision",
+        "Forms of states and weights, AdamW, one step",
+        [case for model in ("GPT-2 small", "ResNet-50") for case in precision(model)],
     ),
     Table(
         "one_pass",

@@ -46,6 +46,7 @@ class Case:
         threads: torch's; 0: as they are.
         model: the name of the shapes.
         budget: bytes that a step has to move for each element.
+        weighs: whether the bytes of the states are figures, too; the calls are bound steps of optimizers then.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Case:
     threads: int = 0
     model: str = ""
     budget: int = 0
+    weighs: bool = False
 
     @property
     def elements(self) -> int:
@@ -81,11 +83,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Result:
-    """The seconds that every contender's calls took; ``parts``: those of iterations that were the contender's own."""
+    """The seconds that every contender's calls took; ``parts``: those of iterations that were the contender's own.
+
+    ``states``: bytes of the contenders' states for each element, where the case weighs them.
+    """
 
     case: Case
     seconds: dict[str, list[float]]
     parts: dict[str, list[float]] = field(default_factory=dict)
+    states: dict[str, float] = field(default_factory=dict)
 
     def median(self, label: str) -> float:
         """Seconds."""
@@ -191,7 +197,24 @@ def measure(case: Case, *, quick: bool = False) -> Result:
             of_label.clear()
         take_turns([partial(turn, label, call) for label, call in calls.items()], rounds, at_least)
     del graph
-    return Result(case, seconds, parts)
+    elements = sum(map(math.prod, shapes))
+    return Result(
+        case, seconds, parts, {label: state_bytes(call) / elements for label, call in calls.items() if case.weighs}
+    )
+
+
+def state_bytes(call: Any) -> int:
+    """Of the states of the optimizer whose bound step this is."""
+    tensors = [value for of_p in call.__self__.state.values() for value in of_p.values()]
+    return sum(map(_nbytes, tensors))
+
+
+def _nbytes(tensor: Any) -> int:
+    """Of a state; a subclass of tensor may be several of them (torchao's codes and scales)."""
+    if not isinstance(tensor, torch.Tensor):
+        return 0
+    parts = getattr(tensor, "__tensor_flatten__", None)
+    return sum(_nbytes(getattr(tensor, name)) for name in parts()[0]) if parts else tensor.nbytes
 
 
 def iteration(model: torch.nn.Module, loss: Callable[[], torch.Tensor], make: Make, parts: list[float]) -> Call:
@@ -240,6 +263,7 @@ def figures(results: Sequence[Result], here: Mapping[str, Any]) -> list[dict[str
             "contender": label,
             "calls": len(seconds),
             **{f"{name}_us": f"{x:.2f}" for name, x in quartiles(seconds).items()},
+            **({"state_bytes": f"{result.states[label]:.3f}"} if result.states else {}),
             **{f"part_{name}_us": f"{x:.2f}" for name, x in quartiles(result.parts.get(label, ())).items()},
         }
         for result in results

@@ -76,6 +76,7 @@ def page_of(table: Table, results: Sequence[Result], here: Mapping[str, Any], *,
             "median": duration(result.median(label)),
             "fastest": f"[dim]{duration(min(seconds))}[/dim]",
             **({"optimizer's part": duration(result.part(label))} if result.parts else {}),
+            **({"states, bytes": f"{result.states[label]:.2f}"} if result.states else {}),
             "speed": "[dim]1x[/dim]" if label == result.case.baseline else f"{result.speed(label):.3g}x",
             "target": "\n".join(verdict(result, t) for t in result.case.targets if t.contender == label and judge),
         }
