@@ -1,4 +1,4 @@
-"""Averages of the weights: EMA and the periodic ones, at a constant rate and at one that falls to zero."""
+"""Averages of the weights: EMA and the periodic ones, with SGD and Adam, at rates that are constant and that fall to zero."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 import fused_opt
 
-from .data import Data, Split, digits, fashion_mnist
+from .data import Data, Split, digits, fashion_mnist, with_wrong_labels
 from .harness import Arm, Study
 from .training import accuracy, batches, scheduled, set_rate
 
@@ -33,7 +33,16 @@ AVERAGES: dict[str, Callable[[int], fused_opt.Averaging | None]] = {
 }
 AGAINST: dict[str, tuple[str, ...]] = {"last weights": (), "EMA .998, warmup": ("last weights", "EMA .998")}
 FALLING = ("last weights", "EMA .98", "PSWA")
-SETTINGS = {"constant rate": tuple(AVERAGES), "cosine rate": FALLING}
+#: What is trained with, and on: the optimizer, the schedule, the share of wrong labels, and the arms.
+SETTINGS: dict[str, tuple[str, str, float, tuple[str, ...]]] = {
+    "constant rate": ("SGD", "constant", 0.0, tuple(AVERAGES)),
+    "cosine rate": ("SGD", "cosine", 0.0, FALLING),
+    "constant rate, Adam": ("Adam", "constant", 0.0, tuple(AVERAGES)),
+    "cosine rate, Adam": ("Adam", "cosine", 0.0, FALLING),
+    "constant rate, 40 % of the labels wrong": ("SGD", "constant", 0.4, tuple(AVERAGES)),
+    "cosine rate, 40 % of the labels wrong": ("SGD", "cosine", 0.4, FALLING),
+}
+GRIDS = {"SGD": (-4, -3, -2), "Adam": (-7, -6, -5)}
 
 
 def network(split: Split, classes: int) -> nn.Module:
@@ -45,11 +54,15 @@ def network(split: Split, classes: int) -> nn.Module:
 def train(
     options: Mapping[str, Any], lr: float, seed: int, data: Split, held_out: Split, classes: int
 ) -> dict[str, Any]:
-    """SGD with momentum; the averages are scored where the arm has one that is not written back."""
+    """SGD with momentum, or Adam; the averages are scored where the arm has one that is not written back."""
     epochs = options.get("epochs", EPOCHS)
     model, steps = network(data, classes), len(data.targets) // BATCH
     averaging = AVERAGES[options["averaging"]](steps)
-    optimizer = fused_opt.SGD(model.parameters(), lr, momentum=0.9, averaging=averaging)
+    optimizer: fused_opt.FusedOptimizer
+    if options["optimizer"] == "SGD":
+        optimizer = fused_opt.SGD(model.parameters(), lr, momentum=0.9, averaging=averaging)
+    else:
+        optimizer = fused_opt.Adam(model.parameters(), lr, averaging=averaging)
     ends = []
     for update, x, y in batches(data, BATCH, epochs, seed):
         set_rate(optimizer, lr * scheduled(options["schedule"], update / (steps * epochs)))
@@ -69,16 +82,16 @@ def train(
     }
 
 
-def load(given: Path | None) -> Data:
-    """4,000 images to train on."""
-    return fashion_mnist(given, IMAGES, 3000)
+def load(given: Path | None) -> dict[str, Data]:
+    """4,000 images to train on; the labels that are wrong are so in training alone."""
+    right = fashion_mnist(given, IMAGES, 3000)
+    return {setting: with_wrong_labels(right, wrong) for setting, (*_, wrong, _) in SETTINGS.items()}
 
 
 def study(quick: bool = False) -> Study:
     """The study, or the least of it that runs everything."""
-    settings, grid, options = SETTINGS, (-4, -3, -2), {}
-    if quick:
-        settings, grid, options = {"constant rate": FALLING}, (-3, -2), {"epochs": LAST}
+    settings = {"constant rate, Adam": SETTINGS["constant rate, Adam"]} if quick else SETTINGS
+    options = {"epochs": LAST} if quick else {}
     return Study(
         name="averaging",
         title="Averages of the weights",
@@ -86,13 +99,13 @@ def study(quick: bool = False) -> Study:
             Arm(
                 setting,
                 name,
-                grid,
-                {"averaging": name, "schedule": setting.split()[0], **options},
+                GRIDS[optimizer][: 2 if quick else None],
+                {"averaging": name, "optimizer": optimizer, "schedule": schedule, **options},
                 AGAINST.get(name, ("last weights",)),
                 same_rate=name != "last weights",
             )
-            for setting, names in settings.items()
-            for name in names
+            for setting, (optimizer, schedule, _, names) in settings.items()
+            for name in (FALLING if quick else names)
         ],
         metric="test accuracy, per cent",
         higher=True,

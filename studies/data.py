@@ -117,6 +117,14 @@ def _divide(source: Split, test: Split, train: int, validation: int, classes: in
     return Data(*(Split((x - mean) / std, y) for x, y in (*parts, test)), classes)
 
 
+def with_wrong_labels(data: Data, share: float) -> Data:
+    """That share of the training examples with one of the other classes, the same ones every time."""
+    labels, draw = data.train.targets.clone(), torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(labels), generator=draw)[: round(share * len(labels))]
+    labels[chosen] += torch.randint(1, data.classes, (len(chosen),), generator=draw)
+    return data._replace(train=Split(data.train.inputs, labels % data.classes))
+
+
 def kjv(given: Path | None) -> str:
     """The King James Bible without markup, one line a block of the module (a book)."""
     places = _places(given, KJV_FOLDERS, "/" + KJV_FOLDERS[1])

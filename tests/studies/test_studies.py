@@ -220,6 +220,17 @@ def test_missing_data_says_where_to_get_it(tmp_path, capsys):
     assert "there is no study nothing" in capsys.readouterr().err
 
 
+def test_wrong_labels_are_of_other_classes_and_in_training_alone():
+    right = Data(*(Split(torch.zeros(50), torch.arange(50) % 10) for _ in range(3)), 10)
+    found, again = data.with_wrong_labels(right, 0.4), data.with_wrong_labels(right, 0.4)
+    assert (found.train.targets != right.train.targets).sum() == 20
+    assert found.train.targets.min() == 0
+    assert found.train.targets.max() == 9
+    assert torch.equal(found.train.targets, again.train.targets)
+    assert torch.equal(right.train.targets, torch.arange(50) % 10)
+    assert found[1:] == right[1:]
+
+
 def test_images_are_checked_and_found_in_either_layout(tmp_path, monkeypatch):
     files = {
         "train-images-idx3-ubyte": bytes(16) + bytes(range(200)) * (6 * 784 // 200 + 1),
