@@ -14,7 +14,7 @@ from .data import ENVIRONMENT, MissingData
 from .harness import Study, run_study
 from .report import page, save
 
-STUDIES = ("averaging", "large_batch", "cyclical", "gradinit", "temp_balance", "precision")
+STUDIES = ("averaging", "large_batch", "cyclical", "gradinit", "temp_balance", "precision", "language")
 RESULTS, TRIAL = Path(__file__).parent / "results", Path("build/studies")
 QUICK = "**This is --quick: it shows that the study runs. Its figures mean nothing.**"
 
