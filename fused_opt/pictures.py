@@ -67,7 +67,8 @@ def finish(panels: Iterable[Any], legends: Iterable[Any] = ()) -> None:
                 axis.set_minor_locator(NullLocator())
                 axis.set_major_formatter(FuncFormatter(lambda x, _: plain(x)))
     for panel in legends:
-        count = len(panel.get_legend_handles_labels()[1])
+        labels = panel.get_legend_handles_labels()[1]
+        columns = min(len(labels), 3 if max(map(len, labels)) < 30 else 2)  # more would not be as wide as a panel
         behind = panel.transAxes + ScaledTranslation(0, -0.5, panel.figure.dpi_scale_trans)  # inches: ticks, name
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": behind, "ncols": min(count, 3)}
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": behind, "ncols": columns}
         panel.legend(**below, frameon=False, fontsize=7, handlelength=3.5)

@@ -110,7 +110,8 @@ def whole_grid(study: Study, rows: Sequence[Row], setting: str) -> str:
 def page(study: Study, rows: Sequence[Row], note: str = "") -> str:
     """What was written about the study and everything that was measured, as Markdown."""
     machines = sorted({f"{row['processor']}, torch {row['torch']}" for row in rows})
-    seeds = f"{len(study.tuning_seeds)} seeds to tune and {len(study.seeds)} others to test"
+    tuned = len(study.tuning_seeds)
+    seeds = f"{tuned} seed{'s' * (tuned > 1)} to tune and {len(study.seeds)} others to test"
     words = PAGES / f"{study.name}.md"
     text = [
         f"# {study.title}",
