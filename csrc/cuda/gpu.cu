@@ -64,17 +64,17 @@ struct Block {
 #endif
 };
 
-// Blocks on a multiprocessor, at least: as many as every kernel's registers allow. With 16 warps of a momentum step
-// 48 KB of loads are in flight on each, twice what full bandwidth needs.
+// Blocks on a multiprocessor, at least: as many as every kernel's registers allow, for rules of up to so many states.
+// With 16 warps of a momentum step 48 KB of loads are in flight on each, twice what full bandwidth needs.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kFourBlocks = 0;  // states: with one, and 128 registers, this architecture's code would spill
+constexpr int kFourBlocks = 0, kThreeBlocks = 2;  // with one state more this architecture's code would spill
 #else
-constexpr int kFourBlocks = 1;
+constexpr int kFourBlocks = 1, kThreeBlocks = 3;
 #endif
 template <class Rule, class T>
-constexpr int kBlocks = sizeof(T) == 8                 ? 2
-                        : Rule::kStates <= kFourBlocks ? 4
-                                                       : 3;
+constexpr int kBlocks = sizeof(T) == 8 || Rule::kStates > kThreeBlocks ? 2
+                        : Rule::kStates > kFourBlocks                  ? 3
+                                                                       : 4;
 
 template <template <class> class Rule, class T, bool rounds>
 __global__ void __launch_bounds__(kThreads, (kBlocks<Rule<T>, T>))
