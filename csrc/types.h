@@ -65,6 +65,8 @@ FUSED_OPT_FN Float16 narrow<Float16>(double x) {
   return narrow<Float16>(static_cast<float>(x));
 }
 
+constexpr float kLargestBFloat16 = 0x1.FEp127f;
+
 // One of the two numbers that x lies between, at random so that their mean is x: the one further from 0 for as many of
 // 2^16 `bits` as x is nearer to it. Beyond the largest finite number, and of NaN, what `narrow` makes of x.
 template <class To>
@@ -72,7 +74,7 @@ FUSED_OPT_FN To narrow_at_random(float x, uint32_t bits) {
   const uint32_t word = __builtin_bit_cast(uint32_t, x);
   const float size = absolute(x);
   if constexpr (std::is_same_v<To, BFloat16>) {
-    if (!(size <= 0x1.FEp127f)) return narrow<To>(x);
+    if (!(size <= kLargestBFloat16)) return narrow<To>(x);
     return {static_cast<uint16_t>((word + bits) >> 16)};
   } else if constexpr (std::is_same_v<To, Float16>) {
     if (!(size <= 65504)) return narrow<To>(x);
@@ -186,7 +188,7 @@ FUSED_OPT_FN float share_of(Code code) {
 }
 
 FUSED_OPT_FN constexpr int64_t size_of(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : dtype < DType::kInt8 ? 2 : 1;
 }
 
 }  // namespace fused_opt

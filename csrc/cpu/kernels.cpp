@@ -8,6 +8,7 @@
 #include "../noise.h"
 #include "../pass.h"
 #include "../types.h"
+#include "convert.h"
 #include "step.h"
 #include "vectors.h"
 
@@ -58,7 +59,7 @@ __attribute__((noinline)) T* copy_in(const Tensor& tensor, const Operand& operan
   with_type(operand.dtype, [&](auto* type) {
     const auto* data = static_cast<decltype(type)>(operand.data);
     if (tensor.flat)
-      for (int64_t k = 0; k < n; ++k) buffer[k] = static_cast<T>(widen(data[begin + k]));
+      widen_all(data + begin, n, buffer);
     else
       for_each_strided(tensor, operand, begin, n,
                        [&](int64_t k, int64_t i) { buffer[k] = static_cast<T>(widen(data[i])); });
@@ -73,17 +74,27 @@ __attribute__((noinline)) void copy_out(const Tensor& tensor, const Operand& ope
     using Element = std::remove_pointer_t<decltype(type)>;
     auto* data = static_cast<Element*>(operand.data);
     if (tensor.flat)
-      for (int64_t k = 0; k < n; ++k) data[begin + k] = narrow<Element>(values[k]);
+      narrow_all(values, n, data + begin);
     else
       for_each_strided(tensor, operand, begin, n, [&](int64_t k, int64_t i) { data[i] = narrow<Element>(values[k]); });
   });
 }
 
+// Whether a loop is done where it is asked for, of bfloat16: over a whole block, whose length the compiler knows, it is
+// as short as a call.
+template <class T, class N>
+constexpr bool kInline = std::is_same_v<T, float> && !std::is_same_v<N, int64_t>;
+
 // Where elements [begin, begin + n) can be worked on as T: in place, or copied into `buffer`.
-template <class T>
-FUSED_OPT_FN T* load(const Tensor& tensor, const Operand& operand, int64_t begin, int64_t n, T* buffer) {
-  return lies_ready<T>(tensor, operand) ? static_cast<T*>(operand.data) + begin
-                                        : copy_in(tensor, operand, begin, n, buffer);
+template <class T, class N>
+FUSED_OPT_FN T* load(const Tensor& tensor, const Operand& operand, int64_t begin, N n, T* buffer) {
+  if (lies_ready<T>(tensor, operand)) return static_cast<T*>(operand.data) + begin;
+  if constexpr (kInline<T, N>)
+    if (tensor.flat && operand.dtype == DType::kBFloat16) {
+      widen_all(static_cast<const BFloat16*>(operand.data) + begin, n, buffer);
+      return buffer;
+    }
+  return copy_in(tensor, operand, begin, n, buffer);
 }
 
 // Puts back what `load` had to copy.
@@ -92,37 +103,8 @@ FUSED_OPT_FN void store(const Tensor& tensor, const Operand& operand, int64_t be
   if (!lies_ready<T>(tensor, operand)) copy_out(tensor, operand, begin, n, values);
 }
 
-// Of a state in 8 bits: in and out. `begin` is the first of a block of codes.
-template <class T, class Code>
-__attribute__((noinline)) void decode(const Code* codes, const float* scales, int64_t n, T* x) {
-  for (; n > 0; n -= kCoded, codes += kCoded, x += kCoded) {
-    const float scale = *scales++;
-    const auto some = [&](int64_t count) {
-      for (int64_t k = 0; k < count; ++k) x[k] = static_cast<T>(share_of(codes[k]) * scale);
-    };
-    n >= kCoded ? some(kCoded) : some(n);
-  }
-}
-
-template <class T, class Code>
-__attribute__((noinline)) void encode(Code* codes, float* scales, int64_t n, const T* x) {
-  for (; n > 0; n -= kCoded, codes += kCoded, x += kCoded) {
-    const auto some = [&](int64_t count) {
-      int32_t largest = 0;
-      for (int64_t k = 0; k < count; ++k) {
-        const int32_t bits = magnitude(static_cast<float>(x[k]));
-        largest = bits > largest ? bits : largest;
-      }
-      const Scale by = scale_of(largest);
-      for (int64_t k = 0; k < count; ++k) codes[k] = code_of<Code>(static_cast<float>(x[k]), by);
-      *scales++ = by.scale;
-    };
-    n >= kCoded ? some(kCoded) : some(n);
-  }
-}
-
-template <class T>
-FUSED_OPT_FN T* load_state(const Tensor& tensor, int s, int64_t begin, int64_t n, T* buffer) {
+template <class T, class N>
+FUSED_OPT_FN T* load_state(const Tensor& tensor, int s, int64_t begin, N n, T* buffer) {
   const Operand& state = tensor.states[s];
   if (!tensor.scales[s]) return load(tensor, state, begin, n, buffer);
   const float* scales = tensor.scales[s] + begin / kCoded;
@@ -137,21 +119,24 @@ FUSED_OPT_FN T* load_state(const Tensor& tensor, int s, int64_t begin, int64_t n
 __attribute__((noinline)) float* copy_in_exact(const Tensor& tensor, int64_t begin, int64_t n, float* buffer) {
   const auto* low = static_cast<const int16_t*>(tensor.exact.data);
   const auto* copy = static_cast<const float*>(tensor.exact.data);
-  const bool halves = tensor.exact.dtype == DType::kInt16;
+  const auto walk = [&](const auto& get) {
+    if (tensor.flat)
+      for (int64_t k = 0; k < n; ++k) get(k, begin + k);
+    else
+      for_each_strided(tensor, tensor.p, begin, n, get);
+  };
   with_type(tensor.p.dtype, [&](auto* type) {
     using Element = std::remove_pointer_t<decltype(type)>;
-    if constexpr (sizeof(Element) == 2) {
-      const auto* data = static_cast<const Element*>(tensor.p.data);
-      const auto get = [&](int64_t k, int64_t i) {
-        if constexpr (std::is_same_v<Element, BFloat16>)
-          buffer[k] = halves ? join(data[i], low[i]) : exact_of(data[i], copy[i]);
+    const auto* data = static_cast<const Element*>(tensor.p.data);
+    if (tensor.exact.dtype == DType::kInt16) {
+      if constexpr (std::is_same_v<Element, BFloat16>) {
+        if (tensor.flat)
+          join_all(data + begin, low + begin, n, buffer);
         else
-          buffer[k] = exact_of(data[i], copy[i]);
-      };
-      if (tensor.flat)
-        for (int64_t k = 0; k < n; ++k) get(k, begin + k);
-      else
-        for_each_strided(tensor, tensor.p, begin, n, get);
+          walk([&](int64_t k, int64_t i) { buffer[k] = join(data[i], low[i]); });
+      }
+    } else if constexpr (sizeof(Element) == 2) {
+      walk([&](int64_t k, int64_t i) { buffer[k] = exact_of(data[i], copy[i]); });
     }
   });
   return buffer;
@@ -160,31 +145,33 @@ __attribute__((noinline)) float* copy_in_exact(const Tensor& tensor, int64_t beg
 __attribute__((noinline)) void copy_out_exact(const Tensor& tensor, int64_t begin, int64_t n, const float* values) {
   auto* low = static_cast<int16_t*>(tensor.exact.data);
   auto* copy = static_cast<float*>(tensor.exact.data);
-  const bool halves = tensor.exact.dtype == DType::kInt16;
+  const auto walk = [&](const auto& put) {
+    if (tensor.flat)
+      for (int64_t k = 0; k < n; ++k) put(k, begin + k);
+    else
+      for_each_strided(tensor, tensor.p, begin, n, put);
+  };
   with_type(tensor.p.dtype, [&](auto* type) {
     using Element = std::remove_pointer_t<decltype(type)>;
-    if constexpr (sizeof(Element) == 2) {
-      auto* data = static_cast<Element*>(tensor.p.data);
-      const auto put = [&](int64_t k, int64_t i) {
-        if constexpr (std::is_same_v<Element, BFloat16>)
-          if (halves) {
+    auto* data = static_cast<Element*>(tensor.p.data);
+    if (tensor.exact.dtype == DType::kInt16) {
+      if constexpr (std::is_same_v<Element, BFloat16>) {
+        if (tensor.flat)
+          split_all(values, n, data + begin, low + begin);
+        else
+          walk([&](int64_t k, int64_t i) {
             const Split parts = split(values[k]);
             data[i] = parts.high, low[i] = parts.low;
-            return;
-          }
-        copy[i] = values[k];
-        data[i] = narrow<Element>(values[k]);
-      };
-      if (tensor.flat)
-        for (int64_t k = 0; k < n; ++k) put(k, begin + k);
-      else
-        for_each_strided(tensor, tensor.p, begin, n, put);
+          });
+      }
+    } else if constexpr (sizeof(Element) == 2) {
+      walk([&](int64_t k, int64_t i) { copy[i] = values[k], data[i] = narrow<Element>(values[k]); });
     }
   });
 }
 
-template <class T>
-FUSED_OPT_FN T* load_weights(const Tensor& tensor, int64_t begin, int64_t n, T* buffer) {
+template <class T, class N>
+FUSED_OPT_FN T* load_weights(const Tensor& tensor, int64_t begin, N n, T* buffer) {
   if constexpr (std::is_same_v<T, float>)
     if (tensor.exact.data) return copy_in_exact(tensor, begin, n, buffer);
   return load(tensor, tensor.p, begin, n, buffer);
@@ -285,8 +272,7 @@ template <class... Operands>
 FUSED_OPT_FN void prefetch(const Tensor& tensor, int64_t begin, const Operands&... operands) {
   if (!(kPrefetches || tensor.scales[0]) || !tensor.flat || begin + kAhead + kBlock > tensor.numel) return;
   const auto ask = [&](const Operand& operand) {
-    const bool codes = operand.dtype == DType::kInt8 || operand.dtype == DType::kUInt8;
-    const int64_t size = codes ? 1 : size_of(operand.dtype);
+    const int64_t size = size_of(operand.dtype);
     const char* data = static_cast<const char*>(operand.data) + (begin + kAhead) * size;
     for (int64_t byte = 0; byte < kBlock * size; byte += 64) __builtin_prefetch(data + byte);
   };
@@ -348,15 +334,17 @@ __attribute__((noinline)) void draw(const Tensor& tensor, const Draw& by, const 
 }
 
 // The random bits of a block of at most kBlock elements, a word for each and two places in it.
+template <class N>
 struct Bits {
   const Tensor& tensor;
   const StepArgs& args;
   const Layer& layer;
-  int64_t begin, n;
+  int64_t begin;
+  N n;
   uint32_t stream = 0;
   alignas(64) uint32_t words[kBlock];
 
-  FUSED_OPT_FN Bits(const Tensor& tensor, const StepArgs& args, const Layer& layer, int64_t begin, int64_t n)
+  FUSED_OPT_FN Bits(const Tensor& tensor, const StepArgs& args, const Layer& layer, int64_t begin, N n)
       : tensor(tensor), args(args), layer(layer), begin(begin), n(n) {}
   const uint32_t* of(int place) {
     if (stream != rounding_stream(place)) {
@@ -368,8 +356,8 @@ struct Bits {
 };
 
 // `copy_out`, at random where that was asked for and there are 16 bits.
-template <class T>
-__attribute__((noinline)) void copy_out(const Operand& operand, const T* values, Bits& bits, int place) {
+template <class T, class N>
+__attribute__((noinline)) void copy_out(const Operand& operand, const T* values, Bits<N>& bits, int place) {
   if (!bits.args.stochastic || size_of(operand.dtype) != 2)
     return copy_out(bits.tensor, operand, bits.begin, bits.n, values);
   const uint32_t* words = bits.of(place);
@@ -382,20 +370,24 @@ __attribute__((noinline)) void copy_out(const Operand& operand, const T* values,
         data[i] = narrow_at_random<Element>(static_cast<float>(values[k]), words[k] >> shift & 0xFFFF);
       };
       if (bits.tensor.flat)
-        for (int64_t k = 0; k < bits.n; ++k) put(k, bits.begin + k);
+        narrow_all_at_random(values, words, shift, bits.n, data + bits.begin);
       else
         for_each_strided(bits.tensor, operand, bits.begin, bits.n, put);
     }
   });
 }
 
-template <class T>
-FUSED_OPT_FN void store(const Operand& operand, const T* values, Bits& bits, int place) {
-  if (!lies_ready<T>(bits.tensor, operand)) copy_out(operand, values, bits, place);
+template <class T, class N>
+FUSED_OPT_FN void store(const Operand& operand, const T* values, Bits<N>& bits, int place) {
+  if (lies_ready<T>(bits.tensor, operand)) return;
+  if constexpr (kInline<T, N>)
+    if (bits.tensor.flat && operand.dtype == DType::kBFloat16 && !bits.args.stochastic)
+      return narrow_all(values, bits.n, static_cast<BFloat16*>(operand.data) + bits.begin);
+  copy_out(operand, values, bits, place);
 }
 
-template <class T>
-FUSED_OPT_FN void store_state(const T* values, Bits& bits, int s) {
+template <class T, class N>
+FUSED_OPT_FN void store_state(const T* values, Bits<N>& bits, int s) {
   const Operand& state = bits.tensor.states[s];
   if (!bits.tensor.scales[s]) return store(state, values, bits, s);
   float* scales = bits.tensor.scales[s] + bits.begin / kCoded;
@@ -405,8 +397,8 @@ FUSED_OPT_FN void store_state(const T* values, Bits& bits, int s) {
     encode(static_cast<uint8_t*>(state.data) + bits.begin, scales, bits.n, values);
 }
 
-template <class T>
-FUSED_OPT_FN void store_weights(const T* values, Bits& bits, int place) {
+template <class T, class N>
+FUSED_OPT_FN void store_weights(const T* values, Bits<N>& bits, int place) {
   if constexpr (std::is_same_v<T, float>)
     if (bits.tensor.exact.data) return copy_out_exact(bits.tensor, bits.begin, bits.n, values);
   store(bits.tensor.p, values, bits, place);

@@ -76,5 +76,87 @@ FUSED_OPT_FN Doubles widened(const double* x) {
   return some;
 }
 
+using Floats = float __attribute__((vector_size(kRegister)));
+using Bits32 = uint32_t __attribute__((vector_size(kRegister)));
+using Bits16 = uint16_t __attribute__((vector_size(kRegister)));
+constexpr int kFloats = kRegister / sizeof(float);
+
+template <class V>
+FUSED_OPT_FN V get(const void* from) {
+  V some;
+  std::memcpy(&some, from, sizeof some);
+  return some;
+}
+template <class V>
+FUSED_OPT_FN void put(void* to, const V& some) {
+  std::memcpy(to, &some, sizeof some);
+}
+
+// `beyond`: whether the magnitude of any element is more than `most`, or not a number. `uppers`, `lowers`: those halves
+// of all words of a and then of b.
+#if defined(__AVX512F__)
+FUSED_OPT_FN bool beyond(Floats a, Floats b, float most) {
+  const __m512 limit = _mm512_set1_ps(most);
+  return _mm512_cmp_ps_mask(_mm512_abs_ps((__m512)a), limit, _CMP_NLE_UQ) |
+         _mm512_cmp_ps_mask(_mm512_abs_ps((__m512)b), limit, _CMP_NLE_UQ);
+}
+FUSED_OPT_FN Bits16 uppers(Bits32 a, Bits32 b) {
+  return __builtin_shufflevector((Bits16)a, (Bits16)b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31, 33,
+                                 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63);
+}
+FUSED_OPT_FN Bits16 lowers(Bits32 a, Bits32 b) {
+  return __builtin_shufflevector((Bits16)a, (Bits16)b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32,
+                                 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62);
+}
+FUSED_OPT_FN Bits32 widened(const uint16_t* x) {
+  return (Bits32)_mm512_cvtepu16_epi32(get<__m256i>(x));
+}
+FUSED_OPT_FN Bits32 widened(const int16_t* x) {
+  return (Bits32)_mm512_cvtepi16_epi32(get<__m256i>(x));
+}
+#elif defined(__AVX2__)
+FUSED_OPT_FN bool beyond(Floats a, Floats b, float most) {
+  const __m256 limit = _mm256_set1_ps(most), sign = _mm256_set1_ps(-0.0f);
+  return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(_mm256_andnot_ps(sign, (__m256)a), limit, _CMP_NLE_UQ),
+                                         _mm256_cmp_ps(_mm256_andnot_ps(sign, (__m256)b), limit, _CMP_NLE_UQ)));
+}
+// Packing takes the registers' halves in turns.
+FUSED_OPT_FN Bits16 uppers(Bits32 a, Bits32 b) {
+  return (Bits16)_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)(a >> 16), (__m256i)(b >> 16)), 0xD8);
+}
+FUSED_OPT_FN Bits16 lowers(Bits32 a, Bits32 b) {
+  return (Bits16)_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)(a & 0xFFFF), (__m256i)(b & 0xFFFF)), 0xD8);
+}
+FUSED_OPT_FN Bits32 widened(const uint16_t* x) {
+  return (Bits32)_mm256_cvtepu16_epi32(get<__m128i>(x));
+}
+FUSED_OPT_FN Bits32 widened(const int16_t* x) {
+  return (Bits32)_mm256_cvtepi16_epi32(get<__m128i>(x));
+}
+#else
+FUSED_OPT_FN bool beyond(Floats a, Floats b, float most) {
+  using Signed = int32_t __attribute__((vector_size(kRegister)));  // magnitudes are in the order of their bits
+  const auto size = [](Floats x) { return (Signed)((Bits32)x & 0x7FFFFFFF); };
+  const Signed limit = Signed{} + __builtin_bit_cast(int32_t, most);
+  const auto halves = (Words)((size(a) > limit) | (size(b) > limit));
+  return halves[0] | halves[1];
+}
+FUSED_OPT_FN Bits32 widened(const uint16_t* x) {
+  using Few = uint16_t __attribute__((vector_size(kRegister / 2)));
+  return __builtin_convertvector(get<Few>(x), Bits32);
+}
+FUSED_OPT_FN Bits32 widened(const int16_t* x) {
+  using Few = int16_t __attribute__((vector_size(kRegister / 2)));
+  using Signed = int32_t __attribute__((vector_size(kRegister)));
+  return (Bits32) __builtin_convertvector(get<Few>(x), Signed);
+}
+FUSED_OPT_FN Bits16 uppers(Bits32 a, Bits32 b) {
+  return __builtin_shufflevector((Bits16)a, (Bits16)b, 1, 3, 5, 7, 9, 11, 13, 15);
+}
+FUSED_OPT_FN Bits16 lowers(Bits32 a, Bits32 b) {
+  return __builtin_shufflevector((Bits16)a, (Bits16)b, 0, 2, 4, 6, 8, 10, 12, 14);
+}
+#endif
+
 }  // namespace
 }  // namespace fused_opt::cpu
