@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CXX_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
-.PHONY: demo test docs lint fuzz long matrix aarch64 bench microbench studies gpu clean
+.PHONY: demo test docs lint fuzz long kernels matrix aarch64 bench microbench studies gpu clean
 
 # Train on real images with torch.optim and with fused_opt, side by side.
 demo: $(VENV)/built
@@ -39,6 +39,12 @@ fuzz: $(VENV)/installed
 # A million steps, 10^5 parameters, 10^4 groups, more than 2^31 elements: minutes, and 9 GB.
 long: $(VENV)/installed
 	$(BIN)/python -m pytest -m long
+
+# The kernels for GPUs compiled for every generation, and their registers: `make test` looks at the GPUs of this machine, or
+# at one generation where it has none. What is installed in place then serves all.
+kernels: $(VENV)/installed
+	CUDAARCHS="80-real;90-real;100" $(BIN)/python -m pip install --quiet --no-build-isolation --editable .
+	$(BIN)/python -m pytest tests/backends/test_cuda.py -k compiled -s
 
 # Other versions of Python and torch, each in a new environment: docs/versions.md. MATRIX="--python 3.12 --torch 2.13.0" takes one.
 matrix:
@@ -82,7 +88,8 @@ $(VENV)/built: requirements-demo.txt pyproject.toml setup.py CMakeLists.txt $(wi
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --requirement requirements-demo.txt
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps scikit-learn
-	$(BIN)/python -m pip install --quiet $(if $(wildcard $(BIN)/cmake),--no-build-isolation) --editable .
+	$(if $(shell nvidia-smi -L 2>/dev/null),,CUDAARCHS=$${CUDAARCHS:-90}) \
+	  $(BIN)/python -m pip install --quiet $(if $(wildcard $(BIN)/cmake),--no-build-isolation) --editable .
 	$(BIN)/python -m fused_opt
 	touch $@
 

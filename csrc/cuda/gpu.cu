@@ -254,7 +254,7 @@ std::string unavailable(int device) {
       return "there is no NVIDIA driver, or one too old for CUDA " + std::to_string(CUDART_VERSION / 1000) + "." +
              std::to_string(CUDART_VERSION % 1000 / 10);
     case cudaErrorNoKernelImageForDevice:
-      return "it was built for newer GPUs than this one; set CUDAARCHS to its compute capability and reinstall";
+      return "it was built for other GPUs than this one; set CUDAARCHS to its compute capability and reinstall";
     default:
       return std::string("CUDA does not start: ") + cudaGetErrorString(error);
   }

@@ -1,4 +1,4 @@
-"""The kernels for NVIDIA GPUs without one: compiled for three, and the same source run by the host in a GPU's place.
+"""The kernels for NVIDIA GPUs without one: as compiled, and the same source run by the host in a GPU's place.
 
 conftest's ``backend`` runs the other tests so, too; here is what is different where the host waits for nothing.
 """
@@ -62,19 +62,21 @@ def compiled():
 
 def test_compiled_kernels_spill_nothing(compiled):
     by_architecture = re.split(r"arch = (sm_\d+)", compiled("-res-usage"))[1:]
-    assert {"sm_80", "sm_90"} <= set(by_architecture[::2])
+    found = []
     for architecture, usage in zip(by_architecture[::2], by_architecture[1::2], strict=True):
         report = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) \S+ LOCAL:(\d+)", usage)
-        assert len(report) in (0, KERNELS)  # none of the PTX beside the last one
+        assert len(report) in (0, KERNELS)  # none of the PTX
+        found += [architecture] * bool(report)
         for name, registers, frame, local in report:
             short = re.search(r"(update|norms|accumulate)_kernel.*", name)[0]
             print(f"{architecture} {registers:>3} registers  {short}")
             assert (frame, local) == ("0", "0"), short
+    assert found  # for which architectures says whoever builds: CUDAARCHS
 
 
 def test_compiled_kernels_move_16_bytes(compiled):
     kernels = re.split(r"\.entry ", compiled("-ptx"))[1:]
-    assert len(kernels) == KERNELS
+    assert len(kernels) % KERNELS == 0 < len(kernels)  # of each kind of GPU that the machine has
     for kernel in kernels:
         assert "ld.global.cg.v4.u32" in kernel
         writes = "norms_kernel" not in kernel.split("(")[0]
