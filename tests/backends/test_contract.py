@@ -152,7 +152,7 @@ class ConstantNAdam(fused_opt.Adam):
 @pytest.fixture(scope="module")
 def core_with_nadam(tmp_path_factory):
     """The compiled core of a copy of the sources to which one rule was added, as CONTRIBUTING.md says."""
-    folder = copied(tmp_path_factory.mktemp("core"))
+    folder = copied(tmp_path_factory.mktemp("core"), "sgd")
     rules = folder / "csrc" / "rules.h"
     text = rules.read_text().replace("// The name a rule has in Python, and its type.\n", NADAM)
     assert text.count('RULE("sgd", SGD)') == 1

@@ -301,7 +301,7 @@ IN_SHORT = (
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
     """Builds the core with one line of the GPU kernels' sources changed; those of the CPU's kernels stay as they are."""
-    folder = copied(tmp_path_factory.mktemp("core"))
+    folder = copied(tmp_path_factory.mktemp("core"), "adam")
     shutil.copytree(folder / "csrc", folder / "gpu")
     cmake = folder / "CMakeLists.txt"
     # Inlined, or the linker would take one of two functions of the same name: the unchanged one, for both.

@@ -1,6 +1,7 @@
 """The compiled core of a copy of the sources in which something was changed."""
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -14,13 +15,27 @@ from fused_opt.backends import interface
 from . import ROOT
 
 
-def copied(folder):
-    """A folder with what the core is built from."""
+def copied(folder, *rules):
+    """A folder with what the core is built from, with these rules alone: each takes the compiler as long as all else."""
     if not shutil.which("c++"):
         pytest.skip("no C++ compiler")
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     shutil.copy(ROOT / "CMakeLists.txt", folder)
+    keep_rules(folder, *rules)
     return folder
+
+
+def keep_rules(folder, *rules):
+    """Take all others from the core's list, wherever a copy of the sources lies."""
+    path = folder / "csrc" / "rules.h"
+    kept, count = re.subn(
+        r'^  RULE\("(\w+)", \w+\) *(\\?)$',
+        lambda line: line[0] if line[1] in rules else line[2],
+        path.read_text(),
+        flags=re.MULTILINE,
+    )
+    assert count >= len(rules) == sum(f'  RULE("{rule}", ' in kept for rule in rules)
+    path.write_text(kept)
 
 
 def built(folder, name):
