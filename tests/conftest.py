@@ -1,4 +1,6 @@
-"""Fixtures, and nothing else; what tests import lies in tests/support."""
+"""Fixtures and the order of tests, and nothing else; what tests import lies in tests/support."""
+
+import re
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -21,6 +23,14 @@ settings.register_profile(
 )
 settings.register_profile("fuzz", settings.get_profile("few"), max_examples=300, derandomize=False)
 settings.load_profile("few")
+
+# What takes longest begins first, or one process would still be at it when the others have nothing left. And each process
+# that runs a check of `distributed/` starts all of them.
+FIRST = re.compile("tests/(distributed|fuzz)/|/test_(architecture|cpp|gpu_command|self_check|triton)\\.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not FIRST.search(item.nodeid))
 
 
 @pytest.fixture(params=kernels.BACKENDS)
