@@ -1,4 +1,4 @@
-// The kernels on a GPU, and the calls of the CUDA runtime that a bucket needs.
+// What a bucket needs from the CUDA runtime; the kernels are in kernels.h.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "body.h"
+#include "kernels.h"
 #include "machine.h"
 
 namespace fused_opt::cuda {
@@ -29,73 +29,6 @@ struct Relaxed {
   ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
 };
 
-// Where a thread of a kernel is. Its functions are for kernels alone; nvcc wants to see them on both sides.
-struct Block {
-#ifdef __CUDA_ARCH__
-  __device__ int64_t block() const { return blockIdx.x; }
-  __device__ int64_t blocks() const { return gridDim.x; }
-  template <class F>
-  __device__ void all_threads(const F& f) const {
-    f(static_cast<int>(threadIdx.x));
-    __syncthreads();
-  }
-  template <class F>
-  __device__ void one_thread(const F& f) const {
-    if (threadIdx.x == 0) f();
-    __syncthreads();
-  }
-  // What this thread has written is seen by the thread that is told it is the last, whose block reads past its cache.
-  __device__ bool arrive(uint64_t* counter, int64_t n, int64_t all) const {
-    __threadfence();
-    auto* count = reinterpret_cast<unsigned long long*>(counter);
-    if (static_cast<int64_t>(atomicAdd(count, static_cast<unsigned long long>(n))) + n != all) return false;
-    *count = 0;
-    __threadfence();
-    return true;
-  }
-#else
-  __host__ int64_t block() const { return 0; }
-  __host__ int64_t blocks() const { return 0; }
-  template <class F>
-  __host__ void all_threads(const F&) const {}
-  template <class F>
-  __host__ void one_thread(const F&) const {}
-  __host__ bool arrive(uint64_t*, int64_t, int64_t) const { return false; }
-#endif
-};
-
-// Blocks on a multiprocessor, at least: as many as every kernel's registers allow, for rules of up to so many states.
-// With 16 warps of a momentum step 48 KB of loads are in flight on each, twice what full bandwidth needs.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kFourBlocks = 0, kThreeBlocks = 2;  // with one state more this architecture's code would spill
-#else
-constexpr int kFourBlocks = 1, kThreeBlocks = 3;
-#endif
-template <class Rule, class T>
-constexpr int kBlocks = sizeof(T) == 8 || Rule::kStates > kThreeBlocks ? 2
-                        : Rule::kStates > kFourBlocks                  ? 3
-                                                                       : 4;
-
-template <template <class> class Rule, class T, bool rounds>
-__global__ void __launch_bounds__(kThreads, (kBlocks<Rule<T>, T>))
-    update_kernel(const __grid_constant__ Launch launch) {
-  __shared__ alignas(16) unsigned char shared[sizeof(Shared<Rule<T>, T>)];
-  update<Rule, T, rounds>(Block(), launch, *reinterpret_cast<Shared<Rule<T>, T>*>(shared));
-}
-
-template <template <class> class Rule, class T>
-__global__ void __launch_bounds__(kThreads, (kBlocks<Rule<T>, T>)) norms_kernel(const __grid_constant__ Launch launch) {
-  __shared__ alignas(16) unsigned char shared[sizeof(Shared<Rule<T>, T>)];
-  norms<Rule, T>(Block(), launch, *reinterpret_cast<Shared<Rule<T>, T>*>(shared));
-}
-
-template <class T>
-__global__ void __launch_bounds__(kThreads) accumulate_kernel(const __grid_constant__ Accumulation work) {
-  __shared__ alignas(16) unsigned char lanes[kThreads * sizeof(Norms)];
-  __shared__ bool last;
-  accumulate<T>(Block(), work, reinterpret_cast<Norms*>(lanes), last);
-}
-
 // Launches as many blocks as can be on the GPU at once, or as there are chunks.
 template <class Argument>
 void launch(void (*kernel)(Argument), const Argument& argument, void* stream) {
@@ -107,13 +40,6 @@ void launch(void (*kernel)(Argument), const Argument& argument, void* stream) {
   kernel<<<static_cast<unsigned>(grid), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(argument);
   check(cudaGetLastError(), "launch a kernel");
 }
-
-using Kernel = void (*)(Launch);
-#define FUSED_OPT_UPDATE(name, Rule) \
-  {update_kernel<Rule, float, false>, update_kernel<Rule, float, true>, update_kernel<Rule, double, true>},
-#define FUSED_OPT_NORMS(name, Rule) {norms_kernel<Rule, float>, norms_kernel<Rule, double>},
-constexpr Kernel kUpdate[][3] = {FUSED_OPT_RULES(FUSED_OPT_UPDATE)};
-constexpr Kernel kNorms[][2] = {FUSED_OPT_RULES(FUSED_OPT_NORMS)};
 
 bool capturing(void* stream) {
   cudaStreamCaptureStatus status;
@@ -222,12 +148,12 @@ const Machine& gpu() {
       },
       capturing,
       [](int rule, bool wide, const Launch& argument, void* stream) {
-        launch(kUpdate[rule][wide ? 2 : argument.rounds], argument, stream);
+        launch((wide ? kWideUpdates : argument.rounds ? kRoundingUpdates : kUpdates)[rule], argument, stream);
       },
-      [](int rule, bool wide, const Launch& argument, void* stream) { launch(kNorms[rule][wide], argument, stream); },
-      [](bool wide, const Accumulation& work, void* stream) {
-        launch(wide ? accumulate_kernel<double> : accumulate_kernel<float>, work, stream);
+      [](int rule, bool wide, const Launch& argument, void* stream) {
+        launch((wide ? kWideNorms : kNorms)[rule], argument, stream);
       },
+      [](bool wide, const Accumulation& work, void* stream) { launch(kAccumulations[wide], work, stream); },
   };
   return machine;
 }
@@ -242,7 +168,7 @@ std::string unavailable(int device) {
   if (error == cudaSuccess && device >= 0) {
     cudaFuncAttributes attributes;
     error = cudaSetDevice(device);
-    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, update_kernel<SGD, float, false>);
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kUpdates[0]);
   }
   cudaGetLastError();
   switch (error) {
