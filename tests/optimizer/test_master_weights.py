@@ -128,6 +128,24 @@ def test_what_the_model_sees():
     assert torch.equal(p[number][~tie], to_even[~tie])
 
 
+@both_halves
+def test_a_step_that_changes_nothing_keeps_every_float32(dtype, every_kernel):
+    """Whatever lies beside a number that is none."""
+    bits = torch.randint(-(2**31), 2**31, (5_000,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    x = bits.view(torch.float32)
+    model = Module([torch.nn.Parameter(x.clone())])
+    optimizer = SGD(model.parameters(), lr=0.0, backend=every_kernel, master_weights=True)
+    to_16bit(model, optimizer, dtype)
+    (p,) = model.parameters()
+    before = p.detach().clone()
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    number = ~x.isnan()
+    assert torch.equal(optimizer.master_parameters()[p][number], x[number])
+    assert torch.equal(p[number], before[number])
+    assert p[~number].isnan().all()
+
+
 def test_numbers_that_are_none_stay_so(backend):
     p = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     optimizer = SGD([p], lr=1.0, backend=backend, master_weights=True)

@@ -51,6 +51,20 @@ def test_a_step_is_the_oracles_with_its_states_rounded(name, options, form, ever
     assert distance(ours, theirs) <= 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_float32_is_stored_as_torch_rounds_it(dtype, every_kernel):
+    """Denormal, infinite or next to a number that is none."""
+    bits = torch.randint(-(2**31), 2**31, (5_000,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    p = torch.nn.Parameter(torch.zeros(5_000))
+    p.grad = bits.view(torch.float32)
+    optimizer = fused_opt.SGD([p], lr=1.0, momentum=0.9, backend=every_kernel, state_dtype=dtype)
+    optimizer.step()
+    found, expected = optimizer.state[p]["momentum_buffer"], p.grad.to(dtype)
+    number = ~expected.isnan()
+    assert torch.equal(found[number], expected[number])
+    assert found[~number].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @both_kinds
 def test_a_resumed_run_has_the_same_bits(name, options, dtype, backend):
