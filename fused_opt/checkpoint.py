@@ -20,6 +20,7 @@ from .in_backward import StepInBackward, Stepped
 from .plan import Plan
 from .rule import Rule
 from .states import StateDtype, WithStates, dtype_for
+from .step import Step
 from .warn import warn_once
 
 _KEPT = dict(KEPT.values())  # dtypes of what is kept beside parameters of 16 bits, by slot
@@ -33,6 +34,7 @@ class Checkpoints(WithStates):
     _scales: dict[str, dict[Tensor, tuple[float, float]]]
     _groups: Groups
     _plan: Plan | None
+    _before: Step | None
     _last: Plan | Stepped | None
     _captured: Plan | None
     _in_backward: StepInBackward | None = None
@@ -54,7 +56,7 @@ class Checkpoints(WithStates):
         return {**super().__getstate__(), **own, "_states_are_known": True}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._plan = self._last = self._captured = None
+        self._plan = self._before = self._last = self._captured = None
         if self._in_backward is not None:
             self._in_backward.forget()
         self.__dict__.setdefault("_parts", None)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+from .backends import native
 from .extras import COUNTS, EXTRAS, IN_ARGS
 from .extras.averaging import AVERAGE
 from .extras.clipping import wants_norm
+from .extras.decay import Cautious
 from .extras.rounding import rounds_at_random
+from .extras.trust_ratio import TrustRatio
 from .rule import Rule
+
+_FIXED = (float, int, bool, str, type(None), TrustRatio, Cautious)  # types whose values cannot be written in place
 
 
 def name_of(group: Mapping[str, Any], group_index: int, index: int) -> str:
@@ -50,21 +56,36 @@ class Groups:
         keys = [key for key in defaults if key not in ("lr", *COUNTS)]
         self._settings: Callable[[Mapping[str, Any]], tuple[Any, ...]] = itemgetter(*keys)
         self._seen: list[tuple[Any, ...]] | None = None
+        self._fixed = False  # a step does not depend on the counts, and no setting can be written in place
+        self._watch = native.watch({"params", *COUNTS})
         self.specs: list[GroupSpec] = []
         self.wants_norm = False
 
-    def look(self, groups: Sequence[Mapping[str, Any]], optimizer: Any) -> None:
+    def look(self, groups: Sequence[Mapping[str, Any]], optimizer: Any) -> bool:
         """Check what has changed.
+
+        Returns:
+            Whether nothing has, the rates included, so that the step is the one before with other gradients. False where
+            that cannot be told.
 
         Raises:
             TypeError, ValueError: as the constructor of the optimizer.
         """
+        if self._watch is not None and self._watch.unchanged(groups):
+            return True
         found = [self._settings(group) for group in groups]
         try:
-            if found == self._seen:
-                return
+            changed = found != self._seen
         except RuntimeError:  # a tensor of several elements, which the checks refuse
-            pass
+            changed = True
+        if changed:
+            self._check(groups, found, optimizer)
+        if self._watch is not None:
+            fixed = self._fixed and all([type(group["lr"]) in (float, int) for group in groups])  # noqa: C419  # of few
+            self._watch.keep(groups if fixed else [])
+        return False
+
+    def _check(self, groups: Sequence[Mapping[str, Any]], found: list[tuple[Any, ...]], optimizer: Any) -> None:
         for group in groups:
             optimizer._check_all({**group, "lr": 0.0})
         self.wants_norm = wants_norm(groups)
@@ -81,7 +102,13 @@ class Groups:
             )
             for group in groups
         ]
+        counted = any(spec.noisy or spec.averaged for spec in self.specs)
+        self._fixed = not (self.wants_norm or counted) and all(map(_is_fixed, chain.from_iterable(found)))
         self._seen = found
+
+
+def _is_fixed(value: Any) -> bool:
+    return all(map(_is_fixed, value)) if type(value) is tuple else type(value) in _FIXED
 
 
 def extras_of(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -90,6 +90,7 @@ class FusedOptimizer(Checkpoints):
         self._holds_averages = False
         self._groups = Groups(defaults)
         self._plan: Plan | None = None
+        self._before: HostStep | DeviceStep | None = None  # which the coming step may be once more
         self._parts: PartTracker | None = None
         self._last: Plan | Stepped | None = None  # what the last step was made by
         self._captured: Plan | None = None  # a plan whose steps are in CUDA graphs
@@ -307,7 +308,8 @@ class FusedOptimizer(Checkpoints):
             )
         self.read_counts()
         groups, plan, keys = self.param_groups, self._plan, None
-        self._groups.look(groups, self)
+        if not self._groups.look(groups, self):
+            self._before = None
         # torch.amp.GradScaler sets these for the duration of a step. It multiplies by a grad_scale that it finds, None
         # included, so the class must not have one.
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
@@ -315,11 +317,16 @@ class FusedOptimizer(Checkpoints):
             self._parts.recheck()
         try:
             if plan is not None and plan.specs == self._groups.specs:
-                keys = plan.collect_gradients(groups, self._states)
+                keys = plan.collect_gradients(groups, self._states if self._states_are_known else None)
             if plan is None or keys is None:
                 return HostStep(groups, self._groups, None, None, found_inf, grad_scale)
+            plain = found_inf is None and grad_scale is None and self._parts is None
+            if plain and self._before is not None and self._before.again(plan, keys):
+                return self._before
             kind = HostStep if plan.device is None or host_decides(groups, found_inf, plan) else DeviceStep
-            return kind(groups, self._groups, plan, keys, found_inf, grad_scale)
+            step = kind(groups, self._groups, plan, keys, found_inf, grad_scale)
+            self._before = step if plain else None
+            return step
         except BaseException:
             if plan is not None:
                 plan.unbind()
@@ -338,7 +345,7 @@ class FusedOptimizer(Checkpoints):
     def _make_plan(self, step: HostStep | DeviceStep) -> bool:
         for group, spec in zip(self.param_groups, self._groups.specs):
             spec.rule.numbers(group, 1.0)  # raises, where it must, before any state is made
-        self._plan = self._last = self._captured = None  # what they hold may go before another is made
+        self._plan = self._before = self._last = self._captured = None  # what they hold may go before another is made
         if self._parts is None:
             warn_without_parts(self.param_groups)
         step.plan = plan = Plan(
@@ -369,13 +376,15 @@ class FusedOptimizer(Checkpoints):
         """Count a step in the groups; ``released``: what it has stepped and freed the gradient of."""
         if step.stepping:
             for group, spec, args, lr in zip(self.param_groups, self._groups.specs, step.extras, step.lrs):
-                group["steps"] += 1
-                if group["steps"] == LOOK and group["trust_ratio"] is not None and group["trust_ratio"].kind == "clars":
+                group["steps"] = steps = group["steps"] + 1
+                if steps == LOOK and group["trust_ratio"] is not None and group["trust_ratio"].kind == "clars":
                     buckets = () if self._last is None else self._last.buckets
                     ratios = {m.parameter: ratio for b in buckets for m, ratio in zip(b.members, b.ratios())}
                     warn_of_cap(group["trust_ratio"], [(p, ratios[p]) for p in group["params"] if p in ratios])
                 if (fold := args[FOLD]) is not None:
                     finish(group, self._states, fold, (*spec.rule.states, *spec.rule.scalars), lr, released)
+                    if fold.write_back and group["averaging"].on_write_back == "zero":
+                        self._plan = None  # which may have been told that nobody touches the states
             if self._buffers is not None:
                 self._buffers.fold(args[FOLD] for args in step.extras)
 
@@ -553,7 +562,7 @@ class FusedOptimizer(Checkpoints):
         if self._in_backward is not None:
             raise ValueError("step_in_backward is on already; remove() what it returned first")
         self._in_backward = StepInBackward(self, model)
-        self._plan = self._last = None
+        self._plan = self._before = self._last = None
         return self._in_backward
 
     def average_buffers(self, model: torch.nn.Module) -> AveragedBuffers:

@@ -70,6 +70,7 @@ class Plan:
         chosen, skipped = _grouped(param_groups, state, specs, backend, state_dtype, scales, first)
         self.shards = [entry.shard for members in chosen.values() for entry in members if entry.shard is not None]
         self.buckets: list[Bucket] = []
+        self._matrices: list[matrices.Bucket] = []
         try:
             for key, members in chosen.items():
                 for entry in members:
@@ -79,13 +80,19 @@ class Plan:
             for shard in self.shards:
                 shard.bind()
             for key, members in chosen.items():
-                self.buckets.append(_bucket(key, members, param_groups, state))
+                bucket = _bucket(key, members, param_groups, state)
+                self.buckets.append(bucket)
+                if isinstance(bucket, matrices.Bucket):
+                    self._matrices.append(bucket)
         except BaseException:
             self.undo()
             raise
         #: Of all buckets, if they can leave numbers there that the host need not know.
         devices = {bucket.device for bucket in self.buckets}
         self.device = devices.pop() if len(devices) == 1 else None
+        self.on_devices = [cast(DeviceBucket, bucket) for bucket in self.buckets if bucket.device is not None]
+        blind = all(key.backend == "native" and key.rule.matrices is None for key in chosen)
+        self._state = None if blind else state  # what buckets look at that no one else has had; None: nothing
         self.sums: dict[Any, Any] = {}  # what shard_norms.py keeps of one step for the next
         self._norm2 = None if self.device is None else torch.zeros((), dtype=torch.float64, device=self.device)
         #: Whether it notices what changes; one bucket that looks at all parameters and states is enough.
@@ -93,26 +100,29 @@ class Plan:
 
     def undo(self) -> None:
         """Take away what was made for a step that is not made."""
-        self.new_states.take_back()
+        if self.new_states.before:
+            self.new_states.take_back()
         self.unbind()
 
     def unbind(self) -> None:
         """Let go of the gradients of shards."""
         for shard in self.shards:
             shard.unbind()
-        for bucket in self.buckets:
-            if isinstance(bucket, matrices.Bucket):
-                bucket.unbind()
+        for bucket in self._matrices:
+            bucket.unbind()
 
     def collect_gradients(
-        self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]
+        self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any] | None
     ) -> list[list[StepKey]] | None:
-        """Find this step's gradients: keys per bucket, or None: the plan must be made anew."""
+        """Find this step's gradients: keys per bucket, or None: the plan must be made anew.
+
+        ``state``: None: nobody but this package has had any of it, so that nothing there was replaced or moved.
+        """
         if self.shards and not all([shard.bind() for shard in self.shards]):  # noqa: C419  # every one is asked
             return None
-        keys = []
+        keys, looked_at = [], cast(Any, self._state if state is None else state)
         for bucket in self.buckets:
-            if (of_bucket := bucket.collect_gradients(param_groups, state)) is None:
+            if (of_bucket := bucket.collect_gradients(param_groups, looked_at)) is None:
                 return None
             keys.append(of_bucket)
         return keys
@@ -130,17 +140,14 @@ class Plan:
             cast(DeviceBucket, bucket).sum_gradients(self._norm2, place > 0)
         return self._norm2
 
-    def _on_devices(self) -> list[DeviceBucket]:
-        return [cast(DeviceBucket, bucket) for bucket in self.buckets if bucket.device is not None]
-
     def capturing(self) -> bool:
         """Whether a step would go into a CUDA graph now."""
-        return any([bucket.capturing() for bucket in self._on_devices()])  # noqa: C419  # of one or two
+        return any([bucket.capturing() for bucket in self.on_devices])  # noqa: C419  # of one or two
 
     def read_counts(self, param_groups: list[dict[str, Any]]) -> None:
         """Add what replays of captured steps have counted to what the groups count; waits."""
         replayed = 0
-        for bucket in self._on_devices():
+        for bucket in self.on_devices:
             for g, steps, samples, periods in bucket.counts():
                 replayed = max(replayed, steps)
                 if param_groups[g]["averaging"] is not None:
@@ -167,15 +174,17 @@ class Plan:
 
     def run(self, args: Sequence[Sequence[StepArgs]], scalars: DeviceScalars | None = None) -> None:
         """Step every bucket, with arguments for every pair that ``collect_gradients`` returned."""
-        for bucket, of_bucket in zip(self.buckets, args):
-            if isinstance(bucket, matrices.Bucket):  # which may raise, before any parameter is stepped
-                bucket.prepare(of_bucket, scalars)
+        if self._matrices:  # which may raise, before any parameter is stepped
+            for bucket, of_bucket in zip(self.buckets, args):
+                if isinstance(bucket, matrices.Bucket):
+                    bucket.prepare(of_bucket, scalars)
         for bucket, of_bucket in zip(self.buckets, args):
             if scalars is None:
                 bucket.run(of_bucket)
             else:
                 cast(DeviceBucket, bucket).run(of_bucket, scalars)
-        self.new_states.keep()
+        if self.new_states.before:
+            self.new_states.keep()
         for shard in self.shards:
             if shard.tensor.grad is not None:
                 shard.written()

@@ -60,4 +60,4 @@ def to_16bit(model: nn.Module, optimizer: FusedOptimizer, dtype: torch.dtype = t
         slot, kept = KEPT[dtype][0], kept_for(p)
         set_exact_weights(p, kept, weights)
         optimizer.state[p][slot] = kept
-    optimizer._plan = optimizer._last = None
+    optimizer._plan = optimizer._before = optimizer._last = None

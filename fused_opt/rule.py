@@ -98,7 +98,10 @@ class Rule:
 
     def numbers(self, group: Mapping[str, Any], step: float, scalar: float = 1.0, earlier: int = 0) -> Sequence[float]:
         """The coefficients of a step; of an UNKNOWN one, before ``at_step``. The scalar is that before ``earlier`` more."""
-        coefficients = self.coefficients(group)
+        return self.at(self.coefficients(group), step, scalar, earlier)
+
+    def at(self, coefficients: Sequence[float], step: float, scalar: float, earlier: int) -> Sequence[float]:
+        """The same, from what does not depend on the step."""
         if step == UNKNOWN:
             return coefficients
         if not self.scalar:

@@ -233,28 +233,28 @@ class NewStates:
     def __init__(self, state: dict[Tensor, Any], dtype: StateDtype) -> None:
         self._state = state
         self._dtype = dtype
-        self._before: dict[Tensor, dict[str, Any] | None] = {}  # the entries to which something was added
+        self.before: dict[Tensor, dict[str, Any] | None] = {}  # the entries to which something was added
 
     def __bool__(self) -> bool:
-        return bool(self._before)
+        return bool(self.before)
 
     def keep(self) -> None:
         """They stay."""
-        self._before.clear()
+        self.before.clear()
 
     def take_back(self) -> None:
         """Delete them."""
-        for p, before in self._before.items():
+        for p, before in self.before.items():
             if before is None:
                 self._state.pop(p, None)
             else:
                 self._state[p].clear()
                 self._state[p].update(before)
-        self._before.clear()
+        self.before.clear()
 
     def _make(self, p: Tensor, slot: str, value: Tensor) -> None:
-        if p not in self._before:
-            self._before[p] = dict(self._state[p]) if p in self._state else None
+        if p not in self.before:
+            self.before[p] = dict(self._state[p]) if p in self._state else None
         self._state[p][slot] = value
 
     def add(self, p: Tensor, rule: Rule, group: Mapping[str, Any]) -> None:
@@ -295,8 +295,8 @@ class NewStates:
         of_p = self._state.get(p, {})
         if p.grad is not None:
             self.add(p, rule, group)
-            if p in self._before:
-                before = self._before[p] or {}
+            if p in self.before:
+                before = self.before[p] or {}
                 entry.states_are_new = any(before.get(slot) is None for slot in rule.states)
             if spec.exact and slot_of(p):
                 self._lay_out_kept(p, str(slot_of(p)))

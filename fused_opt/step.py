@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from .parts.tracker import PartTracker
 from .plan import Plan
 from .rule import number
 from .shard_norms import all_reduce_norms
+
+_OfGroup: TypeAlias = tuple[tuple[Any, Any, Any, Any, Any], Sequence[float]]
 
 
 class Step:
@@ -58,6 +60,9 @@ class Step:
         self.stepping = any([isinstance(lr, Tensor) or lr for lr in lrs])  # noqa: C419  # of one or two, a list is faster
         self.captured = plan is not None and plan.capturing()  # into a graph, whose replays will make the step
         self.parts: PartTracker | None = None
+        self._made: list[list[StepArgs]] = []
+        self._made_for: tuple[Plan | None, list[list[StepKey]], float] | None = None
+        self._of_groups: dict[float, list[_OfGroup]] = {}  # by scale
         self.extras = [
             step_args(group, _known(group, lr)) if spec.has_args and self.stepping else NO_ARGS
             for group, spec, lr in zip(param_groups, groups.specs, lrs)
@@ -70,30 +75,50 @@ class Step:
         if self.plan is not None:
             self.plan.undo()
 
+    def again(self, plan: Plan, keys: list[list[StepKey]]) -> bool:
+        """Whether the coming step, of groups that say the same, is this one with other gradients."""
+        if plan is not self.plan or self.captured or (plan.on_devices and plan.capturing()):
+            return False
+        self.keys = keys
+        return True
+
     def _args(self) -> list[list[StepArgs]]:
         """For every bucket, what a step does to the parameters of every key."""
-        groups, specs = self.param_groups, self.groups.specs
-        of_group: list[tuple[Any, Any, Any, Any, Any]] = []
-        for group, spec, lr in zip(groups, specs, self.lrs):
-            decay = on_device(group, group["weight_decay"], self.device)
-            if spec.averaged and self.stepping and (rate := group["averaging"].rate) != 1:  # a tensor stays where it is
-                lr, decay = lr * rate, decay * rate if spec.decay == INDEPENDENT else decay
-            scale = -self.scale if group["maximize"] else self.scale
-            if spec.decay == COUPLED:
-                of_group.append((lr, scale, decay, 0.0, 0.0))
-            elif spec.decay == DECOUPLED:
-                of_group.append((lr, scale, 0.0, decay, 0.0))
-            else:
-                of_group.append((lr, scale, 0.0, 0.0, decay if self.stepping else 0.0))
+        made_for = self.plan, self.keys, self.scale
+        if self._made_for == made_for:
+            return self._made
+        specs, of_group = self.groups.specs, self._of_groups.get(self.scale)
+        if of_group is None:
+            of_group = self._of_groups[self.scale] = self._make_of_group()
         assert self.plan is not None
-        return [
+        self._made = [
             [
-                StepArgs(*of_group[g], specs[g].rule.numbers(groups[g], step, scalar, earlier), *extras[g])
+                StepArgs(*of_group[g][0], specs[g].rule.at(of_group[g][1], step, scalar, earlier), *extras[g])
                 for g, step, scalar, earlier in of_bucket
             ]
             for bucket, of_bucket in zip(self.plan.buckets, self.keys)
             for extras in [self.extras if bucket.device is None else self._counted()]
         ]
+        self._made_for = made_for
+        return self._made
+
+    def _make_of_group(self) -> list[_OfGroup]:
+        """Of every group what is first in StepArgs, and the coefficients before ``at_step``."""
+        of_group: list[_OfGroup] = []
+        numbers: tuple[Any, Any, Any, Any, Any]
+        for group, spec, lr in zip(self.param_groups, self.groups.specs, self.lrs):
+            decay = on_device(group, group["weight_decay"], self.device)
+            if spec.averaged and self.stepping and (rate := group["averaging"].rate) != 1:  # a tensor stays where it is
+                lr, decay = lr * rate, decay * rate if spec.decay == INDEPENDENT else decay
+            scale = -self.scale if group["maximize"] else self.scale
+            if spec.decay == COUPLED:
+                numbers = lr, scale, decay, 0.0, 0.0
+            elif spec.decay == DECOUPLED:
+                numbers = lr, scale, 0.0, decay, 0.0
+            else:
+                numbers = lr, scale, 0.0, 0.0, decay if self.stepping else 0.0
+            of_group.append((numbers, spec.rule.coefficients(group)))
+        return of_group
 
     def _counted(self) -> list[tuple[Any, ...]]:
         """For a device, which counts, what noise and averages are computed from in place of what they are in this step."""

@@ -58,7 +58,7 @@ class DeviceBucket : public Bucket {
                                              steps, scalars, groups);
   }
 
-  py::object collect_gradients(const py::list& param_groups, const py::dict& state) {
+  py::object collect_gradients(const py::list& param_groups, const std::optional<py::dict>& state) {
     bucket_->forget_sums();
     return Bucket::collect_gradients(param_groups, state);
   }
@@ -210,6 +210,7 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Looks>(m, "Looks")
       .def(py::init<const std::vector<py::object>&, const std::vector<py::object>&>())
       .def("gradients", &Looks::gradients);
+  py::class_<Watch>(m, "Watch").def(py::init<py::set>()).def("keep", &Watch::keep).def("unchanged", &Watch::unchanged);
   py::class_<Bucket>(m, "Bucket")
       .def("collect_gradients", &Bucket::collect_gradients)
       .def("set_part_norms", &Bucket::set_part_norms)

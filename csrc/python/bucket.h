@@ -41,9 +41,10 @@ struct Parameter {
     if (const py::object given = entry.attr("exact"); !given.is_none()) exact.emplace(given);
     if (const py::object given = tensor.attr("grad"); !given.is_none()) g.emplace(given);
   }
-  FUSED_OPT_FN void prefetch() const {
+  FUSED_OPT_FN void prefetch(bool with_states) const {
     p.prefetch(tensor.ptr());
     if (g) g->prefetch(gradient);
+    if (!with_states) return;
     for (const Held& held : states) held.prefetch();
     if (step) step->prefetch();
     if (scalar) scalar->prefetch();
@@ -119,18 +120,21 @@ class Bucket {
       everything_.append(parameter.tensor);
     }
     table_.cut();
-    visit(param_groups, state, [&](PyObject* object) {
+    const auto see = [&](PyObject* object) {
       seen_.push_back(py::reinterpret_borrow<py::object>(object));
       return true;
-    });
+    };
+    visit(param_groups, see);
+    seen_in_groups_ = seen_.size();
+    visit(state, see);
   }
 
   // See Bucket.collect_gradients in backends/interface.py.
-  py::object collect_gradients(const py::list& param_groups, const py::dict& state) {
+  py::object collect_gradients(const py::list& param_groups, const std::optional<py::dict>& state) {
     size_t next = 0;
-    const bool unchanged = visit(
-        param_groups, state, [&](PyObject* object) { return next < seen_.size() && seen_[next++].ptr() == object; });
-    if (!unchanged || next != seen_.size()) return py::none();
+    const auto seen = [&](PyObject* object) { return next < seen_.size() && seen_[next++].ptr() == object; };
+    if (!visit(param_groups, seen) || (state && !visit(*state, seen))) return py::none();
+    if (next != (state ? seen_.size() : seen_in_groups_)) return py::none();
     constexpr size_t kAhead = 2;
     keys_.clear();
     rows_.clear();
@@ -138,7 +142,7 @@ class Bucket {
     for (size_t t = 0; t < parameters_.size(); ++t) {
       Parameter& parameter = parameters_[t];
       Tensor& tensor = table_.tensors[t];
-      if (t + kAhead < parameters_.size()) parameters_[t + kAhead].prefetch();
+      if (t + kAhead < parameters_.size()) parameters_[t + kAhead].prefetch(state.has_value());
       const py::object grad = grad_of(parameter.tensor.ptr());
       parameter.gradient = grad.ptr();
       Layer& layer = table_.layers[t];
@@ -148,8 +152,9 @@ class Bucket {
       ++active_;
       if (is_known(layer.weight_norm2) && version_now(parameter) != parameter.version) layer.weight_norm2 = kUnknown;
       if (!parameter.g || !is_plain(grad.ptr()) || !parameter.g->matches(grad.ptr(), &tensor.g.data) ||
-          !parameter.p.unmoved(parameter.tensor.ptr()) || !collect_states(parameter))
+          !parameter.p.unmoved(parameter.tensor.ptr()) || (state && !states_are_unmoved(parameter)))
         return py::none();
+      read_states(parameter);
       // Lazy negations are views of complex numbers, .conj().imag, whose elements have others between them.
       if ((!tensor.flat || tensor.numel == 1) && is_negated(grad.ptr())) return py::none();
       const Key key{parameter.group, parameter.count, parameter.scalar_now, parameter.scalar ? parameter.earlier : 0};
@@ -157,7 +162,8 @@ class Bucket {
       if (row >= keys_.size() || keys_[row] != key) row = row_of(key);
       tensor.args = static_cast<int32_t>(row);
     }
-    return py::cast(keys_);
+    if (!told_ || keys_ != told_keys_) told_ = py::cast(told_keys_ = keys_);
+    return told_;
   }
 
   // See backends/interface.py: PartNorms or None for every parameter.
@@ -223,27 +229,25 @@ class Bucket {
     return ratios;
   }
 
-  // Whether a parameter's states are where they were; finds out which step is to come.
-  bool collect_states(Parameter& parameter) const {
-    for (const Held& held : parameter.states)
-      if (!held.unmoved()) return false;
-    for (const std::optional<Held>& held : parameter.scales)
-      if (held && !held->unmoved()) return false;
-    if (parameter.average && !parameter.average->unmoved()) return false;
-    if (parameter.exact && !parameter.exact->unmoved()) return false;
+  // Whether a parameter's states are where they were.
+  static bool states_are_unmoved(const Parameter& parameter) {
+    const auto unmoved = [](const std::optional<Held>& held) { return !held || held->unmoved(); };
+    return std::all_of(parameter.states.begin(), parameter.states.end(), [](const Held& h) { return h.unmoved(); }) &&
+           std::all_of(parameter.scales.begin(), parameter.scales.end(), unmoved) && unmoved(parameter.average) &&
+           unmoved(parameter.exact) && unmoved(parameter.step) && unmoved(parameter.scalar);
+  }
+
+  // Finds out which step of a parameter is to come.
+  void read_states(Parameter& parameter) const {
     if (!parameter.step) {
       parameter.count = parameter.states_are_new ? 1 : 2;
-      return true;
+      return;
     }
-    if (!parameter.step->unmoved()) return false;
     const View& view = parameter.step->view;
     parameter.count = steps_on_device_                ? kUnknown
                       : view.dtype == DType::kFloat64 ? *static_cast<double*>(view.data) + 1 + parameter.earlier
                                                       : *static_cast<float*>(view.data) + 1.0 + parameter.earlier;
-    if (!parameter.scalar) return true;
-    if (!parameter.scalar->unmoved()) return false;
-    if (!steps_on_device_) parameter.scalar_now = *static_cast<float*>(parameter.scalar->view.data);
-    return true;
+    if (parameter.scalar && !steps_on_device_) parameter.scalar_now = *static_cast<float*>(parameter.scalar->view.data);
   }
 
   // As StepKey in backends/interface.py.
@@ -284,7 +288,7 @@ class Bucket {
 
   // Calls f on every object whose replacement would make the bucket stale, until it returns false.
   template <class F>
-  static bool visit(const py::list& param_groups, const py::dict& state, const F& f) {
+  static bool visit(const py::list& param_groups, const F& f) {
     static PyObject* const params_name = PyUnicode_InternFromString("params");
     for (const auto& group : param_groups) {
       PyObject* params = PyDict_GetItemWithError(group.ptr(), params_name);
@@ -292,6 +296,10 @@ class Bucket {
       for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i)
         if (!f(PyList_GET_ITEM(params, i))) return false;
     }
+    return true;
+  }
+  template <class F>
+  static bool visit(const py::dict& state, const F& f) {
     PyObject *key, *value, *name, *tensor;
     for (Py_ssize_t i = 0; PyDict_Next(state.ptr(), &i, &key, &value);) {
       if (!f(key) || !f(value)) return false;
@@ -308,8 +316,10 @@ class Bucket {
   cpu::Table table_;
   // What `table_` points to: where elements are, strides, and sizes of what is walked in another order.
   std::deque<std::pair<ShardLayout, std::vector<int64_t>>> shards_;
-  std::vector<py::object> seen_;
-  std::vector<Key> keys_;
+  std::vector<py::object> seen_;  // in the groups, then in the state
+  size_t seen_in_groups_ = 0;
+  std::vector<Key> keys_, told_keys_;
+  py::object told_;             // told_keys_ as Python's
   std::map<Key, size_t> rows_;  // where keys_ has a key
   size_t active_ = 0;
   py::list everything_;
@@ -331,7 +341,7 @@ class CPUBucket : public Bucket {
     return cpu::grad_norm2(*kernel_, table_, threads);
   }
 
-  std::vector<std::tuple<double, double, double>> norms(const py::sequence& args, bool gradients, bool directions,
+  std::vector<std::tuple<double, double, double>> norms(const py::list& args, bool gradients, bool directions,
                                                         int threads) {
     read_args(args);
     {
@@ -351,7 +361,7 @@ class CPUBucket : public Bucket {
   }
 
   // Returns the places of the parameters whose trust ratio could not be formed, because a norm is not finite.
-  std::vector<size_t> run(const py::sequence& args, int threads) {
+  std::vector<size_t> run(const py::list& args, int threads) {
     read_args(args);
     for (size_t t = 0; t < parameters_.size(); ++t) {  // now, while they are in the cache
       Parameter& parameter = parameters_[t];
@@ -386,12 +396,20 @@ class CPUBucket : public Bucket {
   }
 
  private:
-  void read_args(const py::sequence& args) {
+  void read_args(const py::list& args) {
     if (args.size() != keys_.size()) throw py::value_error("one StepArgs for every key of collect_gradients()");
+    if (std::equal(args.begin(), args.end(), read_.begin(), read_.end(),
+                   [](const auto& given, const auto& before) { return given.ptr() == before.ptr(); }))
+      return;
     table_.args.clear();
-    for (const auto& of_row : args) table_.args.push_back(read_step_args(of_row, kRules[rule_]));
+    read_.clear();
+    for (const auto& of_row : args) {
+      table_.args.push_back(read_step_args(of_row, kRules[rule_]));
+      read_.push_back(py::reinterpret_borrow<py::object>(of_row));
+    }
   }
 
+  std::vector<py::object> read_;  // what table_.args says, to tell whether it is told again
   const cpu::Kernel* kernel_;
 };
 

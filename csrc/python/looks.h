@@ -1,6 +1,7 @@
-// What a backend without C++ asks of its tensors in every step, in one call.
+// What Python asks in every step, in one call: of a backend's tensors, and of the parameter groups.
 #pragma once
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "view.h"
@@ -47,6 +48,40 @@ class Looks {
   };
   std::vector<Parameter> parameters_;
   std::vector<Held> others_;
+};
+
+// Tells whether groups still say what they said: whether every value is the same object, but for those of some keys.
+class Watch {
+ public:
+  explicit Watch(py::set left_out) : left_out_(std::move(left_out)) {}
+
+  void keep(const std::vector<py::dict>& groups) {
+    kept_.clear();
+    for (const py::dict& group : groups) {
+      auto& items = kept_.emplace_back();
+      for (const auto& [key, value] : group)
+        items.emplace_back(py::reinterpret_borrow<py::object>(key),
+                           left_out_.contains(key) ? py::object() : py::reinterpret_borrow<py::object>(value));
+    }
+  }
+  // False where nothing was kept.
+  bool unchanged(const std::vector<py::dict>& groups) const {
+    if (kept_.empty() || groups.size() != kept_.size()) return false;
+    for (size_t g = 0; g < kept_.size(); ++g) {
+      if (groups[g].size() != kept_[g].size()) return false;
+      PyObject *key, *value;
+      Py_ssize_t place = 0;
+      for (const auto& [kept_key, kept_value] : kept_[g])
+        if (!PyDict_Next(groups[g].ptr(), &place, &key, &value) || key != kept_key.ptr() ||
+            (kept_value && value != kept_value.ptr()))
+          return false;
+    }
+    return true;
+  }
+
+ private:
+  const py::set left_out_;
+  std::vector<std::vector<std::pair<py::object, py::object>>> kept_;  // no value: of a key that is left out
 };
 
 }  // namespace

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ..rule import Rule
 from . import interface, reference
@@ -46,6 +47,11 @@ def unavailable() -> str | None:
 def looks(parameters: Sequence[Tensor], others: Sequence[Tensor]) -> Any:
     """For another backend, what looks at its tensors: ``Looks`` in csrc/python/looks.h; None without a compiled core."""
     return None if unavailable() else _native.Looks(parameters, others)
+
+
+def watch(left_out: set[str]) -> Any:
+    """What tells whether groups still say the same: ``Watch`` in csrc/python/looks.h; None without a compiled core."""
+    return None if unavailable() else _native.Watch(left_out)
 
 
 @lru_cache
@@ -124,7 +130,7 @@ def accumulate(total: Tensor | None, part: Tensor) -> tuple[float, float]:
                 return reference.accumulate(total, part)
         sums = tuple(scratch[:2].tolist())
     if total is not None:
-        torch.autograd.graph.increment_version(total)
+        increment_version(total)
     return sums
 
 
@@ -146,9 +152,12 @@ class _Bucket:
         self.members = members
 
     def collect_gradients(
-        self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]
+        self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any] | None
     ) -> list[StepKey] | None:
-        """Find this step's gradients: the keys that ``run`` needs arguments for, or None: plan anew."""
+        """Find this step's gradients: the keys that ``run`` needs arguments for, or None: plan anew.
+
+        ``state``: None: no one else has had any of it since the bucket was made, and it is not looked at.
+        """
         return self.core.collect_gradients(param_groups, state)
 
     def set_part_norms(self, norms: Sequence[PartNorms | None]) -> None:
@@ -182,7 +191,7 @@ class CPUBucket(_Bucket):
     def run(self, args: Sequence[StepArgs]) -> None:
         """Step every parameter that has a gradient, on torch's threads."""
         # Autograd sees no writes through pointers; without this a backward through the old weights would not be detected.
-        torch.autograd.graph.increment_version(self.core.touched())
+        increment_version(self.core.touched())
         for index in self.core.run(args, torch.get_num_threads()):
             self.members[index].warn_not_finite()
 
@@ -210,9 +219,9 @@ class GPUBucket(_Bucket):
             core.keep_norms(self._norms.data_ptr())
 
     def collect_gradients(
-        self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]
+        self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any] | None
     ) -> list[StepKey] | None:
-        """Find this step's gradients: the keys that ``run`` needs arguments for, or None: plan anew."""
+        """As of every bucket; the norms of whole tensors are those of the step before."""
         self._whole = None
         return super().collect_gradients(param_groups, state)
 
@@ -280,7 +289,7 @@ class GPUBucket(_Bucket):
     def run(self, args: Sequence[StepArgs], scalars: DeviceScalars | None = None) -> None:
         """Queue the step of every parameter that has a gradient."""
         with _current(self.device):
-            torch.autograd.graph.increment_version(self.core.touched())
+            increment_version(self.core.touched())
             self.core.run(args, self._on_device(scalars), 0 if self._whole is None else self._whole.data_ptr())
 
     def capturing(self) -> bool:

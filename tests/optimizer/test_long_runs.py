@@ -70,9 +70,9 @@ def test_many_parameters(name, options, count, backend):
 
 @pytest.mark.parametrize("count", [300, long(30_000)])
 def test_many_counts_of_steps(count, backend, monkeypatch):
-    """A third as many as parameters; the numbers of each are computed once in a step."""
-    runs, calls, numbers = [], [], Rule.numbers
-    monkeypatch.setattr(Rule, "numbers", lambda *args: calls.append(args) or numbers(*args))
+    """A third as many as parameters; the numbers of each are computed once in a step, at most."""
+    runs, calls, numbers = [], [], Rule.at
+    monkeypatch.setattr(Rule, "at", lambda *args: calls.append(args) or numbers(*args))
     for module, extra in ((fused_opt, {"backend": backend}), (torch.optim, {"foreach": False})):
         parameters = [torch.nn.Parameter(row) for row in torch.ones(count, 3, dtype=torch.float64)]
         optimizer = module.AdamW(parameters, lr=0.1, **extra)
@@ -85,7 +85,8 @@ def test_many_counts_of_steps(count, backend, monkeypatch):
             optimizer.step()
         runs.append((torch.stack(parameters), [optimizer.state[p]["step"].item() for p in parameters]))
         if module is fused_opt:
-            assert 0 <= len(calls) - 2 * (1 if as_on_a_gpu() else count // 3) <= 2  # once more where a plan is made
+            needed = 1 if as_on_a_gpu() else 2 * (count // 3)  # a GPU counts by itself, and is told the same again
+            assert 0 <= len(calls) - needed <= 2  # once more where a plan is made
     assert_close(*runs)
 
 

@@ -140,3 +140,63 @@ def test_multipliers_of_two_sources_multiply(backend):
     p.grad, q.grad = torch.ones(2), torch.ones(2)
     optimizer.step()
     assert (p[0].item(), q[0].item()) == (-1.0, -3.0)
+
+
+def rise(group):
+    group["lr"] = 0.5
+
+
+def rise_in_place(group):
+    group["lr"].fill_(0.5)
+
+
+def decay(group):
+    group["weight_decay"] = 0.5
+
+
+def decay_in_place(group):
+    group["weight_decay"].fill_(0.5)
+
+
+def ascend(group):
+    group["maximize"] = True
+
+
+def forget_in_place(group):
+    group["betas"][0].fill_(0.25)
+
+
+LATE_CHANGES = [
+    (rise, "SGD", {"lr": 0.1, "momentum": 0.5}),
+    (rise_in_place, "SGD", {"lr": torch.tensor(0.1)}),
+    (decay, "AdamW", {"lr": 0.1}),
+    (decay_in_place, "SGD", {"lr": 0.1, "weight_decay": torch.tensor(0.1)}),
+    (ascend, "SGD", {"lr": 0.1}),
+    (forget_in_place, "Adam", {"lr": 0.1, "betas": (torch.tensor(0.9), torch.tensor(0.99))}),
+]
+
+
+@pytest.mark.parametrize(("change", "name", "options"), LATE_CHANGES)
+def test_a_change_after_many_steps_that_were_alike(change, name, options, backend):
+    def weights(make, **more):
+        p = torch.nn.Parameter(torch.ones(3))
+        optimizer = make([p], **copy.deepcopy(options), **more)
+        for step in range(8):
+            p.grad = torch.linspace(1, 2, 3) * (step + 1)
+            if step == 5:
+                change(optimizer.param_groups[0])
+            optimizer.step()
+        return p.detach()
+
+    expected = weights(getattr(torch.optim, name), foreach=False)
+    torch.testing.assert_close(weights(getattr(fused_opt, name), backend=backend), expected)
+
+
+def test_a_rate_that_is_refused_stays_refused(backend):
+    optimizer = stepped(backend)
+    for _ in range(3):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = -1.0
+    for _ in range(3):
+        with unchanged(optimizer), pytest.raises(ValueError, match=r"Invalid learning rate: -1\.0"):
+            optimizer.step()
