@@ -90,7 +90,7 @@ class FusedOptimizer(Checkpoints):
         self._holds_averages = False
         self._groups = Groups(defaults)
         self._plan: Plan | None = None
-        self._before: HostStep | DeviceStep | None = None  # which the coming step may be once more
+        self._before: HostStep | DeviceStep | None = None  # by the kept plan; the coming step may be it once more
         self._parts: PartTracker | None = None
         self._last: Plan | Stepped | None = None  # what the last step was made by
         self._captured: Plan | None = None  # a plan whose steps are in CUDA graphs
@@ -321,7 +321,7 @@ class FusedOptimizer(Checkpoints):
             if plan is None or keys is None:
                 return HostStep(groups, self._groups, None, None, found_inf, grad_scale)
             plain = found_inf is None and grad_scale is None and self._parts is None
-            if plain and self._before is not None and self._before.again(plan, keys):
+            if plain and self._before is not None and self._before.again(keys):
                 return self._before
             kind = HostStep if plan.device is None or host_decides(groups, found_inf, plan) else DeviceStep
             step = kind(groups, self._groups, plan, keys, found_inf, grad_scale)

@@ -75,9 +75,10 @@ class Step:
         if self.plan is not None:
             self.plan.undo()
 
-    def again(self, plan: Plan, keys: list[list[StepKey]]) -> bool:
-        """Whether the coming step, of groups that say the same, is this one with other gradients."""
-        if plan is not self.plan or self.captured or (plan.on_devices and plan.capturing()):
+    def again(self, keys: list[list[StepKey]]) -> bool:
+        """Whether the coming step, by the same plan and of groups that say the same, is this one with other gradients."""
+        assert self.plan is not None
+        if self.captured or (self.plan.on_devices and self.plan.capturing()):
             return False
         self.keys = keys
         return True

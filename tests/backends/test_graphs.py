@@ -129,6 +129,22 @@ def test_a_capture_steps_and_counts_nothing():
     assert training.optimizer.param_groups[0]["steps"] == BEFORE
 
 
+def test_a_capture_after_steps_that_were_alike():
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = fused_opt.SGD([p], lr=0.25, backend="native")
+    p.grad = torch.ones(3)
+    for _ in range(4):
+        optimizer.step()
+    graph = native._native.HostGraph()
+    with captured(graph):
+        optimizer.step()
+    graph.replay()
+    graph.replay()
+    optimizer.read_counts()
+    assert optimizer.param_groups[0]["steps"] == 6
+    assert p.tolist() == [-0.5] * 3
+
+
 def test_groups_of_their_own_and_of_two_arithmetics():
     def groups(parameters):
         parameters[2].data, parameters[2].grad = parameters[2].data.double(), None

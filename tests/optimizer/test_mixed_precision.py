@@ -102,6 +102,17 @@ def test_grad_scale_and_found_inf_as_the_scaler_sets_them(name, options, backend
     assert_same(optimizer, oracle)
 
 
+def test_a_scaler_that_comes_after_steps_without_one(backend):
+    p = torch.nn.Parameter(torch.full((3,), 4.0))
+    optimizer = fused_opt.SGD([p], lr=0.5, backend=backend)
+    for scale, found_inf in [(None, None)] * 4 + [(2.0, 0.0), (8.0, 0.0), (8.0, 1.0)]:
+        if scale is not None:
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(found_inf)
+        p.grad = torch.full((3,), scale or 1.0)
+        optimizer.step()
+    assert p.tolist() == [1.0] * 3  # of 4, six steps of 0.5
+
+
 def test_gradients_are_unscaled_in_float32(backend):
     """In float16 the unscaled gradient would be 0."""
     p = torch.nn.Parameter(torch.ones(3, dtype=torch.float16))
