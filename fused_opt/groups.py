@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from .backends import native
 from .extras import COUNTS, EXTRAS, IN_ARGS
@@ -15,6 +19,7 @@ from .extras.decay import Cautious
 from .extras.rounding import rounds_at_random
 from .extras.trust_ratio import TrustRatio
 from .rule import Rule
+from .warn import warn_once
 
 _FIXED = (float, int, bool, str, type(None), TrustRatio, Cautious)  # types whose values cannot be written in place
 
@@ -114,3 +119,44 @@ def _is_fixed(value: Any) -> bool:
 def extras_of(options: Mapping[str, Any]) -> dict[str, Any]:
     """The extras of some options, defaults where they say nothing."""
     return {extra.key: options.get(extra.key, extra.default) for extra in EXTRAS}
+
+
+class WithGroups(torch.optim.Optimizer):
+    """An optimizer that checks a group before it adds it."""
+
+    _given: set[int] | None = None  # parameters of the groups so far, by id, while the constructor adds groups
+
+    def _check_all(self, options: Mapping[str, Any]) -> None:
+        """Raise where a hyper-parameter is out of its range."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as torch.optim does, after its hyper-parameters were found in range."""
+        if isinstance(param_group, dict):
+            for key in param_group.keys() - self.defaults.keys() - {"params", "param_names"}:
+                for near in get_close_matches(key, self.defaults, 1, cutoff=0.8):
+                    warn_once(f"a parameter group has {key!r}, which nothing reads. Did you mean {near!r}?")
+            self._check_all({**self.defaults, **param_group})
+            if self.param_groups:  # it joins the others' count of steps
+                oldest = self.param_groups[0]
+                alike = param_group.get("averaging", self.defaults["averaging"]) == oldest["averaging"]
+                param_group.update({name: oldest[name] for name in (COUNTS if alike else ("steps", "skipped_steps"))})
+            params = param_group["params"]
+            params = [params] if isinstance(params, Tensor) else list(params)
+            if not isinstance(param_group["params"], set):
+                param_group["params"] = params  # an iterator is spent now
+            ids = [id(one[1] if isinstance(one, tuple) and len(one) > 1 else one) for one in params]
+            if self._given is not None and self._given.isdisjoint(ids):
+                self._given.update(ids)
+                self._append(param_group)
+                return
+        super().add_param_group(param_group)
+
+    def _append(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters that are in no other: torch would look at those of all others, for every group."""
+        groups = self.param_groups
+        self.param_groups = groups[:1]  # with or without names, like the others
+        try:
+            super().add_param_group(param_group)
+            groups.append(self.param_groups[-1])
+        finally:
+            self.param_groups = groups

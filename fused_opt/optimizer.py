@@ -15,13 +15,12 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from . import backends
 from .checkpoint import Checkpoints
-from .eight_bits import EIGHT_BITS
 from .extras import COUNTS, EXTRAS, FOLD, Extras, check_extras
 from .extras.averaging import finish, swapped_in
 from .extras.buffers import AveragedBuffers
 from .extras.decay import COUPLED, DECOUPLED, check_together
 from .extras.trust_ratio import LOOK, warn_of_cap
-from .groups import Groups, extras_of, name_of
+from .groups import Groups, WithGroups, extras_of, name_of
 from .in_backward import StepInBackward, Stepped
 from .keywords import write_out, write_out_root
 from .parts.microbatches import Microbatches
@@ -30,7 +29,7 @@ from .parts.samples import Samples
 from .parts.tracker import PartTracker, wants_parts, warn_without_parts
 from .plan import Plan
 from .shards import within_zero
-from .states import StateDtype, check_state_dtype, exact_of, not_in_8_bits
+from .states import StateDtype, check_state_dtype, exact_of, not_in_8_bits, refuse_8_bits_under_zero
 from .step import DeviceStep, HostStep, host_decides
 from .tensors import buffers_restored
 from .warn import warn_once
@@ -41,7 +40,7 @@ Scales: TypeAlias = dict[str, dict[Tensor, tuple[float, float]]]  # by source: o
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
-class FusedOptimizer(Checkpoints):
+class FusedOptimizer(Checkpoints, WithGroups):
     """What the optimizers of this package have in common.
 
     Everything but ``state_dtype`` and ``backend`` is in ``param_groups``, where it can be read, changed between steps, and
@@ -58,7 +57,6 @@ class FusedOptimizer(Checkpoints):
     """
 
     _grad_norm: float | Callable[[], float] | None = None
-    _given: set[int] | None = None  # parameters of the groups so far, by id, while the constructor adds groups
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -100,11 +98,8 @@ class FusedOptimizer(Checkpoints):
         self._check_names_of_states()
         self._states_are_known = False
         self._partial = within_zero()
-        if self._partial and self._asks_for_8_bits():
-            raise ValueError(
-                "state_dtype='8bit': ZeroRedundancyOptimizer casts the states that it loads to the parameters' dtype, and "
-                "codes are no numbers. state_dtype=torch.bfloat16 would work, and 8 bits under DistributedDataParallel"
-            )
+        if self._partial:
+            refuse_8_bits_under_zero(state_dtype)
         for group in self.param_groups if self._partial else ():
             of_all = [extra for extra in EXTRAS if extra.of_all_parameters]
             if asked := [extra.key for extra in of_all if group[extra.key] != extra.default]:
@@ -151,42 +146,6 @@ class FusedOptimizer(Checkpoints):
         for group in self.param_groups:
             if why := not_in_8_bits(self.state_dtype, self._rule(group), bool(group.get("differentiable"))):
                 raise ValueError(f"Invalid state_dtype: {why}")
-
-    def _asks_for_8_bits(self) -> bool:
-        asked = self.state_dtype
-        return EIGHT_BITS in (asked.values() if isinstance(asked, Mapping) else (asked,))
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as torch.optim does, after its hyper-parameters were found in range."""
-        if isinstance(param_group, dict):
-            for key in param_group.keys() - self.defaults.keys() - {"params", "param_names"}:
-                for near in get_close_matches(key, self.defaults, 1, cutoff=0.8):
-                    warn_once(f"a parameter group has {key!r}, which nothing reads. Did you mean {near!r}?")
-            self._check_all({**self.defaults, **param_group})
-            if self.param_groups:  # it joins the others' count of steps
-                oldest = self.param_groups[0]
-                alike = param_group.get("averaging", self.defaults["averaging"]) == oldest["averaging"]
-                param_group.update({name: oldest[name] for name in (COUNTS if alike else ("steps", "skipped_steps"))})
-            params = param_group["params"]
-            params = [params] if isinstance(params, Tensor) else list(params)
-            if not isinstance(param_group["params"], set):
-                param_group["params"] = params  # an iterator is spent now
-            ids = [id(one[1] if isinstance(one, tuple) and len(one) > 1 else one) for one in params]
-            if self._given is not None and self._given.isdisjoint(ids):
-                self._given.update(ids)
-                self._append(param_group)
-                return
-        super().add_param_group(param_group)
-
-    def _append(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters that are in no other: torch would look at those of all others, for every group."""
-        groups = self.param_groups
-        self.param_groups = groups[:1]  # with or without names, like the others
-        try:
-            super().add_param_group(param_group)
-            groups.append(self.param_groups[-1])
-        finally:
-            self.param_groups = groups
 
     def scale_layers(
         self,

@@ -51,6 +51,15 @@ def check_state_dtype(given: StateDtype) -> None:
             )
 
 
+def refuse_8_bits_under_zero(given: StateDtype) -> None:
+    """Raise where states in 8 bits are asked for that ZeroRedundancyOptimizer is going to load."""
+    if EIGHT_BITS in (given.values() if isinstance(given, Mapping) else (given,)):
+        raise ValueError(
+            "state_dtype='8bit': ZeroRedundancyOptimizer casts the states that it loads to the parameters' dtype, and "
+            "codes are no numbers. state_dtype=torch.bfloat16 would work, and 8 bits under DistributedDataParallel"
+        )
+
+
 def not_in_8_bits(given: StateDtype, rule: Rule, differentiable: bool) -> str | None:
     """Why a rule cannot be stepped with the states that are asked for in 8 bits, or None."""
     asked = [slot for slot in rule.states if dtype_of_state(given, slot) == EIGHT_BITS]
