@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from .training import bits, scheduled, set_rate
 
 SEQUENCES, LENGTH, VOCABULARY, EPOCHS = 512, 20, 400, 8
 SMALL, LEVELS = 16, 4
+LONG = 16  # epochs, in which four cycles end
+ENSEMBLE = ", ensemble of 4"  # how the names of arms end whose states at these ends are kept
 CYCLE = fused_opt.CyclicalBatchSize(SMALL, levels=LEVELS, width=1)
 BATCHES = {
     "fixed 16": fused_opt.CyclicalBatchSize(SMALL, levels=1),
@@ -26,6 +29,18 @@ BATCHES = {
     "one rise 16 to 128": fused_opt.CyclicalBatchSize(SMALL, levels=LEVELS, width=EPOCHS / LEVELS),
     "fixed 16, cyclical noise": fused_opt.CyclicalBatchSize(SMALL, levels=1),
 }
+
+
+class Ensemble(nn.Module):
+    """The mean prediction of a model with several states."""
+
+    def __init__(self, model: nn.Module, states: list[dict[str, Any]]) -> None:
+        super().__init__()
+        self.model, self.states = model, states
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logarithms of the mean probabilities, which are scores as well."""
+        return fused_opt.average_predictions(self.model, self.states, x).log()
 
 
 class WordModel(nn.Module):
@@ -49,7 +64,7 @@ def train(
 ) -> dict[str, Any]:
     """SGD with momentum, gradients clipped in the step; the rate follows the examples seen, not the updates."""
     epochs, batch = options.get("epochs", EPOCHS), BATCHES[options["batch"]]
-    model = WordModel(classes)
+    model, states = WordModel(classes), []
     order = RandomSampler(range(len(data.targets)), generator=torch.Generator().manual_seed(seed))
     sampler = fused_opt.CyclicalBatchSampler(order, batch)
     noise = None
@@ -67,7 +82,41 @@ def train(
             nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
             optimizer.step()
             seen, updates = seen + len(rows), updates + 1
-    return {"score": bits(model, held_out, classes), "examples": seen, "updates": updates}
+        if options.get("ensemble") and CYCLE.cycles(epoch + 1) > len(states):
+            states.append(copy.deepcopy(model.state_dict()))
+    judged = Ensemble(model, states) if states else model
+    return {"score": bits(judged, held_out, classes), "examples": seen, "updates": updates}
+
+
+def ensembles() -> list[Arm]:
+    """Four cycles, a fixed batch with as many updates, and the ensembles of their states at the cycles' ends.
+
+    A rate that falls is beside them: what is usually done instead.
+    """
+    fixed, cyclical, linear = "fixed 36", "cyclical 16 to 128", "fixed 36, linear rate"
+    against = {
+        fixed: (),
+        fixed + ENSEMBLE: (fixed, linear),
+        cyclical: (fixed,),
+        cyclical + ENSEMBLE: (cyclical, fixed + ENSEMBLE, linear),
+        linear: (fixed,),
+    }
+    return [
+        Arm(
+            "16 epochs",
+            name,
+            (-2, -1, 0),
+            {
+                "schedule": "linear" if name == linear else "constant",
+                "batch": cyclical if name.startswith(cyclical) else fixed,
+                "epochs": LONG,
+                "ensemble": name.endswith(ENSEMBLE),
+            },
+            others,
+            same_rate=name.endswith(ENSEMBLE),
+        )
+        for name, others in against.items()
+    ]
 
 
 def load(given: Path | None) -> Data:
@@ -95,7 +144,8 @@ def study(quick: bool = False) -> Study:
             )
             for schedule in schedules
             for name in (names if schedule == "constant" else names[:3])
-        ],
+        ]
+        + ([] if quick else ensembles()),
         metric="test bits a word",
         higher=False,
         load=(lambda given: language(words(standard_library()), 100, LENGTH, 128, 64)) if quick else load,

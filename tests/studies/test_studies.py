@@ -15,7 +15,7 @@ import torch
 from support import ROOT
 
 from studies import __main__ as program
-from studies import data, harness, report
+from studies import cyclical, data, harness, report
 from studies.data import Data, MissingData, Split
 from studies.harness import TEST, VALIDATION, Arm, Study, grid, pending, rate, run_study
 
@@ -229,6 +229,28 @@ def test_wrong_labels_are_of_other_classes_and_in_training_alone():
     assert torch.equal(found.train.targets, again.train.targets)
     assert torch.equal(right.train.targets, torch.arange(50) % 10)
     assert found[1:] == right[1:]
+
+
+def test_an_ensemble_is_of_the_weights_at_the_ends_of_cycles(monkeypatch):
+    kept = []
+
+    def judged(model, split, classes):
+        kept.append(model)
+        return 0.0
+
+    monkeypatch.setattr(cyclical, "bits", judged)
+    split = Split(torch.arange(80).view(16, 5) % 7, torch.arange(1, 81).view(16, 5) % 7)
+    for epochs in (4, 8, 11):
+        torch.manual_seed(0)
+        options = {"schedule": "constant", "batch": "cyclical 16 to 128", "epochs": epochs, "ensemble": epochs == 11}
+        cyclical.train(options, 0.5, 1, split, split, 7)
+    four, eight, ensemble = kept
+    assert isinstance(ensemble, cyclical.Ensemble)
+    assert len(ensemble.states) == 2
+    for model, state in zip((four, eight), ensemble.states):
+        assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    expected = (four(split.inputs).softmax(-1) + eight(split.inputs).softmax(-1)) / 2
+    assert torch.allclose(ensemble(split.inputs).exp(), expected)
 
 
 def test_images_are_checked_and_found_in_either_layout(tmp_path, monkeypatch):
