@@ -1,9 +1,10 @@
-"""Large batches on a deep plain network: trust ratios, with and without warmup, from two initializations."""
+"""Large batches on a deep plain network: trust ratios, with and without warmup, two initializations, three batch sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 from torch import nn
@@ -15,8 +16,10 @@ from .harness import Arm, Study
 from .training import accuracy, batches, scheduled, set_rate
 
 IMAGES, BATCH, EPOCHS = 10240, 1024, 5
+MANY, LARGER = 49152, (4096, 16384)  # images, and the batches that divide them
 DEPTH, WIDTH = 10, 64
 WARMUP = 0.2  # of the updates
+RATIOS = ("matrices with a ratio of 0.1 or more", "median ratio of the matrices")  # of CLARS, half way
 SGD = {"momentum": 0.9, "weight_decay": 2e-4}
 
 
@@ -69,8 +72,9 @@ def train(
     clars = options["optimizer"].startswith("CLARS")
     if clars:
         optimizer.track_parts("sample", model)
+        optimizer.name_parameters(model)
     steps = len(data.targets) // size
-    half, capped = 0.0, 0.0
+    half, of_clars = 0.0, dict[str, Any].fromkeys(RATIOS, "")
     for update, x, y in batches(data, size, epochs, seed):
         set_rate(optimizer, lr * scheduled("linear", update / (steps * epochs), options["warmup"]))
         optimizer.zero_grad()
@@ -79,45 +83,50 @@ def train(
         if update + 1 == steps * epochs // 2:
             half = accuracy(model, held_out)
             if clars:
-                matrices = [p.ndim > 1 for p in model.parameters()]
-                ratios = [r for r, is_matrix in zip(optimizer.trust_ratios().values(), matrices) if is_matrix]
-                capped = sum(ratio >= 0.0999 for ratio in ratios) / max(1, len(ratios))
+                ratios = [ratio for name, ratio in optimizer.trust_ratios().items() if name.endswith("weight")]
+                of_clars = dict(zip(RATIOS, (mean(ratio >= 0.0999 for ratio in ratios), median(ratios))))
     return {
         "score": accuracy(model, held_out),
         "examples": steps * size * epochs,
         "updates": steps * epochs,
         "half way": half,
-        "matrices with a ratio of 0.1 or more": capped,
+        **of_clars,
     }
 
 
-def arms(inits: list[str], optimizers: list[str], points: int | None = None, **options: Any) -> list[Arm]:
-    """Every optimizer, from He's initialization with warmup, too, which is judged at the rate without it as well."""
+def arms(
+    init: str, names: Sequence[str], warmed: Sequence[str] = (), points: int | None = None, **options: Any
+) -> list[Arm]:
+    """Of one setting; those in ``warmed`` with warmup, too, which is judged at the rate without it as well."""
+    batch = f", batch {options['batch']:,}" if "batch" in options else ""
     return [
         Arm(
-            f"{init} initialization",
+            f"{init} initialization{batch}",
             f"{name}, warmup" if warmup else name,
             GRIDS[name.partition(",")[0]][:points],
             {"init": init, "optimizer": name, "warmup": warmup, **options},
-            (name,) if warmup else AGAINST[name],
+            (name,) if warmup else tuple(other for other in AGAINST[name] if other in names),
             same_rate=bool(warmup),
         )
-        for init in inits
-        for name in optimizers
-        for warmup in ((0.0, WARMUP) if init == "He" and name != "CLARS, no cap" else (0.0,))
+        for name in names
+        for warmup in ((0.0, WARMUP) if name in warmed else (0.0,))
     ]
 
 
-def load(given: Path | None) -> Data:
-    """10,240 images to train on."""
-    return fashion_mnist(given, IMAGES, 3000)
+def load(given: Path | None) -> dict[str, Data]:
+    """10,240 images to train on, and 49,152 with the larger batches."""
+    few, many = (fashion_mnist(given, images, 3000) for images in (IMAGES, MANY))
+    return {arm.setting: many if "batch" in arm.options else few for arm in study().arms}
 
 
 def study(quick: bool = False) -> Study:
     """The study, or the least of it that runs everything."""
-    chosen = arms(["He", "PyTorch"], list(OPTIMIZERS))
+    every, layerwise = list(OPTIMIZERS), ["LARS", "CLARS", "CLARS, no cap"]
+    chosen = arms("He", every, [name for name in every if name != "CLARS, no cap"]) + arms("PyTorch", every)
+    for batch in LARGER:
+        chosen += arms("He", every, ["LARS", "CLARS"], batch=batch) + arms("PyTorch", layerwise, batch=batch)
     if quick:
-        chosen = arms(["He"], ["SGD", "CLARS"], points=2, epochs=2, batch=100)
+        chosen = arms("He", ["SGD", "CLARS"], ["SGD", "CLARS"], points=2, epochs=2, batch=100)
     return Study(
         name="large_batch",
         title="Large batches: trust ratios and warmup",
@@ -126,6 +135,6 @@ def study(quick: bool = False) -> Study:
         higher=True,
         load=(lambda given: digits()) if quick else load,
         train=train,
-        extras=("half way", "matrices with a ratio of 0.1 or more"),
+        extras=("half way", *RATIOS),
         digits=1,
     )

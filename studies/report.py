@@ -64,7 +64,8 @@ def results(study: Study, rows: Sequence[Row], setting: str) -> str:
     """The table of a setting: test scores at the tuned rates, and what they are compared with."""
     arms = of(study, setting)
     same = any(arm.same_rate for arm in arms)
-    extras = [name for name in study.extras if any(row.get(name) not in ("", None) for row in rows)]
+    here = [row for row in rows if row["setting"] == setting]
+    extras = [name for name in study.extras if any(row.get(name) not in ("", None) for row in here)]
     heading = ["arm", "rate", study.metric, "difference, each at its rate"]
     heading += ["difference, at the other's rate"] if same else []
     table = [[*heading, "updates", *extras]]
@@ -73,8 +74,7 @@ def results(study: Study, rows: Sequence[Row], setting: str) -> str:
         if lr is None:
             continue
         found = scores(rows, arm, TEST, lr)
-        mine = [row for row in rows if (row["setting"], row["arm"], row["split"]) == (setting, arm.name, TEST)]
-        mine = [row for row in mine if row["lr"] == lr]
+        mine = [row for row in here if (row["arm"], row["split"], row["lr"]) == (arm.name, TEST, lr)]
         if not mine:
             continue
         tuned, equal = [], []
