@@ -1,24 +1,42 @@
-"""GradInit on a residual network without normalization, beside what is usually done to its initialization."""
+"""GradInit on a residual network without normalization and on a Post-LN transformer, beside what is usually done."""
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from torch import Tensor, manual_seed, nn
+from torch import Tensor, manual_seed, nn, no_grad
 
 import fused_opt
 
 from .data import Data, Split, digits, fashion_mnist
 from .harness import Arm, Study
-from .training import accuracy, batches, scheduled, set_rate
+from .training import accuracy, batches, loss_of, scheduled, set_rate
+from .transformer import Transformer, characters
 
-BLOCKS, UNITS, IMAGES, BATCH, EPOCHS = 16, 64, 2048, 64, 3
-SETTING = "residual network without normalization"
-EXTRA = "loss after GradInit's trial steps"
+BLOCKS, UNITS, LAYERS, WIDTH, EXAMPLES = 16, 64, 8, 32, 2048  # blocks of units; layers of the transformer of that width
+RESIDUAL, POST_LN = "residual network without normalization", "Post-LN transformer"
+EXTRAS = (
+    "GradInit's first norm over gamma",
+    "loss after GradInit's trial steps",
+    "spread of scores over inputs, untrained",
+)
+
+
+class Task(NamedTuple):
+    """What is trained: on batches of that size, for so many epochs, with SGD or Adam, which GradInit is told, too."""
+
+    batch: int
+    epochs: int
+    algorithm: Literal["sgd", "adam"]
+
+
+TASKS = {RESIDUAL: Task(64, 3, "sgd"), POST_LN: Task(16, 1, "adam")}
 
 
 class Block(nn.Module):
@@ -34,9 +52,11 @@ class Block(nn.Module):
         return x + self.last(nn.functional.relu(self.first(nn.functional.relu(x))))
 
 
-def network(init: str, seed: int, data: Split, classes: int) -> nn.Module:
-    """Sixteen blocks of 64 units: initialized by He, by PyTorch, or so with the last layer of each block at zero."""
+def network(task: str, init: str, seed: int, data: Split, classes: int) -> nn.Module:
+    """Initialized by He, by PyTorch, or so with the last layer of each block at zero; a transformer always by PyTorch."""
     manual_seed(seed)
+    if task == POST_LN:
+        return Transformer(classes, WIDTH, LAYERS, pre=False)
     model = nn.Sequential(
         nn.Flatten(),
         nn.Linear(data.inputs[0].numel(), UNITS),
@@ -57,74 +77,108 @@ def network(init: str, seed: int, data: Split, classes: int) -> nn.Module:
 class HalfBatches:
     """In an order that is none of the training's; they can be started again."""
 
-    def __init__(self, data: Split, seed: int) -> None:
-        self.data, self.seed = data, seed + 10_000
+    def __init__(self, data: Split, size: int, seed: int) -> None:
+        self.data, self.size, self.seed = data, size, seed + 10_000
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for _, x, y in batches(self.data, BATCH // 2, 100, self.seed):
+        for _, x, y in batches(self.data, self.size, 100, self.seed):
             yield x, y
 
 
 @lru_cache(maxsize=64)
-def _learned(init: str, iterations: int, seed: int, data: Split, classes: int) -> tuple[nn.Module, float | None]:
-    """A model whose scales are learned, and the mean of the last losses after a trial step; the same for all rates."""
-    model = network(init, seed, data, classes)
-    if not iterations:
-        return model, None
-    source = HalfBatches(data, seed)
-    found = fused_opt.gradinit(model, nn.functional.cross_entropy, source, iterations=iterations, progress=False)
-    updated = [seen.updated_loss for seen in found.history if seen.updated_loss is not None]
-    return model, mean(updated[-10:]) if updated else None
+def _learned(
+    task: str, init: str, iterations: int, seed: int, data: Split, classes: int
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A model whose scales are learned, and what it was like before it was trained; the same for all rates.
+
+    That is the gradient's norm at first over the bound, the mean of the last losses after a trial step, and the standard
+    deviation of a class's scores over inputs.
+    """
+    model = network(task, init, seed, data, classes)
+    norm: Any = ""
+    updated: Any = ""
+    if iterations:
+        algorithm, source = TASKS[task].algorithm, HalfBatches(data, TASKS[task].batch // 2, seed)
+        gamma = math.sqrt(sum(p.numel() for p in model.parameters())) if algorithm == "adam" else 1.0  # the defaults
+        options = {"algorithm": algorithm, "gamma": gamma, "iterations": iterations, "progress": False}
+        history = fused_opt.gradinit(model, loss_of, source, **options).history
+        norm = history[0].gradient_norm / gamma
+        losses = [seen.updated_loss for seen in history if seen.updated_loss is not None]
+        updated = mean(losses[-10:]) if losses else ""
+    with no_grad():
+        scores = model(data.inputs[:64]).flatten(0, -2)
+    return model, dict(zip(EXTRAS, (norm, updated, scores.std(0).mean().item())))
 
 
 def train(
     options: Mapping[str, Any], lr: float, seed: int, data: Split, held_out: Split, classes: int
 ) -> dict[str, Any]:
-    """SGD with momentum, linear decay. What GradInit reads is not in the budget of examples."""
-    learned, updated = _learned(options["init"], options["gradinit"], seed, data, classes)
-    model = network(options["init"], seed, data, classes)
-    model.load_state_dict(learned.state_dict())
-    optimizer = fused_opt.SGD(model.parameters(), lr, momentum=0.9)
-    steps = len(data.targets) // BATCH * EPOCHS
-    for update, x, y in batches(data, BATCH, EPOCHS, seed):
-        set_rate(optimizer, lr * scheduled("linear", update / steps))
+    """Linear decay, after a warmup or without. What GradInit reads is not in the budget of examples."""
+    size, epochs, algorithm = TASKS[options["task"]]
+    learned, before = _learned(options["task"], options["init"], options["gradinit"], seed, data, classes)
+    model = copy.deepcopy(learned)
+    optimizer: fused_opt.FusedOptimizer
+    if algorithm == "sgd":
+        optimizer = fused_opt.SGD(model.parameters(), lr, momentum=0.9)
+    else:
+        optimizer = fused_opt.Adam(model.parameters(), lr)
+    steps = len(data.targets) // size * epochs
+    for update, x, y in batches(data, size, epochs, seed):
+        set_rate(optimizer, lr * scheduled("linear", update / steps, options["warmup"]))
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
+        loss_of(model(x), y).backward()
         optimizer.step()
-    found = {"score": accuracy(model, held_out), "examples": steps * BATCH, "updates": steps}
-    return {**found, EXTRA: "" if updated is None else updated}
+    return {"score": accuracy(model, held_out), "examples": steps * size, "updates": steps, **before}
 
 
-def load(given: Path | None) -> Data:
-    """2,048 images to train on."""
-    return fashion_mnist(given, IMAGES, 3000)
+def load(given: Path | None) -> dict[str, Data]:
+    """2,048 images to train on, and as many sequences."""
+    return {RESIDUAL: fashion_mnist(given, EXAMPLES, 3000), POST_LN: characters(given, EXAMPLES)}
+
+
+def arms(few: int, many: int) -> list[Arm]:
+    """Of both settings; the transformer's are judged at the rate of warmup, or of nothing, too."""
+    found = {
+        RESIDUAL: {
+            "He": ("He", 0, 0.0, ()),
+            f"He, GradInit {few}": ("He", few, 0.0, ("He", "PyTorch")),
+            f"He, GradInit {many}": ("He", many, 0.0, ("He", "PyTorch")),
+            "PyTorch": ("PyTorch", 0, 0.0, ("He",)),
+            f"PyTorch, GradInit {few}": ("PyTorch", few, 0.0, ("PyTorch",)),
+            "last layers zero": ("zero", 0, 0.0, ("PyTorch",)),
+        },
+        POST_LN: {
+            "PyTorch": ("PyTorch", 0, 0.0, ()),
+            "PyTorch, warmup": ("PyTorch", 0, 0.2, ("PyTorch",)),
+            f"PyTorch, GradInit {few}": ("PyTorch", few, 0.0, ("PyTorch, warmup", "PyTorch")),
+            f"PyTorch, GradInit {many}": ("PyTorch", many, 0.0, ("PyTorch, warmup", "PyTorch")),
+        },
+    }
+    return [
+        Arm(
+            task,
+            name,
+            {RESIDUAL: (-5, -4, -3), POST_LN: (-6, -5, -4)}[task],
+            {"task": task, "init": init, "gradinit": iterations, "warmup": warmup},
+            against,
+            same_rate=task == POST_LN and bool(against),
+        )
+        for task, of_task in found.items()
+        for name, (init, iterations, warmup, against) in of_task.items()
+    ]
 
 
 def study(quick: bool = False) -> Study:
     """The study, or the least of it that runs everything."""
-    few, many = (3, 5) if quick else (120, 390)
-    arms = {
-        "He": ("He", 0, ()),
-        f"He, GradInit {few}": ("He", few, ("He", "PyTorch")),
-        f"He, GradInit {many}": ("He", many, ("He", "PyTorch")),
-        "PyTorch": ("PyTorch", 0, ("He",)),
-        f"PyTorch, GradInit {few}": ("PyTorch", few, ("PyTorch",)),
-        "last layers zero": ("zero", 0, ("PyTorch",)),
-    }
-    names = list(arms)[:2] if quick else list(arms)
     return Study(
         name="gradinit",
         title="GradInit",
-        arms=[
-            Arm(SETTING, name, (-5, -4, -3), {"init": init, "gradinit": iterations}, against)
-            for name in names
-            for init, iterations, against in [arms[name]]
-        ],
+        arms=arms(3, 5)[:2] if quick else arms(120, 390),
         metric="test accuracy, per cent",
         higher=True,
         load=(lambda given: digits(128, 100)) if quick else load,
         train=train,
-        extras=(EXTRA,),
+        extras=EXTRAS,
         seeds=tuple(range(1, 11)),
         digits=2,
     )

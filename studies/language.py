@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 import fused_opt
 
 from .data import Data, Split
 from .harness import Arm, Study
-from .training import batches, bits, scheduled, set_rate
+from .training import batches, bits, loss_of, scheduled, set_rate
 from .transformer import Transformer, characters
 
 WIDTH, LAYERS, SEQUENCES, BATCH, EPOCHS, WARMUP = 64, 3, 2048, 16, 2, 0.1
@@ -36,7 +34,7 @@ def train(
 ) -> dict[str, Any]:
     """Cosine after warmup for everyone; LLR looks at the spectra in the first fifth."""
     epochs, name = options.get("epochs", EPOCHS), options["arm"]
-    model = Transformer(classes, WIDTH, LAYERS)
+    model = Transformer(classes, WIDTH, LAYERS, pre=True)
     steps = len(data.targets) // BATCH * epochs
     optimizer = OPTIMIZERS.get(name, fused_opt.AdamW)(model.parameters(), lr)
     balance = fused_opt.TempBalance(model, optimizer, total_steps=steps, **LLR) if name == "LLR" else None
@@ -45,7 +43,7 @@ def train(
     for update, x, y in batches(data, BATCH, epochs, seed):
         set_rate(optimizer, lr * scheduled("cosine", update / steps, WARMUP))
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x).movedim(-1, 1), y).backward()
+        loss_of(model(x), y).backward()
         optimizer.step()
         if balance is not None:
             balance.step()

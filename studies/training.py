@@ -39,16 +39,21 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
+def loss_of(scores: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy of scores whose last dimension are the classes, of whatever there is one target for."""
+    return nn.functional.cross_entropy(scores.movedim(-1, 1), targets)
+
+
 @torch.no_grad()
 def accuracy(model: nn.Module, split: Split, first: int | None = None) -> float:
-    """Per cent of the (first) examples that are classified right."""
+    """Per cent of the targets of the (first) examples that are found."""
     model.eval()
     inputs, targets = split.inputs[:first], split.targets[:first]
     right = sum(
-        (model(x).argmax(1) == y).sum().item() for x, y in zip(inputs.split(1000), targets.split(1000), strict=True)
+        (model(x).argmax(-1) == y).sum().item() for x, y in zip(inputs.split(1000), targets.split(1000), strict=True)
     )
     model.train()
-    return 100 * right / len(targets)
+    return 100 * right / targets.numel()
 
 
 @torch.no_grad()

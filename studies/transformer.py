@@ -1,4 +1,4 @@
-"""A small transformer that predicts the next character."""
+"""A small transformer that predicts the next character, for the studies that need one."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def characters(given: Path | None, sequences: int, quick: bool = False) -> Data:
 
 
 class Block(nn.Module):
-    """Causal attention and two layers, each beside the identity, and normalized before."""
+    """Causal attention and two layers, each beside the identity; normalized before them (``pre``) or after the sum."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, pre: bool) -> None:
         super().__init__()
-        self.heads = width // 16
+        self.heads, self.pre = width // 16, pre
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
         self.wide, self.narrow = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
@@ -41,18 +41,22 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, length, width)."""
-        x = x + self.attention(self.norm1(x))
-        return x + self.layers(self.norm2(x))
+        if self.pre:
+            x = x + self.attention(self.norm1(x))
+            return x + self.layers(self.norm2(x))
+        x = self.norm1(x + self.attention(x))
+        return self.norm2(x + self.layers(x))
 
 
 class Transformer(nn.Module):
     """From characters to scores of the next one, (batch, length, classes)."""
 
-    def __init__(self, classes: int, width: int, depth: int) -> None:
+    def __init__(self, classes: int, width: int, depth: int, pre: bool) -> None:
         super().__init__()
         self.embedding, self.places = nn.Embedding(classes, width), nn.Embedding(LENGTH, width)
-        self.blocks = nn.Sequential(*(Block(width) for _ in range(depth)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+        self.blocks = nn.Sequential(*(Block(width, pre) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width) if pre else nn.Identity()
+        self.head = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Characters (batch, length)."""

@@ -15,9 +15,11 @@ import torch
 from support import ROOT
 
 from studies import __main__ as program
-from studies import cyclical, data, harness, report
+from studies import cyclical, data, gradinit, harness, report
 from studies.data import Data, MissingData, Split
 from studies.harness import TEST, VALIDATION, Arm, Study, grid, pending, rate, run_study
+from studies.training import accuracy, loss_of
+from studies.transformer import Transformer
 
 PARTS = {"train": 0, VALIDATION: 1, TEST: 2}
 
@@ -251,6 +253,27 @@ def test_an_ensemble_is_of_the_weights_at_the_ends_of_cycles(monkeypatch):
         assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
     expected = (four(split.inputs).softmax(-1) + eight(split.inputs).softmax(-1)) / 2
     assert torch.allclose(ensemble(split.inputs).exp(), expected)
+
+
+def test_the_post_ln_transformer_is_normalized_last_and_scored_by_places():
+    torch.manual_seed(0)
+    x = torch.randn(2, 32, 32)
+    for pre in (False, True):
+        seen = Transformer(7, 32, 2, pre=pre).blocks(x + 1)
+        assert torch.allclose(seen.mean(-1), torch.zeros(()), atol=1e-5) == (not pre)
+    split = Split(torch.randint(7, (8, 32)), torch.randint(7, (8, 32)))
+    options = {"task": gradinit.POST_LN, "init": "PyTorch", "gradinit": 2, "warmup": 0.0}
+    found = gradinit.train(options, 0.01, 1, Split(*(part.repeat(8, 1) for part in split)), split, 7)
+    assert (found["examples"], found["updates"]) == (64, 4)
+    assert all(math.isfinite(found[name]) for name in gradinit.EXTRAS)
+
+    class Echo(torch.nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.one_hot(x, 7).float()
+
+    half = torch.where(torch.arange(32) < 16, split.inputs, (split.inputs + 1) % 7)
+    assert accuracy(Echo(), Split(split.inputs, half)) == 50
+    assert loss_of(Echo()(split.inputs), half) == pytest.approx(math.log(6 + math.e) - 0.5)
 
 
 def test_images_are_checked_and_found_in_either_layout(tmp_path, monkeypatch):
