@@ -2,6 +2,7 @@
 
 Fashion-MNIST (MIT license, Zalando SE): idx files, gzipped or not, as Debian's package or torchvision lay them out.
 The King James Bible (public domain; letters patent in the United Kingdom): the module of Debian's ``sword-text-kjv``.
+Display typefaces by Brian Kent (free to change and to pass on; see the package's copyright): Debian's ``fonts-aenigma``.
 For ``--quick``: scikit-learn's digits (BSD) and the standard library of this Python (PSF license) as text.
 """
 
@@ -13,6 +14,7 @@ import re
 import sysconfig
 import zlib
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +31,9 @@ IDX = {  # SHA-256 of the files without gzip, whoever packed them
 }
 FASHION_FOLDERS = ("", "usr/share/datasets/fashion-mnist", "FashionMNIST/raw", "raw")
 KJV_FOLDERS = ("", "usr/share/sword/modules/texts/ztext/engKJV2006eb", "engKJV2006eb")
+FONT_FOLDERS = ("", "usr/share/fonts/truetype/aenigma", "aenigma")
+FONTS = "2571bc7c94e978b4ff1ff79fc5918ce339616b15d823a2e2062b05a8b67207a9"  # SHA-256 of the files in the order of their names
+CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 KJV = "238aa7564da0ccf3835e9cffeccd56b942c5d7f8b250832825fa193f7cdfccab"  # SHA-256 of the text as kjv() returns it
 
 
@@ -97,6 +102,54 @@ def fashion_mnist(given: Path | None, train: int, validation: int) -> Data:
         labels = torch.frombuffer(bytearray(found[f"{part}-labels-idx1-ubyte"][8:]), dtype=torch.uint8).long()
         splits.append(Split(images, labels))
     return _divide(splits[0], splits[1], train, validation, 10)
+
+
+def glyphs(given: Path | None, train: int, held_out: int) -> Data:
+    """62 letters and digits of 16x16 pixels, standardized, from one typeface of each family, which is in one part alone.
+
+    Families are told apart by the first word of their names; typefaces without small letters of their own are left out.
+
+    Args:
+        given: folder of the option ``--data``.
+        train: families to train on.
+        held_out: to choose learning rates by, and as many others to test with.
+    """
+    from PIL import ImageFont
+
+    places = _places(given, FONT_FOLDERS, "/" + FONT_FOLDERS[1])
+    place = _find("The typefaces", "fonts-aenigma", places, ("1015sn.ttf",), "").parent
+    files = sorted(place.glob("*.ttf"))
+    _check(b"".join(path.read_bytes() for path in files), FONTS, place)
+    families: dict[str, Path] = {}
+    for path in files:
+        families.setdefault(ImageFont.truetype(path, 24).getname()[0].split()[0], path)
+    names = sorted(families)
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist()
+    needed = train + 2 * held_out
+    drawn = (image for i in order if (image := _draw(families[names[i]])) is not None)
+    images = torch.stack(list(islice(drawn, needed)))
+    if len(images) < needed:
+        raise ValueError(f"there are {len(images)} families of typefaces, and {needed} are asked for")
+    parts = [part.flatten(0, 1) for part in images.split([train, held_out, held_out])]
+    mean, std = parts[0].mean(), parts[0].std()
+    targets = torch.arange(len(CHARACTERS))
+    splits = (Split((part - mean) / std, targets.repeat(len(part) // len(targets))) for part in parts)
+    return Data(*splits, len(CHARACTERS))
+
+
+def _draw(path: Path) -> Tensor | None:
+    """(characters, 1, 16, 16); None where too many look the same."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font, images = ImageFont.truetype(path, 24, layout_engine=ImageFont.Layout.BASIC), []
+    for character in CHARACTERS:
+        image = Image.new("L", (32, 32))
+        ImageDraw.Draw(image).text((16, 16), character, 255, font, anchor="mm")
+        images.append(image.tobytes())
+    if len(set(images)) < len(images) - 6:  # o and O, and the like
+        return None
+    pixels = torch.frombuffer(bytearray(b"".join(images)), dtype=torch.uint8).view(-1, 1, 32, 32)
+    return nn.functional.avg_pool2d(pixels.float() / 255, 2)
 
 
 def digits(train: int = 600, validation: int = 300) -> Data:

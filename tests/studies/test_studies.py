@@ -7,8 +7,10 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -274,6 +276,25 @@ def test_the_post_ln_transformer_is_normalized_last_and_scored_by_places():
     half = torch.where(torch.arange(32) < 16, split.inputs, (split.inputs + 1) % 7)
     assert accuracy(Echo(), Split(split.inputs, half)) == 50
     assert loss_of(Echo()(split.inputs), half) == pytest.approx(math.log(6 + math.e) - 0.5)
+
+
+def test_glyphs_are_of_other_families_in_every_part(tmp_path, monkeypatch):
+    fonts = Path(pytest.importorskip("matplotlib").get_data_path()) / "fonts/ttf"
+    copies = {"DejaVuSans": "1015sn", "DejaVuSerif": "b", "STIXGeneral": "c", "cmr10": "d"}  # two are of one family
+    for name, copied in copies.items():
+        shutil.copy(fonts / f"{name}.ttf", tmp_path / f"{copied}.ttf")
+    with pytest.raises(MissingData, match="another file than the studies are about"):
+        data.glyphs(tmp_path, 1, 1)
+    content = b"".join(path.read_bytes() for path in sorted(tmp_path.glob("*.ttf")))
+    monkeypatch.setattr(data, "FONTS", hashlib.sha256(content).hexdigest())
+    found = data.glyphs(tmp_path, 1, 1)
+    assert found.classes == 62
+    assert [split.inputs.shape for split in found[:3]] == [(62, 1, 16, 16)] * 3
+    assert len({tuple(split.inputs.flatten().tolist()) for split in found[:3]}) == 3
+    assert found.train.targets.tolist() == list(range(62))
+    assert found.train.inputs.mean().abs() < 1e-5
+    with pytest.raises(ValueError, match="there are 3 families of typefaces, and 4 are asked for"):
+        data.glyphs(tmp_path, 2, 1)
 
 
 def test_images_are_checked_and_found_in_either_layout(tmp_path, monkeypatch):
