@@ -58,9 +58,9 @@ def least(steps: dict[str, Callable[[], object]], seconds: float) -> dict[str, f
 def stub() -> str:
     """Leave launches out; returns the backend that takes tensors of the CPU for those of a GPU."""
     if os.environ.get("TRITON_INTERPRET"):
-        from fused_opt.backends.triton import table
+        from fused_opt.backends.triton import device
 
-        table.launch = lambda *_: None
+        device.launch = lambda *_: None
         return "triton"
     native.EMULATE_GPU = True
     native._native.set_host_blocks(0)

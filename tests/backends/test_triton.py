@@ -17,7 +17,7 @@ from fused_opt.backends.interface import ParamEntry
 
 triton = pytest.importorskip("triton")
 tl = triton.language
-kernel, rules, Counts = backend.kernel, backend.rules, backend.table.Counts
+kernel, rules = backend.kernel, backend.rules
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 F32, F64, BF16, F16, I16 = tl.float32, tl.float64, tl.bfloat16, tl.float16, tl.int16
@@ -34,10 +34,14 @@ UPDATES = {
     "adam, everything and masks": ("adam", (F32,) * 4, F32, True, True, True),
     "adam, bfloat16 rounded at random": ("adam", (BF16,) * 4, None, False, False, False, True),
     "adam, bfloat16 with remainders": ("adam", (BF16, BF16, F32, F32), None, False, False, False, False, I16),
+    "adam, scheduled": ("adam", (F32,) * 4, F32, True, False, False, False, None, True),
+    "adam, everything, scheduled shards": ("adam", (F32,) * 4, F32, True, True, False, False, None, True, True),
+    "sgd, bfloat16 rounded at random, shards": ("sgd", (BF16,) * 2, None, False, False, False, True, None, False, True),
 }
 needs_tools = pytest.mark.skipif(not (TOOLS / "cuobjdump").exists(), reason="this Triton comes without NVIDIA's tools")
 THROUGH_STATES = "plan/test_plan.py::test_autograd_catches_a_backward_through_states_that_a_step_changed"
-TABLES = {"tensors": "*i64", "layers": "*fp64", "words": "*i64", "numbers": "*fp64", "carried": "*fp64"}
+SUMS = ("carried", "leaving", "gradients", "agreements")
+TABLES = {"tensors": "*i64", "layers": "*fp64", "words": "*i64", "numbers": "*fp64", "counts": "*i64"}
 
 
 def compiled(function, architecture, arguments, **constants):
@@ -46,25 +50,20 @@ def compiled(function, architecture, arguments, **constants):
     source = triton.compiler.ASTSource(fn=function, signature=signature, constexprs=constants)
     maker = ("cuda", architecture, 32) if isinstance(architecture, int) else ("hip", architecture, 64)
     target = triton.backends.compiler.GPUTarget(*maker)
-    return triton.compile(source, target=target, options={"num_warps": 4, **backend.table.OPTIONS})
+    return triton.compile(source, target=target, options={"num_warps": 4, **backend.device.OPTIONS})
 
 
 def update(
-    architecture, rule, dtypes, average=None, noisy=False, norms=False, masked=False, stochastic=False, kept=None
-):
-    function = getattr(rules, rule)
-    arguments = {
-        **TABLES,
-        "leaving": "*fp64",
-        "gradients": "*fp64",
-        "agreements": "*fp64",
-        "ratios": "*fp64",
-        "count": "i32",
-    }
+    architecture, rule, dtypes, average=None, noisy=False, norms=False, masked=False, stochastic=False, kept=None,
+    scheduled=False, cut=False,
+):  # fmt: skip
+    of_rule = all_rules.kernels()[rule]
+    arguments = {**TABLES, **dict.fromkeys((*SUMS, "ratios"), "*fp64"), "count": "i32"}
     return compiled(
-        kernel.update, architecture, arguments, RULE=function, DTYPES=dtypes, AVERAGE_DTYPE=average,
-        T=F64 if dtypes[0] == F64 else F32, COEFFICIENTS=len(function.arg_names) - len(dtypes) + 1, NOISY=noisy,
-        NORMS=norms, MASKED=masked, STOCHASTIC=stochastic, KEPT=kept,
+        kernel.update, architecture, arguments, RULE=getattr(rules, rule), AT_STEP=backend.table.at_step(of_rule),
+        DTYPES=dtypes, AVERAGE_DTYPE=average, T=F64 if dtypes[0] == F64 else F32, COEFFICIENTS=of_rule.coefficient_count,
+        COUNTS=of_rule.counts_steps, SCHEDULED=scheduled, CUT=cut, NOISY=noisy, NORMS=norms, MASKED=masked,
+        STOCHASTIC=stochastic, KEPT=kept,
     )  # fmt: skip
 
 
@@ -95,19 +94,23 @@ def test_compiles_to_wide_accesses_without_spills(name, architecture, tmp_path):
     rule, dtypes, *extras = UPDATES[name]
     binary = update(architecture, rule, dtypes, *extras)
     registers, stack, local = usage(binary, tmp_path)
-    assert (stack, local) == (0, 0)
+    # At most two registers wait on the stack, where they are written once and read once: only the end of a program needs them.
+    assert local == 0
+    assert stack <= 8
+    assert len(re.findall(r"\b(?:STL|LDL)\b", sass(tmp_path))) == stack // 2
     # A thread has 8 elements of a full block: so many 16-byte accesses for each operand, and g is only read.
-    beside = [dtype for dtype in (*extras[:1], *extras[5:]) if dtype]  # averages, and what makes weights exact
+    beside = [dtype for dtype in (*extras[:1], *extras[5:6]) if dtype]  # averages, and what makes weights exact
     loads = sum(8 * dtype.primitive_bitwidth // 128 for dtype in (*dtypes, *beside))
     assert wide(binary, "ld") == loads
     assert wide(binary, "st") == loads - 8 * dtypes[1].primitive_bitwidth // 128
-    # What keeps enough threads on a multiprocessor of 65536 registers to hide the latency of its memory: 512, and with masks
-    # beside everything else 384.
-    small, masked = rule in ("sgd", "momentum_sgd") and not extras, len(extras) == 4 and extras[1]
-    assert registers <= (40 if small else 136 if masked else 128)
+    # What keeps enough threads on a multiprocessor of 65536 registers to hide the latency of its memory: 512, and 384 in
+    # float64 and where masks, or schedules and shards, are beside everything else.
+    small = rule in ("sgd", "momentum_sgd") and not extras
+    most = dtypes[0] == F64 or (len(extras) in (4, 8) and extras[2])
+    assert registers <= (40 if small else 168 if most else 128)
     # Fused to one rounding the bits would be others than the native backend's. Divisions and square roots are made of such
-    # instructions, and are rounded as they should be.
-    assert not re.search(r"\b(fma|mad)\.\S*f(32|64)", binary.asm["ptx"])
+    # instructions, and are rounded as they should be; so are the logarithms that AdEMAMix's half-life is made of.
+    assert rule == "ademamix" or not re.search(r"\b(fma|mad)\.\S*f(32|64)", binary.asm["ptx"])
     if not re.search(r"\b(div|sqrt)\.", binary.asm["ptx"]):
         assert not re.search(r"\b[FD]FMA\b", sass(tmp_path))
 
@@ -115,13 +118,26 @@ def test_compiles_to_wide_accesses_without_spills(name, architecture, tmp_path):
 @needs_tools
 @pytest.mark.parametrize(("wanted", "masked"), [(1, False), (2, False), (7, False), (11, True), (4, True)])
 def test_norms_compile(wanted, masked, tmp_path):
-    function = rules.adam
+    arguments = {**TABLES, **dict.fromkeys(("carried", "gradients", "agreements"), "*fp64"), "count": "i32"}
     binary = compiled(
-        kernel.norms, 90, {**TABLES, "gradients": "*fp64", "agreements": "*fp64", "count": "i32"}, RULE=function,
-        DTYPES=(F32,) * 4, T=F32, COEFFICIENTS=6, WANTED=wanted, MASKED=masked, KEPT=None,
+        kernel.norms, 90, arguments, RULE=rules.adam, AT_STEP=rules.adam_at_step, DTYPES=(F32,) * 4, T=F32, COEFFICIENTS=6,
+        TOTAL_WANTED=wanted == 2, WANTED=wanted, MASKED=masked, KEPT=None,
     )  # fmt: skip
     assert usage(binary, tmp_path)[1:] == [0, 0]
     assert wide(binary, "ld") >= (2 if wanted < 4 else 8)
+
+
+@needs_tools
+def test_collect_compiles(tmp_path):
+    arguments = {
+        "tensors": "*i64",
+        "words": "*i64",
+        "carried": "*fp64",
+        "sums": "*fp64",
+        "found": "*fp64",
+        "count": "i32",
+    }
+    assert usage(compiled(kernel.collect, 90, arguments), tmp_path)[1:] == [0, 0]
 
 
 @needs_tools
@@ -141,7 +157,7 @@ def test_compiles_for_another_maker(name):
     assert re.findall(r"\.[sv]gpr_spill_count: *(\d+)", text) == ["0", "0"]
 
 
-@pytest.mark.parametrize("tests", ["every_rule", "bits", "ratios", "plans", THROUGH_STATES])
+@pytest.mark.parametrize("tests", ["every_rule", "bits", "ratios", "plans", "shards", "graphs", THROUGH_STATES])
 def test_values_in_the_interpreter(tests):
     """Triton decides when it is imported whether it interprets, so another process does."""
     here = Path(__file__).parent
@@ -154,23 +170,6 @@ def test_values_in_the_interpreter(tests):
     assert re.search(r"\d+ passed|\[100%\]", result.stdout)
 
 
-def test_counts_that_are_not_on_the_cpu_are_asked_for_once():
-    """As if the step counts were on a GPU: read again only after a write of somebody else's."""
-    members = [ParamEntry(torch.ones(1), 0, i, "", [], torch.tensor(float(i)), None, False) for i in range(3)]
-    counts = Counts(members)
-    assert len(counts.cells) == 3
-    counts.cells = []
-    assert counts.read() == [0.0, 1.0, 2.0]
-    counts.advance([True, False, True])
-    known = counts.known
-    assert counts.read() is known
-    assert known == [m.step.item() for m in members] == [1.0, 1.0, 3.0]
-    members[1].step.fill_(7.0)
-    assert counts.read() == [1.0, 7.0, 3.0]
-    counts.advance(None)
-    assert [m.step.item() for m in members] == counts.read() == [2.0, 8.0, 4.0]
-
-
 def test_tables_are_kept_for_every_stream_that_reads_them(monkeypatch):
     """Or torch's allocator would give their memory away when a plan ends, while a step on another stream still runs."""
     p = torch.nn.Parameter(torch.ones(3))
@@ -181,9 +180,8 @@ def test_tables_are_kept_for_every_stream_that_reads_them(monkeypatch):
     for stream in (None, "side", "side", None):
         monkeypatch.setattr(made, "_stream", lambda stream=stream: stream)
         assert made.collect_gradients({})
-        made._upload([0], ())
-    tables = (made.tensors, made.sums, made.ratios)
-    expected = [(table, stream) for stream in ("side", None) for table in tables]
+        made._send(made.step, [0], (), backend.table.Scalars())
+    expected = [(table, stream) for stream in ("side", None) for table in made.memory]
     assert [(id(table), stream) for table, stream in recorded] == [(id(table), stream) for table, stream in expected]
 
 

@@ -3,50 +3,70 @@
 A tensor is cut into chunks, one program each. Sums of squares are kept as one float64 per chunk; a program that needs a
 tensor's norm adds them up, always in the same order, so a carried norm costs no launch of its own. The size of a chunk
 is chosen so that this adding is cheap: see ``chunk_size``.
-
-The tables, of 8-byte words, are stored column by column, one entry for every tensor:
-
-- ``tensors``, made when something moved: FIRST (its first chunk), NUMEL, CHUNK (elements in a chunk), NDIM, INDEX (which
-  parameter of the optimizer), LR_SCALE, DECAY_SCALE, P, AVERAGE, EXACT (addresses), and the addresses of the states; where
-  some are in 8 bits, then those of all states' scales;
-- ``words``, new in every step: G (the gradient's address), ROW (of the groups' table, -1: no gradient), WANTS (bits:
-  what the first pass sums), PARTS, GRAD2 (norms that are known, -1 where they are not), and then the rows.
-
-Floats are the bits of float64; the kernels take every table a second time as float64.
 """
-
-import struct
 
 import triton
 import triton.language as tl
 
-from ...rule import UNKNOWN as UNKNOWN_NORM
-from ..interface import Kind, Norm
-from .codes import CODED, decode, encode
-from .rules import at_random, normal, trust_ratio
-
-# Elements that one program works on at once. A FULL block lies wholly within its chunk and is aligned: its loads are
-# unmasked and 128 bits wide, eight elements for each of 4 * 32 threads. What is left, and all of an unaligned tensor,
-# goes in TAIL blocks with masks: fewer elements, since masked ones take several times the registers, and a kernel takes
-# as many as the part that needs most.
-FULL, TAIL = tl.constexpr(1024), tl.constexpr(256)
-SUMS = tl.constexpr(512)  # partial sums that are added at once
-
-FIRST, NUMEL, CHUNK, NDIM, INDEX = (tl.constexpr(column) for column in range(5))
-LR_SCALE, DECAY_SCALE, P, AVERAGE, EXACT, STATES = (tl.constexpr(column) for column in range(5, 11))
-G, ROW, WANTS, PARTS, GRAD2, ROWS = (tl.constexpr(column) for column in range(6))
-WANT_WEIGHT, WANT_GRAD, WANT_DIRECTION, WANT_AGREEMENT = (tl.constexpr(norm.value) for norm in Norm)
-WANT_UPDATE = tl.constexpr((Norm.DIRECTION | Norm.AGREEMENT).value)
-UNKNOWN, LAMB = tl.constexpr(UNKNOWN_NORM), tl.constexpr(Kind.LAMB.value)
-
-# A row of arguments, as StepArgs: lr, grad_scale, two decays, 8 coefficients; kind, coefficient, cap, eps, exempt; sigma,
-# relative, seed, step; add, share, restart, write_back, follow; the third decay; whether masks are of the update, of the
-# decay, and scaled; whether rounding is at random, its seed and step.
-MOST_COEFFICIENTS = 8
-ROW_FORMAT = struct.Struct("=19dQq9ddQq")
-COUPLED, DECOUPLED, COEFFICIENTS_AT = tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
-RATIO, NOISE, FOLD, WIDTH = tl.constexpr(12), tl.constexpr(17), tl.constexpr(21), tl.constexpr(33)
-INDEPENDENT, MASKS, ROUNDING = tl.constexpr(26), tl.constexpr(27), tl.constexpr(30)
+from .columns import (
+    ADD,
+    AVERAGE,
+    CHUNK,
+    COUPLED,
+    DECAY_SCALE,
+    DECOUPLED,
+    EXACT,
+    FIRST,
+    FOLD,
+    FOUND_INF,
+    GRAD2,
+    GROUPS,
+    HEADER,
+    INDEPENDENT,
+    INDEX,
+    KNOWN,
+    LAMB,
+    LAYOUT,
+    LR_AT,
+    LR_SCALE,
+    NDIM,
+    NOISE,
+    NUMEL,
+    PARTS,
+    PLACE,
+    RATIO,
+    ROUNDING,
+    ROW,
+    ROWS,
+    TOTAL,
+    UNKNOWN,
+    WANT_AGREEMENT,
+    WANT_DIRECTION,
+    WANT_GRAD,
+    WANT_UPDATE,
+    WANT_WEIGHT,
+    WANTS,
+    WIDTH,
+    addresses_of,
+    agree,
+    coefficients_of,
+    count_step,
+    decay_of,
+    decays_of,
+    find,
+    full_scale,
+    is_last,
+    masked,
+    narrowed,
+    number,
+    scale_of_mask,
+    squares_of,
+    sum_of,
+)
+from .memory import FULL, TAIL, load, load_states, load_weights, narrow, store, store_codes, store_weights
+from .noise import ELSEWHERE, at_random, bits_of, grouped, normal_of
+from .rules import trust_ratio
+from .schedule import COUNTED, at_counts
 
 
 def chunk_size(numel: int) -> int:
@@ -61,209 +81,28 @@ def chunk_size(numel: int) -> int:
     return size
 
 
-@triton.jit
-def _find(first, count, chunk):
-    """Which tensor a chunk belongs to: the last one whose first chunk is not after it."""
-    low = count * 0
-    high = count - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        reached = tl.load(first + middle) <= chunk
-        low = tl.where(reached, middle, low)
-        high = tl.where(reached, high, middle - 1)
-    return low.to(tl.int64)
-
-
-@triton.jit
-def _addresses(tensors, words, t, count, DTYPES: tl.constexpr):
-    """Of p, g and the states, and whether all of them can be loaded 16 bytes at a time."""
-    p = tl.load(tensors + P * count + t)
-    g = tl.load(words + G * count + t)
-    addresses, scales = (p, g), (p, g)
-    together = p | g
-    for state in tl.static_range(len(DTYPES) - 2):
-        address = tl.load(tensors + (STATES + state) * count + t)
-        addresses = addresses + (address,)
-        together |= address
-        if DTYPES[2 + state].primitive_bitwidth == 8:
-            scales = scales + (tl.load(tensors + (STATES + len(DTYPES) - 2 + state) * count + t),)
-        else:
-            scales = scales + (address,)
-    return addresses, scales, (together & 15) == 0
-
-
-@triton.jit
-def _scales(address, start, end, BLOCK: tl.constexpr):
-    """Pointers to those of a block, and which of them there are."""
-    blocks = tl.arange(0, BLOCK // CODED)
-    return address.to(tl.pointer_type(tl.float32)) + start // CODED + blocks, start + blocks * CODED < end
-
-
-@triton.jit
-def _load_state(address, scales, start, end, DTYPE: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
-    """As ``_load``; ``scales``: the address of those of a state in 8 bits."""
-    if DTYPE.primitive_bitwidth == 8:
-        pointers, there = _scales(scales, start, end, BLOCK)
-        codes = _load(address, start, end, DTYPE, tl.int32, BLOCK)
-        return decode(codes, tl.load(pointers, mask=there, other=0.0), DTYPE.is_int_signed()).to(T)
-    return _load(address, start, end, DTYPE, T, BLOCK)
-
-
-@triton.jit
-def _store_codes(address, scales, start, end, values, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    values = values.to(tl.float32)
-    if BLOCK != FULL:
-        values = tl.where(start + tl.arange(0, BLOCK) < end, values, 0.0)
-    codes, new = encode(values, DTYPE.is_int_signed())
-    pointers, there = _scales(scales, start, end, BLOCK)
-    tl.store(pointers, new, mask=there)
-    _store(address, start, end, codes, DTYPE, BLOCK)
-
-
-@triton.jit
-def _load(address, start, end, DTYPE: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
-    """A block as T. Unmasked and aligned, or the loads would not be 128 bits wide."""
-    offsets = tl.arange(0, BLOCK)
-    pointer = address.to(tl.pointer_type(DTYPE)) + start
-    if BLOCK == FULL:
-        values = tl.load(tl.multiple_of(pointer, 16) + offsets)
-    else:
-        values = tl.load(pointer + offsets, mask=start + offsets < end, other=0)
-    if DTYPE.is_int():
-        return values.to(T)
-    return values.to(tl.float32).to(T) if DTYPE.primitive_bitwidth == 16 else values.to(T)
-
-
-@triton.jit
-def _load_weights(
-    address, exact, start, end, DTYPE: tl.constexpr, KEPT: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Those of a parameter; KEPT: the dtype of what makes them exact, None: nothing does."""
-    if tl.int16 == KEPT:
-        high = _load(address, start, end, tl.int16, tl.int32, BLOCK)
-        low = _load(exact, start, end, tl.int16, tl.int32, BLOCK)
-        return ((high << 16) + low).to(tl.float32, bitcast=True).to(T)
-    seen = _load(address, start, end, DTYPE, T, BLOCK)
-    if tl.float32 == KEPT:
-        kept = _load(exact, start, end, tl.float32, T, BLOCK)
-        return tl.where(_narrow(kept, DTYPE).to(T) == seen, kept, seen)
-    return seen
-
-
-@triton.jit
-def _store_weights(address, exact, start, end, values, DTYPE: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr):
-    if tl.int16 == KEPT:  # the nearest, ties away from zero, and the lower half
-        bits = values.to(tl.float32).to(tl.int32, bitcast=True)
-        number = values == values
-        high = tl.where(number, (bits + 0x8000) >> 16, (bits >> 16) | 0x40)
-        _store(address, start, end, high, tl.int16, BLOCK)
-        _store(exact, start, end, tl.where(number, bits, 0), tl.int16, BLOCK)
-    else:
-        _store(address, start, end, values, DTYPE, BLOCK)
-        if tl.float32 == KEPT:
-            _store(exact, start, end, values, tl.float32, BLOCK)
-
-
-@triton.jit
-def _narrow(values, DTYPE: tl.constexpr):
-    """As they are stored; float64 to 16 bits by way of float32, as everywhere else."""
-    if DTYPE.is_int():
-        return values.to(DTYPE)
-    return values.to(tl.float32).to(DTYPE) if DTYPE.primitive_bitwidth == 16 else values.to(DTYPE)
-
-
-@triton.jit
-def _store(address, start, end, values, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    offsets = tl.arange(0, BLOCK)
-    pointer = address.to(tl.pointer_type(DTYPE)) + start
-    if BLOCK == FULL:
-        tl.store(tl.multiple_of(pointer, 16) + offsets, _narrow(values, DTYPE))
-    else:
-        tl.store(pointer + offsets, _narrow(values, DTYPE), mask=start + offsets < end)
-
-
-@triton.jit
-def _squares(values, start, end, BLOCK: tl.constexpr):
-    """Sums of four neighbours' squares, in float64, where the square of a float32 is exact; nothing beyond the end."""
-    wide = values.to(tl.float64)
-    squares = wide * wide if BLOCK == FULL else tl.where(start + tl.arange(0, BLOCK) < end, wide * wide, 0.0)
-    return tl.sum(squares.reshape(BLOCK // 4, 4), axis=1)
-
-
-@triton.jit
-def _sum(partials, chunks):
-    """Of one float64 per chunk, in an order that only their number decides."""
-    total = tl.zeros([SUMS], tl.float64)
-    for start in range(0, chunks, SUMS):
-        offsets = start + tl.arange(0, SUMS)
-        total += tl.load(partials + offsets, mask=offsets < chunks, other=0)
-    return tl.sum(total)
-
-
-@triton.jit
-def _coefficients(row, COUNT: tl.constexpr, T: tl.constexpr):
-    coefficients = ()
-    for k in tl.static_range(COUNT):
-        coefficients = coefficients + (tl.load(row + COEFFICIENTS_AT + k).to(T),)
-    return coefficients
-
-
-@triton.jit
-def _decays(row, decay_scale, T: tl.constexpr):
-    """Coupled and decoupled."""
-    return (tl.load(row + COUPLED) * decay_scale).to(T), (tl.load(row + DECOUPLED) * decay_scale).to(T)
-
-
-@triton.jit
-def _scale(row, agreements, numel, chunks):
-    """What a mask multiplies the update with where it does not leave it out; ``agreements``: counts of the chunks."""
-    scale = tl.full((), 1, tl.float64)
-    if (tl.load(row + MASKS) != 0) & (tl.load(row + MASKS + 2) != 0) & (numel > 0):
-        elements = numel.to(tl.float64)
-        scale = elements / tl.maximum(_sum(agreements, chunks), elements / 1000)
-    return scale
-
-
-@triton.jit
-def _agree(a, b):
-    """By their signs, since a product of small numbers is 0."""
-    return ((a > 0) & (b > 0)) | ((a < 0) & (b < 0))
-
-
-@triton.jit
-def _masked(row, update, g, p, scale):
-    """The update and the weights that decay, after the masks."""
-    otherwise = tl.where(tl.load(row + MASKS) != 0, 0.0, scale)
-    against = tl.where(tl.load(row + MASKS + 1) != 0, 0.0, p)
-    return tl.where(_agree(update, g), scale, otherwise).to(p.dtype) * update, tl.where(_agree(update, -p), against, p)
-
-
-@triton.jit
-def _states(addresses, scales, start, end, DTYPES: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
-    """Blocks of a rule's states."""
-    states = ()
-    for k in tl.static_range(2, len(DTYPES)):
-        states = states + (_load_state(addresses[k], scales[k], start, end, DTYPES[k], T, BLOCK),)
-    return states
-
-
 @triton.jit(do_not_specialize=["count"])
 def update(
     tensors,
     layers,
     words,
     numbers,
+    counts,
     carried,  # sums of squares of the weights as they are, one for every chunk
     leaving,  # those of the weights as they will be: another buffer, since other programs still read this one
     gradients,  # those of the gradients, for LAMB of the directions
     agreements,  # how many elements of the update go the gradient's way
-    ratios,
+    ratios,  # and then what the rule's scalars become
     count,
     RULE: tl.constexpr,
+    AT_STEP: tl.constexpr,  # None: the coefficients are the same in every step, or the host's
     DTYPES: tl.constexpr,
     AVERAGE_DTYPE: tl.constexpr,  # None: nothing is averaged in this step
     T: tl.constexpr,
     COEFFICIENTS: tl.constexpr,
+    COUNTS: tl.constexpr,  # there are counts of steps
+    SCHEDULED: tl.constexpr,  # some of the rows go by counts
+    CUT: tl.constexpr,  # some tensors lie otherwise than in the row-major order of the whole one
     NOISY: tl.constexpr,
     NORMS: tl.constexpr,
     MASKED: tl.constexpr,  # there are masks, or decay that is not times the rate
@@ -271,30 +110,60 @@ def update(
     KEPT: tl.constexpr,  # the dtype of what makes weights exact; None: nothing does
 ):
     """Step one chunk: everything that a step does to it, in one pass."""
+    header, floats = words, numbers
+    words += HEADER
+    numbers += HEADER
     chunk = tl.program_id(0)
-    t = _find(tensors + FIRST * count, count, chunk)
+    t = find(tensors + FIRST * count, count, chunk)
     row_index = tl.load(words + ROW * count + t)
+    if number(tl.load(header + FOUND_INF), 0.0, tl.float32) != 0:
+        row_index = row_index * 0 - 1
     if row_index >= 0:
         row = numbers + ROWS * count + row_index * WIDTH
+        row_words = words + ROWS * count + row_index * WIDTH
         first = tl.load(tensors + FIRST * count + t)
         numel = tl.load(tensors + NUMEL * count + t)
         size = tl.load(tensors + CHUNK * count + t)
-        decay_scale = tl.load(layers + DECAY_SCALE * count + t)
-        grad_scale = tl.load(row + 1)
-        sigma = tl.load(row + NOISE)
+        decay = decay_of(row_words, tl.load(layers + DECAY_SCALE * count + t))
+        grad_scale = full_scale(header, floats, row)
+        rate = number(tl.load(row_words + LR_AT), tl.load(row), tl.float64)
         chunks = tl.maximum(tl.cdiv(numel, size), 1)
-        ratio = tl.full((), 1, tl.float64)
+        sigma = tl.load(row + NOISE)
         carries = False
         if NORMS:
-            kind, exempt, relative = tl.load(row + RATIO), tl.load(row + RATIO + 4), tl.load(row + NOISE + 1) != 0
-            has_ratio = (kind != 0) & (tl.load(tensors + NDIM * count + t) > exempt)
+            kind, relative = tl.load(row + RATIO), tl.load(row + NOISE + 1) != 0
+            has_ratio = (kind != 0) & (tl.load(tensors + NDIM * count + t) > tl.load(row + RATIO + 4))
             carries = has_ratio | (relative & (sigma > 0))
+        noise_t = tl.load(row_words + NOISE + 3)
+        add, share = tl.load(row + FOLD), tl.load(row + FOLD + 1)
+        restart, write_back = tl.load(row + FOLD + 2) != 0, tl.load(row + FOLD + 3) != 0
+        if STOCHASTIC:
+            rounds, rounding_seed = tl.load(row + ROUNDING) != 0, tl.load(row_words + ROUNDING + 1)
+            rounding_t = tl.load(row_words + ROUNDING + 2)
+        if SCHEDULED:
+            if tl.load(row_words + COUNTED) != 0:
+                sigma, add, share, restart, write_back, noise_t = at_counts(row_words, row, counts + GROUPS, rate)
+                if STOCHASTIC:
+                    rounding_t = noise_t
+        layout = tensors + tl.load(tensors + LAYOUT * count + t)
+        fours = False
+        if CUT:
+            fours = grouped(layout, numel)
+        ratio = tl.full((), 1, tl.float64)
+        if NORMS:
             if carries:
-                weight2 = _sum(carried + first, chunks)
+                known = tl.load(header + KNOWN)
+                grad2 = tl.load(numbers + GRAD2 * count + t)
+                if known != 0:
+                    of_tensor = known.to(tl.pointer_type(tl.float64)) + 3 * tl.load(tensors + PLACE * count + t)
+                    weight2 = tl.load(of_tensor)
+                    if (grad2 == UNKNOWN) | (kind == LAMB):
+                        grad2 = tl.load(of_tensor + tl.where(kind == LAMB, 2, 1))
+                else:
+                    weight2 = sum_of(carried + first, chunks)
+                    if has_ratio & ((grad2 == UNKNOWN) | (kind == LAMB)):  # whose direction's it is
+                        grad2 = sum_of(gradients + first, chunks)
                 if has_ratio:
-                    grad2 = tl.load(numbers + GRAD2 * count + t)
-                    if (grad2 == UNKNOWN) | (kind == LAMB):  # whose direction's it is
-                        grad2 = _sum(gradients + first, chunks)
                     ratio = trust_ratio(
                         kind,
                         tl.load(row + RATIO + 1),
@@ -303,31 +172,30 @@ def update(
                         weight2,
                         grad2,
                         tl.load(numbers + PARTS * count + t),
-                        (tl.load(row + COUPLED) + tl.load(row + DECOUPLED)) * decay_scale,
+                        (tl.load(row + COUPLED) + tl.load(row + DECOUPLED)) * decay,
                         grad_scale,
                     )
-                if relative & (numel > 0):
-                    sigma *= tl.sqrt(weight2 / numel.to(tl.float64))
+                whole = numel
+                if CUT:
+                    whole += tl.load(layout + ELSEWHERE)
+                if relative & (whole > 0):
+                    sigma *= tl.sqrt(weight2 / whole.to(tl.float64))
+        exactly = coefficients_of(row, tensors, t, count, COEFFICIENTS, AT_STEP)
         if chunk == first:
             tl.store(ratios + t, ratio)
+            if AT_STEP is not None and COEFFICIENTS > 0:
+                tl.store(ratios + count + t, exactly[COEFFICIENTS - 1])
 
-        lr = (tl.load(row) * tl.load(layers + LR_SCALE * count + t) * ratio).to(T)
-        coefficients = _coefficients(row, COEFFICIENTS, T)
-        coupled, decoupled = _decays(row, decay_scale, T)
+        lr = (rate * tl.load(layers + LR_SCALE * count + t) * ratio).to(T)
+        coefficients = narrowed(exactly, COEFFICIENTS, T)
+        coupled, decoupled = decays_of(row, decay, T)
         if MASKED:
-            scale = _scale(row, agreements + first, numel, chunks)
-            independent = (tl.load(row + INDEPENDENT) * decay_scale).to(T)
-        # The seed and the step lie among the floats as integers.
-        seed_and_t = words + ROWS * count + row_index * WIDTH + NOISE + 2
-        seed, noise_t, index = tl.load(seed_and_t), tl.load(seed_and_t + 1), tl.load(tensors + INDEX * count + t)
-        if STOCHASTIC:
-            rounds = tl.load(row + ROUNDING) != 0
-            rounding_seed = tl.load(words + ROWS * count + row_index * WIDTH + ROUNDING + 1)
-            rounding_t = tl.load(words + ROWS * count + row_index * WIDTH + ROUNDING + 2)
-        add, share = tl.load(row + FOLD).to(T), tl.load(row + FOLD + 1).to(T)
-        restart, write_back = tl.load(row + FOLD + 2) != 0, tl.load(row + FOLD + 3) != 0
-        follow = tl.load(row + FOLD + 4).to(T)
-        addresses, scales, aligned = _addresses(tensors, words, t, count, DTYPES)
+            scale = scale_of_mask(row, agreements + first, numel, chunks)
+            independent = (tl.load(row + INDEPENDENT) * decay).to(T)
+        seed, index = tl.load(row_words + NOISE + 2), tl.load(tensors + INDEX * count + t)
+        samples = (add != 0) | write_back
+        add, share, follow = add.to(T), share.to(T), tl.load(row + FOLD + 4).to(T)
+        addresses, scales, aligned = addresses_of(tensors, words, t, count, DTYPES)
         average = tl.load(tensors + AVERAGE * count + t)
         exact = tl.load(tensors + EXACT * count + t)
         aligned &= (average & 15) == 0
@@ -342,52 +210,57 @@ def update(
             stop = full if BLOCK == FULL else end
             squares = tl.zeros([BLOCK // 4], tl.float64)
             for start in range(begin, stop, BLOCK):
-                p = _load_weights(addresses[0], exact, start, end, DTYPES[0], KEPT, T, BLOCK)
-                g = grad_scale.to(T) * _load(addresses[1], start, end, DTYPES[1], T, BLOCK) + coupled * p
-                results = RULE(g, *_states(addresses, scales, start, end, DTYPES, T, BLOCK), *coefficients)
+                p = load_weights(addresses[0], exact, start, end, DTYPES[0], KEPT, T, BLOCK)
+                g = grad_scale.to(T) * load(addresses[1], start, end, DTYPES[1], T, BLOCK) + coupled * p
+                results = RULE(g, *load_states(addresses, scales, start, end, DTYPES, T, BLOCK), *coefficients)
                 for k in tl.static_range(2, len(DTYPES)):
                     new = results[k - 1]
                     if STOCHASTIC and DTYPES[k].primitive_bitwidth == 16:
-                        counter = start // 4 + tl.arange(0, BLOCK // 4)
-                        drawn = at_random(new, counter, index, rounding_t, rounding_seed, k - 2, DTYPES[k])
+                        bits = bits_of(start, layout, fours, index, rounding_t, rounding_seed, k - 2, CUT, BLOCK)
+                        drawn = at_random(new, bits, DTYPES[k])
                         new = tl.where(rounds, drawn, new)
                     if DTYPES[k].primitive_bitwidth == 8:
-                        _store_codes(addresses[k], scales[k], start, end, new, DTYPES[k], BLOCK)
+                        store_codes(addresses[k], scales[k], start, end, new, DTYPES[k], BLOCK)
                     else:
-                        _store(addresses[k], start, end, new, DTYPES[k], BLOCK)
+                        store(addresses[k], start, end, new, DTYPES[k], BLOCK)
                 if MASKED:
-                    update, decaying = _masked(row, results[0], g, p, scale)
+                    update, decaying = masked(row, results[0], g, p, scale)
                     p -= lr * (update + decoupled * decaying) + independent * decaying
                 else:
                     p -= lr * (results[0] + decoupled * p)
                 if NOISY:
                     if sigma != 0:
-                        z = normal(start // 4 + tl.arange(0, BLOCK // 4), index, noise_t, seed)
+                        z = normal_of(start, layout, fours, index, noise_t, seed, CUT, BLOCK)
                         p += sigma.to(T) * z.to(T)
                 if STOCHASTIC and KEPT is None and DTYPES[0].primitive_bitwidth == 16:  # and is then stored as it is
-                    counter = start // 4 + tl.arange(0, BLOCK // 4)
-                    drawn = at_random(p, counter, index, rounding_t, rounding_seed, len(DTYPES) - 2, DTYPES[0])
-                    p = tl.where(rounds, drawn, p)
+                    place: tl.constexpr = len(DTYPES) - 2
+                    bits = bits_of(start, layout, fours, index, rounding_t, rounding_seed, place, CUT, BLOCK)
+                    p = tl.where(rounds, at_random(p, bits, DTYPES[0]), p)
                 if AVERAGE_DTYPE is not None:
                     if KEPT is None:
-                        p = _narrow(p, DTYPES[0]).to(T)  # what is averaged is what would be stored
-                    if (add != 0) | write_back:
-                        v = _load(average, start, end, AVERAGE_DTYPE, T, BLOCK)
+                        p = narrow(p, DTYPES[0]).to(T)  # what is averaged is what would be stored
+                    if samples:
+                        v = load(average, start, end, AVERAGE_DTYPE, T, BLOCK)
                         by = add * (p - share * v)
                         v = tl.where(restart, add * p, v + by)
-                        _store(average, start, end, v, AVERAGE_DTYPE, BLOCK)
+                        store(average, start, end, v, AVERAGE_DTYPE, BLOCK)
                         p = tl.where(write_back, v, tl.where(follow != 0, p + follow * by, p))
                         if STOCHASTIC and KEPT is None and DTYPES[0].primitive_bitwidth == 16:
-                            counter = start // 4 + tl.arange(0, BLOCK // 4)
-                            drawn = at_random(p, counter, index, rounding_t, rounding_seed, len(DTYPES) - 1, DTYPES[0])
-                            p = tl.where(rounds, drawn, p)
-                _store_weights(addresses[0], exact, start, end, p, DTYPES[0], KEPT, BLOCK)
+                            then: tl.constexpr = len(DTYPES) - 1
+                            bits = bits_of(start, layout, fours, index, rounding_t, rounding_seed, then, CUT, BLOCK)
+                            p = tl.where(rounds, at_random(p, bits, DTYPES[0]), p)
+                store_weights(addresses[0], exact, start, end, p, DTYPES[0], KEPT, BLOCK)
                 if NORMS:
-                    squares += _squares(p if KEPT is not None else _narrow(p, DTYPES[0]).to(T), start, end, BLOCK)
+                    squares += squares_of(p if KEPT is not None else narrow(p, DTYPES[0]).to(T), start, end, BLOCK)
             new2 += tl.sum(squares)
             begin = stop
         if NORMS:
             tl.store(leaving + chunk, new2)
+    elif NORMS:  # the weights stay, and what is known of them
+        tl.store(leaving + chunk, tl.load(carried + chunk))
+    if COUNTS or SCHEDULED:
+        if is_last(counts):
+            count_step(tensors, header, floats, counts + GROUPS, ratios + count, count, COUNTS, SCHEDULED)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -396,28 +269,33 @@ def norms(
     layers,
     words,
     numbers,
+    counts,
     carried,
     gradients,
     agreements,
     count,
     RULE: tl.constexpr,
+    AT_STEP: tl.constexpr,
     DTYPES: tl.constexpr,
     T: tl.constexpr,
     COEFFICIENTS: tl.constexpr,
+    TOTAL_WANTED: tl.constexpr,  # the sum over all gradients, too
     WANTED: tl.constexpr,  # by any tensor, and of this launch; what one does not want of it is not stored
     MASKED: tl.constexpr,
     KEPT: tl.constexpr,
 ):
     """Sum the squares of one chunk, before the weights may be touched."""
+    header, floats = words, numbers
+    words += HEADER
+    numbers += HEADER
     chunk = tl.program_id(0)
-    t = _find(tensors + FIRST * count, count, chunk)
+    t = find(tensors + FIRST * count, count, chunk)
     wanted = tl.load(words + WANTS * count + t) & WANTED
     if wanted != 0:
         first = tl.load(tensors + FIRST * count + t)
         numel = tl.load(tensors + NUMEL * count + t)
         size = tl.load(tensors + CHUNK * count + t)
-        decay_scale = tl.load(layers + DECAY_SCALE * count + t)
-        addresses, scales, aligned = _addresses(tensors, words, t, count, DTYPES)
+        addresses, scales, aligned = addresses_of(tensors, words, t, count, DTYPES)
         exact = tl.load(tensors + EXACT * count + t)
         if KEPT is not None:
             aligned &= (exact & 15) == 0
@@ -430,10 +308,15 @@ def norms(
         direction2 = tl.full((), 0, tl.float64)
         agreeing = tl.full((), 0, tl.float64)
         if WANT_UPDATE & WANTED:
-            row = numbers + ROWS * count + tl.load(words + ROW * count + t) * WIDTH
-            coupled, decoupled = _decays(row, decay_scale, T)
+            row_index = tl.load(words + ROW * count + t)
+            row = numbers + ROWS * count + row_index * WIDTH
+            decay = decay_of(words + ROWS * count + row_index * WIDTH, tl.load(layers + DECAY_SCALE * count + t))
+            coupled, decoupled = decays_of(row, decay, T)
+            grad_scale = full_scale(header, floats, row).to(T)
+            exactly = coefficients_of(row, tensors, t, count, COEFFICIENTS, AT_STEP)
+            coefficients = narrowed(exactly, COEFFICIENTS, T)
             if MASKED and (WANT_DIRECTION & WANTED):
-                scale = _scale(row, agreements + first, numel, tl.maximum(tl.cdiv(numel, size), 1))
+                scale = scale_of_mask(row, agreements + first, numel, tl.maximum(tl.cdiv(numel, size), 1))
         for BLOCK in tl.static_range(FULL, TAIL - 1, TAIL - FULL):  # FULL, then TAIL
             stop = full if BLOCK == FULL else end
             of_weights = tl.zeros([BLOCK // 4], tl.float64)
@@ -442,23 +325,23 @@ def norms(
             of_agreement = tl.zeros([BLOCK // 4], tl.float64)
             for start in range(begin, stop, BLOCK):
                 if WANT_UPDATE & WANTED:
-                    p = _load_weights(addresses[0], exact, start, end, DTYPES[0], KEPT, T, BLOCK)
-                    g = tl.load(row + 1).to(T) * _load(addresses[1], start, end, DTYPES[1], T, BLOCK) + coupled * p
-                    states = _states(addresses, scales, start, end, DTYPES, T, BLOCK)
-                    results = RULE(g, *states, *_coefficients(row, COEFFICIENTS, T))
+                    p = load_weights(addresses[0], exact, start, end, DTYPES[0], KEPT, T, BLOCK)
+                    g = grad_scale * load(addresses[1], start, end, DTYPES[1], T, BLOCK) + coupled * p
+                    states = load_states(addresses, scales, start, end, DTYPES, T, BLOCK)
+                    results = RULE(g, *states, *coefficients)
                     if WANT_AGREEMENT & WANTED:
-                        of_agreement += _squares(tl.where(_agree(results[0], g), 1.0, 0.0), start, end, BLOCK)
+                        of_agreement += squares_of(tl.where(agree(results[0], g), 1.0, 0.0), start, end, BLOCK)
                     if WANT_DIRECTION & WANTED:
                         if MASKED:
-                            update, p = _masked(row, results[0], g, p, scale)
-                            of_direction += _squares(update + decoupled * p, start, end, BLOCK)
+                            update, p = masked(row, results[0], g, p, scale)
+                            of_direction += squares_of(update + decoupled * p, start, end, BLOCK)
                         else:
-                            of_direction += _squares(results[0] + decoupled * p, start, end, BLOCK)
+                            of_direction += squares_of(results[0] + decoupled * p, start, end, BLOCK)
                 if WANT_WEIGHT & WANTED:
-                    weights = _load_weights(addresses[0], exact, start, end, DTYPES[0], KEPT, T, BLOCK)
-                    of_weights += _squares(weights, start, end, BLOCK)
+                    weights = load_weights(addresses[0], exact, start, end, DTYPES[0], KEPT, T, BLOCK)
+                    of_weights += squares_of(weights, start, end, BLOCK)
                 if WANT_GRAD & WANTED:
-                    of_gradient += _squares(_load(addresses[1], start, end, DTYPES[1], T, BLOCK), start, end, BLOCK)
+                    of_gradient += squares_of(load(addresses[1], start, end, DTYPES[1], T, BLOCK), start, end, BLOCK)
             weight2 += tl.sum(of_weights)
             grad2 += tl.sum(of_gradient)
             direction2 += tl.sum(of_direction)
@@ -472,6 +355,28 @@ def norms(
             tl.store(gradients + chunk, direction2)
         if wanted & WANT_AGREEMENT:
             tl.store(agreements + chunk, agreeing)
+    elif TOTAL_WANTED:
+        tl.store(gradients + chunk, 0.0)
+    if TOTAL_WANTED:
+        if is_last(counts):
+            total = tl.load(header + TOTAL).to(tl.pointer_type(tl.float64))
+            others = tl.load(total, mask=tl.load(header + ADD) != 0, other=0.0)
+            tl.store(total, others + sum_of(gradients, tl.num_programs(0)))
+
+
+@triton.jit(do_not_specialize=["count"])
+def collect(tensors, words, carried, sums, found, count):
+    """The norms of one tensor that were summed, into its row of a table of three columns."""
+    t = tl.program_id(0).to(tl.int64)
+    words += HEADER
+    first = tl.load(tensors + FIRST * count + t)
+    chunks = tl.maximum(tl.cdiv(tl.load(tensors + NUMEL * count + t), tl.load(tensors + CHUNK * count + t)), 1)
+    wanted = tl.load(words + WANTS * count + t)
+    if tl.load(words + ROW * count + t) >= 0:
+        row = found + 3 * tl.load(tensors + PLACE * count + t)
+        tl.store(row, sum_of(carried + first, chunks))
+        if wanted & (WANT_GRAD | WANT_DIRECTION):
+            tl.store(row + tl.where((wanted & WANT_DIRECTION) != 0, 2, 1), sum_of(sums + first, chunks))
 
 
 @triton.jit(do_not_specialize=["total", "part", "numel", "size"])
@@ -497,12 +402,12 @@ def accumulate(
         of_part = tl.zeros([BLOCK // 4], tl.float64)
         of_total = tl.zeros([BLOCK // 4], tl.float64)
         for start in range(begin, stop, BLOCK):
-            g = _load(part, start, end, PART_DTYPE, T, BLOCK)
-            of_part += _squares(g, start, end, BLOCK)
+            g = load(part, start, end, PART_DTYPE, T, BLOCK)
+            of_part += squares_of(g, start, end, BLOCK)
             if TOTAL_DTYPE is not None:
-                new = _load(total, start, end, TOTAL_DTYPE, T, BLOCK) + g
-                _store(total, start, end, new, TOTAL_DTYPE, BLOCK)
-                of_total += _squares(_narrow(new, TOTAL_DTYPE).to(T), start, end, BLOCK)
+                new = load(total, start, end, TOTAL_DTYPE, T, BLOCK) + g
+                store(total, start, end, new, TOTAL_DTYPE, BLOCK)
+                of_total += squares_of(narrow(new, TOTAL_DTYPE).to(T), start, end, BLOCK)
         part2 += tl.sum(of_part)
         total2 += tl.sum(of_total)
         begin = stop

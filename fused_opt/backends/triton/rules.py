@@ -148,6 +148,83 @@ def ademamix(g, m, slow, v, one_minus_beta1, beta2, one_minus_beta2, one_minus_b
 
 
 @triton.jit
+def power(x, t):
+    """x^t for a whole t, by squaring."""
+    n = t.to(tl.int64)
+    result = tl.full((), 1, tl.float64)
+    while n > 0:
+        result = tl.where((n & 1) != 0, result * x, result)
+        x *= x
+        n = n >> 1
+    return result
+
+
+# What the coefficients of a rule that counts steps are in step t, counted from 1, of those before: csrc/rules.h.
+
+
+@triton.jit
+def adam_at_step(t, scalar, one_minus_beta1, beta2, one_minus_beta2, beta1, beta2_again, eps):
+    """The bias corrections."""
+    unbias1 = 1 / (1 - power(beta1, t))
+    return one_minus_beta1, beta2, one_minus_beta2, unbias1, 1 / tl.sqrt(1 - power(beta2_again, t)), eps
+
+
+@triton.jit
+def amsgrad_at_step(t, scalar, one_minus_beta1, beta2, one_minus_beta2, beta1, beta2_again, eps):
+    """Adam's."""
+    return adam_at_step(t, scalar, one_minus_beta1, beta2, one_minus_beta2, beta1, beta2_again, eps)
+
+
+@triton.jit
+def adamax_at_step(t, scalar, one_minus_beta1, beta2, beta1, eps):
+    """The bias correction of the momentum."""
+    return one_minus_beta1, beta2, 1 / (1 - power(beta1, t)), eps
+
+
+@triton.jit
+def adagrad_at_step(t, scalar, lr_decay, eps):
+    """The decay of the rate."""
+    return 1 / (1 + (t - 1) * lr_decay), eps
+
+
+@triton.jit
+def nadam_at_step(t, scalar, one_minus_beta1, beta2, one_minus_beta2, beta1, decay, unused, eps, unused_too):
+    """The scalar is the product of the mu so far, which torch multiplies in float32."""
+    decayed = power(decay, t)
+    mu, next_mu = beta1 * (1 - 0.5 * decayed), beta1 * (1 - 0.5 * decayed * decay)
+    product = (scalar.to(tl.float32) * mu.to(tl.float32)).to(tl.float64)
+    of_gradient, of_momentum = (1 - mu) / (1 - product), next_mu / (1 - product * next_mu)
+    unbias2 = 1 / tl.sqrt(1 - power(beta2, t))
+    return one_minus_beta1, beta2, one_minus_beta2, of_gradient, of_momentum, unbias2, eps, product
+
+
+@triton.jit
+def radam_at_step(t, scalar, one_minus_beta1, beta2, one_minus_beta2, beta1, unused, eps):
+    """Rectified once there are enough steps."""
+    left, unbias1 = 1 - power(beta2, t), 1 / (1 - power(beta1, t))
+    longest = 2 / one_minus_beta2 - 1
+    length = longest - 2 * t * (1 - left) / left
+    ratio = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+    rectified = tl.where(length > 5, unbias1 * tl.sqrt(tl.where(length > 5, ratio * left, 0.0)), 0.0)
+    return one_minus_beta1, beta2, one_minus_beta2, unbias1, rectified, eps
+
+
+@triton.jit
+def ademamix_at_step(t, scalar, one_minus_beta1, beta2, one_minus_beta2, beta3, warmup, alpha_warmup, alpha, eps):
+    """The half-life of the slow average grows linearly, and so does its share."""
+    beta1 = 1 - one_minus_beta1
+    share = t / tl.where(warmup > 0, warmup, 1.0)
+    if t < warmup:
+        inverse = tl.where(beta1 > 0, (1 - share) / tl.log(tl.where(beta1 > 0, beta1, 0.5)), 0.0)
+        inverse += tl.where(beta3 > 0, share / tl.log(tl.where(beta3 > 0, beta3, 0.5)), 0.0)
+        grown = tl.where(inverse != 0, tl.exp(1 / tl.where(inverse != 0, inverse, 1.0)), 0.0)
+        beta3 = tl.minimum(beta3, grown)
+    alpha *= tl.where(t < alpha_warmup, t / tl.where(alpha_warmup > 0, alpha_warmup, 1.0), 1.0)
+    unbias1, unbias2 = 1 / (1 - power(beta1, t)), 1 / tl.sqrt(1 - power(beta2, t))
+    return one_minus_beta1, beta2, one_minus_beta2, 1 - beta3, unbias1, unbias2, alpha, eps
+
+
+@triton.jit
 def trust_ratio(kind, coefficient, cap, eps, weight2, grad2, parts, weight_decay, grad_scale):
     """From sums of squares (for LAMB grad2 is the direction's) and the sum of the parts' norms (-1: one part)."""
     weight, scale, norm = tl.sqrt(weight2), tl.abs(grad_scale), tl.sqrt(grad2)
@@ -161,73 +238,3 @@ def trust_ratio(kind, coefficient, cap, eps, weight2, grad2, parts, weight_decay
     infinity = float("inf")
     usable = (weight > 0) & (denominator > 0) & (denominator < infinity) & (ratio < infinity)
     return tl.minimum(cap, tl.where(usable, ratio, 1.0))
-
-
-@triton.jit
-def box_muller(w0, w1):
-    """Two words to two normal numbers, line for line as in noise.h."""
-    u = (w0 >> 9).to(tl.int32).to(tl.float32) * 1.1920928955078125e-07 + 5.9604644775390625e-08  # 2**-23, 2**-24
-    bits = u.to(tl.int32, bitcast=True)
-    e = (bits - 0x3F3504F3) >> 23
-    f = (bits - (e << 23)).to(tl.float32, bitcast=True) - 1
-    ln = -0.174007252
-    ln = ln * f + 0.285349548
-    ln = ln * f - 0.298295736
-    ln = ln * f + 0.331551731
-    ln = ln * f - 0.399261236
-    ln = ln * f + 0.500026762
-    ln = ln * f - 0.66667819
-    ln = ln * f + 1
-    ln = ln * f - 2
-    r = square_root(e.to(tl.float32) * -1.38629436 + ln * f)
-    angle = (w1 << 2).to(tl.int32, bitcast=True).to(tl.float32) * 3.6572952e-10  # pi / 2 * 2**-32
-    a2 = angle * angle
-    sine = a2 * -1.95152825e-4 + 8.33216031e-3
-    sine = sine * a2 - 0.166666552
-    sine = sine * a2 * angle + angle
-    cosine = a2 * 2.44331568e-5 - 1.38873165e-3
-    cosine = cosine * a2 + 4.16666456e-2
-    cosine = cosine * a2 - 0.5
-    cosine = cosine * a2 + 1
-    c, s = r * tl.where((w1 >> 31) != 0, -cosine, cosine), r * sine
-    swap = ((w1 >> 30) & 1) != 0
-    return tl.where(swap, s, c), tl.where(swap, c, s)
-
-
-@triton.jit
-def words(counter, index, t, seed, STREAM: tl.constexpr):
-    """Philox4x32-10 at the counters (counter, index, t) of a stream."""
-    c0, c1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32) | (STREAM << 29)
-    zero = tl.zeros_like(c0)
-    return tl.philox(seed, c0, c1, zero + index.to(tl.uint32), zero + t.to(tl.uint32))
-
-
-@triton.jit
-def normal(counter, index, t, seed):
-    """The four normal numbers of every counter, which belong to the elements 4 * counter and following."""
-    w0, w1, w2, w3 = words(counter, index, t, seed, 0)
-    z0, z1 = box_muller(w0, w1)
-    z2, z3 = box_muller(w2, w3)
-    return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
-
-
-@triton.jit
-def at_random(x, counter, index, t, seed, PLACE: tl.constexpr, DTYPE: tl.constexpr):
-    """What x is rounded to at random as the number that is stored in this place: narrow_at_random of csrc/types.h."""
-    w0, w1, w2, w3 = words(counter, index, t, seed, 1 + PLACE // 2)
-    bits = (tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)) >> (PLACE % 2 * 16)) & 0xFFFF
-    narrow = x.to(tl.float32)
-    word = narrow.to(tl.uint32, bitcast=True)
-    size = tl.abs(narrow)
-    if tl.bfloat16 == DTYPE:
-        finite = size <= 3.3895313892515355e38
-        rounded = ((word + bits) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    else:
-        finite = size <= 65504.0
-        coarse = ((word + (bits >> 3)) & 0xFFFFE000).to(tl.float32, bitcast=True)
-        denormal = size < 6.103515625e-05  # 2**-14: a whole number of 2**-24
-        units = (tl.where(denormal, size, 0.0) * 1099511627776.0).to(tl.uint32) + bits  # 2**40
-        whole = (units >> 16).to(tl.float32) * 5.9604644775390625e-08
-        signed = (whole.to(tl.uint32, bitcast=True) | (word & 0x80000000)).to(tl.float32, bitcast=True)
-        rounded = tl.where(denormal, signed, coarse)
-    return tl.where(finite, rounded, narrow).to(x.dtype)

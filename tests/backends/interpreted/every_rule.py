@@ -10,7 +10,7 @@ from support.interpreted import DTYPES, assert_alike, both, few, tensors, train
 
 from fused_opt.backends import triton as backend
 
-kernel, rules, table = backend.kernel, backend.rules, backend.table
+device, kernel, noise, table = backend.device, backend.kernel, backend.noise, backend.table
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
