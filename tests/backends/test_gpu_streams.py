@@ -15,7 +15,6 @@ from support.gpus import (
     gradients,
     laid_out,
     make,
-    native_only,
     needs_gpu,
     same_bits,
     steppable,
@@ -81,12 +80,10 @@ def check_it_waits_not(optimizer):
 @each_backend
 @pytest.mark.parametrize("name", STEPS)
 def test_the_host_does_not_wait(name, backend):
-    if backend == "triton" and name == "clipping":
-        pytest.skip("Triton's grad_norm2 gives the host a number, and waits for it")
     check_it_waits_not(ready(name, backend)[0])
 
 
-@native_only
+@each_backend
 def test_the_host_does_not_wait_for_what_a_scaler_found(backend):
     optimizer, _ = ready("AdamW", backend)
     optimizer.found_inf = torch.zeros((), device=DEVICE)
@@ -94,7 +91,7 @@ def test_the_host_does_not_wait_for_what_a_scaler_found(backend):
     check_it_waits_not(optimizer)
 
 
-@native_only
+@each_backend
 def test_the_host_does_not_wait_for_a_learning_rate(backend):
     optimizer, _ = ready("AdamW", backend)
     optimizer.param_groups[0]["lr"] = torch.tensor(0.1, device=DEVICE)
@@ -190,7 +187,7 @@ CAPTURED = {
 }
 
 
-@native_only
+@each_backend
 @pytest.mark.parametrize("name", CAPTURED)
 def test_a_captured_step_with_other_learning_rates(name, backend):
     """Replayed, it is the step that would have been made, to the last bit."""
@@ -247,7 +244,6 @@ def test_a_graph_that_would_repeat_itself_is_refused_in_words(name, backend):
     torch.cuda.synchronize()
     assert same_bits(everything(optimizer, parameters), before)
     assert refused is None or "captur" in refused
-    assert refused or backend == "native"
     for _ in range(2):
         optimizer.step() if refused else graph.replay()
         eager.step()

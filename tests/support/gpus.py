@@ -28,7 +28,6 @@ def marks(backend):
 
 
 each_backend = pytest.mark.parametrize("backend", [pytest.param(b, marks=marks(b)) for b in ("native", "triton")])
-native_only = pytest.mark.parametrize("backend", [pytest.param("native", marks=marks("native"))])
 needs_gpu = pytest.mark.skipif(REHEARSAL, reason="a rehearsal on the CPU has no streams, launches or graphs")
 WIDTHS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 DTYPES = [torch.float32] if REHEARSAL else WIDTHS  # Triton's interpreter is slow, and truncates to bfloat16

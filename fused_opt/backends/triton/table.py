@@ -208,7 +208,11 @@ class Table:
         add: bool = False,
     ) -> tuple[Tensor, ...]:
         """Tell the device what is new in this step; returns the first arguments of the kernels."""
-        if (stream := self._stream()) != self.stream:
+        if device.capturing(self.device):
+            if not self.captured:
+                self.captured = True
+                keep(*self.memory)
+        elif (stream := self._stream()) != self.stream:
             self.stream = stream
             for made_on_another in self.memory:  # or it might be freed while this one reads it
                 made_on_another.record_stream(stream)
@@ -223,9 +227,6 @@ class Table:
 
         key = (scalars, total, add, self.gradients, self.rows, wanted, self.parts, self.grad2, [*rows])
         table = mirror.send(key, words)
-        if not self.captured and device.capturing(self.device):
-            self.captured = True
-            keep(*self.memory)
         return self.tensors, self.tensors.view(torch.float64), *table, self.counts
 
     def _sum(self, tables: tuple[Tensor, ...], wanted: int, total: bool = False, masked: bool = False) -> None:
