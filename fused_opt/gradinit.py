@@ -126,7 +126,8 @@ def gradinit(
         FloatingPointError: the gradient norm or a derivative was not finite.
 
     Warns:
-        UserWarning: the norm never came under ``gamma``: the loss after the trial step was never looked at.
+        UserWarning: the norm never came under ``gamma``, so that the loss after the trial step was never looked at; or it
+            was there from the start, where gradinit did harm in our study.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -212,6 +213,13 @@ def gradinit(
         warnings.warn(
             f"gradinit lowered the gradient norm and nothing else: in {iterations} iterations it came down to {least:.4g}, "
             f"never under gamma={gamma:.4g}; raise gamma, lr={lr:g} or the number of iterations",
+            stacklevel=2,
+        )
+    elif history and history[0].gradient_norm <= gamma:
+        warnings.warn(
+            f"the gradient norm was {history[0].gradient_norm:.4g} before gradinit changed anything, under "
+            f"gamma={gamma:.4g}; such a network trains as it is, and some were made worse (docs/methods.md); compare with the weights before, "
+            "or lower gamma",
             stacklevel=2,
         )
     with torch.no_grad():

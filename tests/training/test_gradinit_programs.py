@@ -191,5 +191,14 @@ def test_a_norm_that_never_came_under_gamma_is_said(vectors):
         gradinit(Deep(kept), cross_entropy, vectors, gamma=1e-3, iterations=3, progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        gradinit(Deep(kept), cross_entropy, vectors, gamma=100, iterations=3, progress=False)
         gradinit(Deep(kept), cross_entropy, vectors, iterations=0, progress=False)
+
+
+def test_a_norm_that_was_under_gamma_is_said(vectors):
+    with pytest.warns(UserWarning, match=r"was \S+ before gradinit changed anything, under gamma=100"):
+        gradinit(Deep(kept), cross_entropy, vectors, gamma=100, iterations=3, progress=False)
+    model = Deep(kept)
+    model.head.weight.data *= 2.5  # begins above the bound and comes under it
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gradinit(model, cross_entropy, vectors, lr=0.05, iterations=8, progress=False)
