@@ -62,7 +62,9 @@ def strides_for(layout, sizes):
     """The order of its dimensions, for other sizes."""
     strides, reach = [0] * len(sizes), 1
     for d in sorted(range(len(sizes)), key=lambda d: (layout[1][d], d)):
-        strides[d], reach = reach, reach * (sizes[d] + layout[0][d])
+        strides[d] = reach
+        if sizes[d] > 1:
+            reach *= sizes[d] + layout[0][d]
     return strides
 
 
