@@ -355,8 +355,11 @@ class FusedOptimizer(Checkpoints, WithGroups):
             group["skipped_steps"] += 1
 
     def _gradients_are_zero(self) -> bool:
-        found = [p.grad.any() for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return not any(one.full_tensor() if hasattr(one, "full_tensor") else one for one in found)
+        grads = [
+            p.grad for group in self.param_groups for p in group["params"] if p.grad is not None and p.grad.numel()
+        ]
+        found = [grad.any() for grad in grads]
+        return bool(found) and not any(one.full_tensor() if hasattr(one, "full_tensor") else one for one in found)
 
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
     # torch.compile would bake counts and rates into graphs, and cannot see into C++.

@@ -283,3 +283,19 @@ def test_arguments_come_in_the_order_of_torch(name):
         lines = repr(ours).splitlines()
         assert set(repr(theirs).splitlines()) <= set(lines)
         assert lines[:2] == [f"{name} (", "Parameter Group 0"]
+
+
+@both_kinds
+def test_a_gradient_without_elements_is_stepped_at_rate_zero(name, options, backend):
+    """As torch.optim does: what torch.distributed.checkpoint makes states by has gradients of zeros."""
+    p = torch.nn.Parameter(torch.ones(2, 0))
+    optimizer = getattr(fused_opt, name)([p], backend=backend, **{**options, "lr": 0.0})
+    oracle = getattr(torch.optim, name)([torch.nn.Parameter(torch.ones(2, 0))], foreach=False, **{**options, "lr": 0.0})
+    for some in (optimizer, oracle):
+        (q,) = some.param_groups[0]["params"]
+        q.grad = torch.ones_like(q)
+        some.step()
+    assert p._version == 1
+    assert optimizer.state[p].keys() == oracle.state[q].keys()
+    if "step" in oracle.state[q]:
+        assert optimizer.state[p]["step"] == oracle.state[q]["step"] == 1
