@@ -18,4 +18,5 @@ device, kernel, noise, table = backend.device, backend.kernel, backend.noise, ba
 def test_every_rule(name, options, dtype):
     runs = both(name, options, tensors if dtype == torch.float32 else few, dtype)  # pieces and edges depend on no dtype
     train(*runs, steps=2)
-    assert_alike(*runs, dtype)
+    # AdEMAMix's schedule is computed on the device, by exp and log whose last bits are others, and 1 - beta3 is near 0.
+    assert_alike(*runs, dtype, 1e-12 if name == "AdEMAMix" and dtype == torch.float64 else None)
