@@ -355,11 +355,12 @@ class FusedOptimizer(Checkpoints, WithGroups):
             group["skipped_steps"] += 1
 
     def _gradients_are_zero(self) -> bool:
-        grads = [
-            p.grad for group in self.param_groups for p in group["params"] if p.grad is not None and p.grad.numel()
-        ]
+        """Whether all that may have a gradient have one of zeros, as torch.distributed.checkpoint makes them."""
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.requires_grad]
+        if any(grad is None for grad in grads) or not any(grad.numel() for grad in grads):
+            return False
         found = [grad.any() for grad in grads]
-        return bool(found) and not any(one.full_tensor() if hasattr(one, "full_tensor") else one for one in found)
+        return not any(one.full_tensor() if hasattr(one, "full_tensor") else one for one in found)
 
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
     # torch.compile would bake counts and rates into graphs, and cannot see into C++.

@@ -285,17 +285,19 @@ def test_arguments_come_in_the_order_of_torch(name):
         assert lines[:2] == [f"{name} (", "Parameter Group 0"]
 
 
+@pytest.mark.parametrize("shapes", [[(2, 0)], [(2,), (3,)]], ids=["without elements", "one of two"])
 @both_kinds
-def test_a_gradient_without_elements_is_stepped_at_rate_zero(name, options, backend):
-    """As torch.optim does: what torch.distributed.checkpoint makes states by has gradients of zeros."""
-    p = torch.nn.Parameter(torch.ones(2, 0))
-    optimizer = getattr(fused_opt, name)([p], backend=backend, **{**options, "lr": 0.0})
-    oracle = getattr(torch.optim, name)([torch.nn.Parameter(torch.ones(2, 0))], foreach=False, **{**options, "lr": 0.0})
-    for some in (optimizer, oracle):
-        (q,) = some.param_groups[0]["params"]
-        q.grad = torch.ones_like(q)
-        some.step()
-    assert p._version == 1
-    assert optimizer.state[p].keys() == oracle.state[q].keys()
-    if "step" in oracle.state[q]:
-        assert optimizer.state[p]["step"] == oracle.state[q]["step"] == 1
+def test_zeros_are_stepped_at_rate_zero(name, options, shapes, backend):
+    """As torch.optim does; zeros for all, which torch.distributed.checkpoint makes states by, are not."""
+    made = []
+    for module, extra in ((fused_opt, {"backend": backend}), (torch.optim, {"foreach": False})):
+        parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+        optimizer = getattr(module, name)(parameters, **{**options, "lr": 0.0}, **extra)
+        parameters[0].grad = torch.zeros_like(parameters[0])
+        optimizer.step()
+        made.append((parameters[0], optimizer.state[parameters[0]]))
+    (p, ours), (q, theirs) = made
+    assert p._version > 0 < q._version
+    assert ours.keys() == theirs.keys()
+    if "step" in theirs:
+        assert ours["step"] == theirs["step"] == 1
