@@ -13,7 +13,7 @@ import torch
 
 import fused_opt
 from fused_opt.backends import triton as backend
-from fused_opt.backends.interface import ParamEntry
+from fused_opt.backends.interface import Kind, ParamEntry, RatioArgs, StepArgs
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -125,6 +125,26 @@ def test_norms_compile(wanted, masked, tmp_path):
     )  # fmt: skip
     assert usage(binary, tmp_path)[1:] == [0, 0]
     assert wide(binary, "ld") >= (2 if wanted < 4 else 8)
+
+
+@pytest.mark.parametrize("what", ["sum_gradients", "norms"])
+def test_norms_are_asked_for_as_the_compiler_takes_them(what, monkeypatch):
+    """In a condition it takes plain numbers alone, where the interpreter takes flags, too."""
+    p = torch.nn.Parameter(torch.ones(3, 2))
+    p.grad = torch.ones(3, 2)
+    made = backend.table.Table(all_rules.kernels()["sgd"], [ParamEntry(p, 0, 0, "")], [0])
+    assert made.collect_gradients({})
+    launched = []
+    monkeypatch.setattr(backend.device, "launch", lambda function, *arguments: launched.append((function, arguments)))
+    if what == "norms":
+        ratio = RatioArgs(Kind.LAMB, 1.0, 10.0, 0.0, 1)
+        row = backend.arguments.Row(StepArgs(0.1, 1.0, 0.0, 0.0, 0.0, (), ratio))
+        made.norms([row], backend.table.Scalars(), True, True, torch.zeros(1, 3, dtype=torch.float64))
+    else:
+        made.sum_gradients(torch.zeros((), dtype=torch.float64), add=False)
+    names = kernel.norms.arg_names
+    constants = [dict(zip(names, arguments[2:])) for function, arguments in launched if function is kernel.norms]
+    assert [type(given["WANTED"]) for given in constants] == [int]
 
 
 @needs_tools

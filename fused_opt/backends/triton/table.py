@@ -234,7 +234,7 @@ class Table:
         device.launch(
             kernel.norms, self.device, self.chunks, *tables, self.sums[self.turn], self.sums[2], self.sums[3],
             len(self.members), self.rule, self.at_step, self.types, arithmetic(self.p_dtype), self.coefficients, total,
-            wanted, masked, self.kept,
+            int(wanted), masked, self.kept,  # Triton's compiler takes no Norm in a condition
         )  # fmt: skip
 
     def _sum_all(self, tables: tuple[Tensor, ...], wanted: Sequence[int], rows: Sequence[Row]) -> None:
