@@ -147,6 +147,14 @@ def test_norms_are_asked_for_as_the_compiler_takes_them(what, monkeypatch):
     assert [type(given["WANTED"]) for given in constants] == [int]
 
 
+def test_counts_are_read_by_all_threads_before_one_writes_them():
+    """A thread that read what another had written would go another way to the next barrier."""
+    text = update(90, *UPDATES["adam, scheduled"]).asm["ttir"]
+    *_, behind = re.split(r"\bbarrier\b", text)
+    assert behind.count("tt.store") == 4
+    assert "tt.load" not in behind
+
+
 @needs_tools
 def test_collect_compiles(tmp_path):
     arguments = {

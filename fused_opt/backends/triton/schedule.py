@@ -156,6 +156,7 @@ def advance(row, numbers, counts):
         if (t - start) % period == 0:
             due = samples_due(row, numbers, t)
     at = counts + tl.load(row + SLOT) * EACH
+    tl.debug_barrier()  # every thread has read what one of them writes
     tl.store(at, t)
     tl.store(at + 1, tl.where(ended, 0, samples))
     tl.store(at + 2, periods + ended.to(tl.int64))
