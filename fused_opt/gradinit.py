@@ -218,8 +218,8 @@ def gradinit(
     elif history and history[0].gradient_norm <= gamma:
         warnings.warn(
             f"the gradient norm was {history[0].gradient_norm:.4g} before gradinit changed anything, under "
-            f"gamma={gamma:.4g}; such a network trains as it is, and some were made worse (docs/methods.md): compare with "
-            "the weights before, or lower gamma",
+            f"gamma={gamma:.4g}: a network that began so was made worse (docs/methods.md); compare with the weights before, "
+            "or lower gamma",
             stacklevel=2,
         )
     with torch.no_grad():
