@@ -55,6 +55,7 @@ def test_a_step_is_the_oracles_with_its_states_rounded(name, options, form, ever
 def test_every_float32_is_stored_as_torch_rounds_it(dtype, every_kernel):
     """Denormal, infinite or next to a number that is none."""
     bits = torch.randint(-(2**31), 2**31, (5_000,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    bits[::1000], bits[500::1000] = 2**31 - 1, -1  # NaN, to which rounding must not add
     p = torch.nn.Parameter(torch.zeros(5_000))
     p.grad = bits.view(torch.float32)
     optimizer = fused_opt.SGD([p], lr=1.0, momentum=0.9, backend=every_kernel, state_dtype=dtype)
