@@ -1,7 +1,6 @@
 // Standard normal numbers by counting: Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC
 // 2011) and Box-Muller. Element i of parameter k in step t draws lane i % 4 of the counter (i / 4, k, t) under the key
-// `seed`: nothing else decides, neither threads nor chunks nor the order of elements in memory. What is drawn for other
-// ends than noise is in streams of its own: their numbers are the highest bits of i / 4, which no tensor reaches.
+// `seed`: nothing else decides, neither threads nor chunks nor the order of elements in memory.
 #pragma once
 #include <cstdint>
 
@@ -13,17 +12,7 @@ namespace fused_opt {
 struct Draw {
   uint64_t seed = 0;
   uint32_t index = 0, step = 0;
-  uint32_t stream = 0;  // below 8; 0: noise
-  FUSED_OPT_FN uint32_t high() const { return stream << 29; }
 };
-// Of rounding at random: the words of one stream have the bits of two stored numbers of an element, so that a rule's
-// states, the parameter, and the parameter where an average moves it once more, have theirs in this order.
-FUSED_OPT_FN constexpr uint32_t rounding_stream(int place) {
-  return 1 + static_cast<uint32_t>(place) / 2;
-}
-FUSED_OPT_FN constexpr int rounding_shift(int place) {
-  return place % 2 * 16;
-}
 
 constexpr uint32_t kPhiloxM0 = 0xD2511F53, kPhiloxM1 = 0xCD9E8D57;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9, kPhiloxW1 = 0xBB67AE85;
@@ -55,6 +44,37 @@ FUSED_OPT_FN void philox(Word& c0, Word& c1, Word& c2, Word& c3, uint32_t key0, 
     key0 += kPhiloxW0;
     key1 += kPhiloxW1;
   }
+}
+
+// Rounding at random takes less than noise does: an element's bits are a hash of its place, whose keys are drawn for
+// every parameter and step. Each byte of a word is the higher one of one stored number's 16 bits and the lower one of
+// another's: four numbers have theirs in one, in the order of a rule's states, the parameter, and the parameter where
+// an average moves it once more.
+constexpr int kRoundedByWord = 4;
+struct RoundingKey {
+  uint32_t first = 0, second = 0;
+};
+// The first two words of a counter that no element's noise reaches.
+FUSED_OPT_FN RoundingKey rounding_key(const Draw& by, int word) {
+  uint64_t c0 = 0, c1 = static_cast<uint64_t>(1 + word) << 29, c2 = by.index, c3 = by.step;
+  philox<OneLane>(c0, c1, c2, c3, static_cast<uint32_t>(by.seed), static_cast<uint32_t>(by.seed >> 32));
+  return {static_cast<uint32_t>(c0), static_cast<uint32_t>(c1)};
+}
+// The last steps of MurmurHash3 (Appleby 2011, fmix32), with a key before each multiplication.
+FUSED_OPT_FN uint32_t rounding_word(uint32_t low, uint32_t high, RoundingKey key) {
+  uint32_t x = low ^ key.first;
+  x = (x ^ x >> 16) * 0x85EBCA6B;
+  x = ((x ^ x >> 13) + (key.second + high * 0x9E3779B9)) * 0xC2B2AE35;
+  return x ^ x >> 16;
+}
+FUSED_OPT_FN uint32_t rounding_word(int64_t i, RoundingKey key) {
+  return rounding_word(static_cast<uint32_t>(i), static_cast<uint32_t>(static_cast<uint64_t>(i) >> 32), key);
+}
+// Of one word or a register of them.
+template <class Words>
+FUSED_OPT_FN Words rounding_bits(Words words, int place) {
+  const int from = place % 2 * 16 + place / 2 % 2 * 8;
+  return (words >> from | words << (-from & 31)) & 0xFFFF;
 }
 
 // Two words to two normal numbers, |z| < 5.8. The radius has 23 bits of w0, as many as leave room for the half. Of w1

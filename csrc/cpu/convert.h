@@ -3,6 +3,7 @@
 #pragma once
 #include <limits>
 
+#include "../noise.h"
 #include "../types.h"
 #include "vectors.h"
 
@@ -57,17 +58,16 @@ FUSED_OPT_FN void narrow_all(const T* x, int64_t n, Element* y) {
   for (; k < n; ++k) one(k);
 }
 
-// With the 16 bits of each of `words` from `shift`.
 template <class Element, class T>
-FUSED_OPT_FN void narrow_all_at_random(const T* x, const uint32_t* words, int shift, int64_t n, Element* y) {
+FUSED_OPT_FN void narrow_all_at_random(const T* x, const uint32_t* words, int place, int64_t n, Element* y) {
   const auto one = [&](int64_t k) {
-    y[k] = narrow_at_random<Element>(static_cast<float>(x[k]), words[k] >> shift & 0xFFFF);
+    y[k] = narrow_at_random<Element>(static_cast<float>(x[k]), rounding_bits(words[k], place));
   };
   if constexpr (std::is_same_v<T, float> && std::is_same_v<Element, BFloat16>)
     return by_pairs(
         x, n, kLargestBFloat16,
         [&](int64_t k, Bits32 a, Bits32 b) {
-          const auto by = [&](int64_t k) { return get<Bits32>(words + k) >> shift & 0xFFFF; };
+          const auto by = [&](int64_t k) { return rounding_bits(get<Bits32>(words + k), place); };
           put(y + k, uppers(a + by(k), b + by(k + kFloats)));
         },
         one);

@@ -220,10 +220,10 @@ struct ManyLanes {
   }
 };
 
-// z: room for a multiple of 128 normal numbers, or random words, before each of which it calls ahead(done): calculating
-// and fetching can overlap.
-template <class Z, class Ahead>
-FUSED_OPT_FN void draw_counters(const Draw& by, uint64_t begin, int64_t n, Z* z, const Ahead& ahead) {
+// z: room for a multiple of 128 normal numbers, before each of which it calls ahead(done): calculating and fetching can
+// overlap.
+template <class Ahead>
+FUSED_OPT_FN void draw_counters(const Draw& by, uint64_t begin, int64_t n, float* z, const Ahead& ahead) {
   constexpr int kLanes = kRegister / sizeof(uint64_t);
   constexpr int kCounters = 32;
   alignas(64) uint32_t words[4][kCounters];
@@ -233,25 +233,17 @@ FUSED_OPT_FN void draw_counters(const Draw& by, uint64_t begin, int64_t n, Z* z,
     ahead(4 * done);
     for (int k = 0; k < kCounters; k += 2 * kLanes) {
       const Words counter = first + static_cast<uint64_t>(done + k);
-      ManyLanes::Word c0{counter, counter + static_cast<uint64_t>(kLanes)},
-          c1 = (c0 >> 32) ^ ManyLanes::splat(by.high());
+      ManyLanes::Word c0{counter, counter + static_cast<uint64_t>(kLanes)}, c1 = c0 >> 32;
       ManyLanes::Word c2 = ManyLanes::splat(by.index), c3 = ManyLanes::splat(by.step);
       philox<ManyLanes>(c0, c1, c2, c3, static_cast<uint32_t>(by.seed), static_cast<uint32_t>(by.seed >> 32));
       const ManyLanes::Word* c[] = {&c0, &c1, &c2, &c3};
       for (int w = 0; w < 4; ++w) *reinterpret_cast<Halves*>(&words[w][k]) = evens(c[w]->a, c[w]->b);
     }
-    const auto put = [&](const auto& from) {
-      for (int k = 0; k < kCounters; ++k)
-        for (int lane = 0; lane < 4; ++lane) z[4 * (done + k) + lane] = from[lane][k];
-    };
-    if constexpr (std::is_same_v<Z, float>) {
-      alignas(64) float lanes[4][kCounters];
-      for (int k = 0; k < kCounters; ++k) box_muller(words[0][k], words[1][k], lanes[0][k], lanes[1][k]);
-      for (int k = 0; k < kCounters; ++k) box_muller(words[2][k], words[3][k], lanes[2][k], lanes[3][k]);
-      put(lanes);
-    } else {
-      put(words);
-    }
+    alignas(64) float lanes[4][kCounters];
+    for (int k = 0; k < kCounters; ++k) box_muller(words[0][k], words[1][k], lanes[0][k], lanes[1][k]);
+    for (int k = 0; k < kCounters; ++k) box_muller(words[2][k], words[3][k], lanes[2][k], lanes[3][k]);
+    for (int k = 0; k < kCounters; ++k)
+      for (int lane = 0; lane < 4; ++lane) z[4 * (done + k) + lane] = lanes[lane][k];
   }
 }
 
@@ -281,17 +273,15 @@ FUSED_OPT_FN void prefetch(const Tensor& tensor, int64_t begin, const Operands&.
 
 // What elements [begin, begin + n) draw that lie in another order than the whole tensor's: that of a slab at a time is
 // drawn in the whole's order, and kept for the next call.
-template <class Z>
 __attribute__((noinline)) void draw_slabs(const Tensor& tensor, const Draw& by, const Layer& layer, int64_t begin,
-                                          int64_t n, Z* z) {
+                                          int64_t n, float* z) {
   struct Drawn {
     Draw by;
     uint64_t first = 0;
     int64_t size = 0;
-    alignas(64) Z z[kMostInSlab + 256];  // what comes before and after in the draws
+    alignas(64) float z[kMostInSlab + 256];  // what comes before and after in the draws
   };
-  static thread_local Drawn of_streams[std::is_same_v<Z, float> ? 1 : 3];
-  Drawn& drawn = of_streams[by.stream ? by.stream - 1 : 0];
+  static thread_local Drawn drawn;
   const ShardLayout& layout = *layer.shard;
   const Operand whole{nullptr, DType::kFloat32, layout.strides};
   for (int64_t i = 0, m; i < n; i += m) {
@@ -310,9 +300,9 @@ __attribute__((noinline)) void draw_slabs(const Tensor& tensor, const Draw& by, 
 }
 
 // What elements [begin, begin + n) draw, n at most kDraw.
-template <class Z, class Ahead>
+template <class Ahead>
 __attribute__((noinline)) void draw(const Tensor& tensor, const Draw& by, const Layer& layer, int64_t begin, int64_t n,
-                                    Z* z, const Ahead& ahead) {
+                                    float* z, const Ahead& ahead) {
   if (!layer.shard) {
     draw_counters(by, static_cast<uint64_t>(begin) / 4, (n + 3) / 4, z, [&](int64_t done) { ahead(begin + done); });
     return;
@@ -321,7 +311,7 @@ __attribute__((noinline)) void draw(const Tensor& tensor, const Draw& by, const 
     for (int64_t k = 0; k < n; k += kBlock) ahead(begin + k);
     return draw_slabs(tensor, by, layer, begin, n, z);
   }
-  alignas(64) Z some[kDraw];
+  alignas(64) float some[kDraw];
   for (int64_t i = 0, m; i < n; i += m) {
     // A shard may begin in the middle of the four elements that share a counter.
     const int64_t first = in_whole(tensor, *layer.shard, begin + i), skipped = first % 4;
@@ -333,24 +323,56 @@ __attribute__((noinline)) void draw(const Tensor& tensor, const Draw& by, const 
   }
 }
 
-// The random bits of a block of at most kBlock elements, a word for each and two places in it.
+// The keys of the random bits that a tensor's elements are rounded by, of `places` stored numbers.
+template <int places>
+struct RoundingKeys {
+  static constexpr int kWords = (places + kRoundedByWord - 1) / kRoundedByWord;
+  RoundingKey of[kWords];
+  FUSED_OPT_FN RoundingKeys(const StepArgs& args, const Layer& layer) {
+    for (int k = 0; args.stochastic && k < kWords; ++k)
+      of[k] = rounding_key({args.rounding_seed, layer.index, args.noise_step}, k);
+  }
+};
+
+// The words of consecutive elements of the whole tensor.
+template <class N>
+FUSED_OPT_FN void hash(int64_t first, N n, RoundingKey key, uint32_t* words) {
+  const auto low = static_cast<uint32_t>(first);
+  const auto high = static_cast<uint32_t>(static_cast<uint64_t>(first) >> 32);
+  if (low > UINT32_MAX - kBlock)
+    for (int64_t k = 0; k < n; ++k) words[k] = rounding_word(first + k, key);
+  else
+    for (uint32_t k = 0; k < static_cast<uint32_t>(n); ++k) words[k] = rounding_word(low + k, high, key);
+}
+
+// The random bits of a block of at most kBlock elements, a word for each.
 template <class N>
 struct Bits {
   const Tensor& tensor;
   const StepArgs& args;
   const Layer& layer;
+  const RoundingKey* keys;
   int64_t begin;
   N n;
-  uint32_t stream = 0;
+  int held = -1;  // which words of the elements these are
   alignas(64) uint32_t words[kBlock];
 
-  FUSED_OPT_FN Bits(const Tensor& tensor, const StepArgs& args, const Layer& layer, int64_t begin, N n)
-      : tensor(tensor), args(args), layer(layer), begin(begin), n(n) {}
-  const uint32_t* of(int place) {
-    if (stream != rounding_stream(place)) {
-      stream = rounding_stream(place);
-      draw(tensor, {args.rounding_seed, layer.index, args.noise_step, stream}, layer, begin, n, words, [](int64_t) {});
-    }
+  FUSED_OPT_FN Bits(const Tensor& tensor, const StepArgs& args, const Layer& layer, const RoundingKey* keys,
+                    int64_t begin, N n)
+      : tensor(tensor), args(args), layer(layer), keys(keys), begin(begin), n(n) {}
+  __attribute__((noinline)) void hash_strided(RoundingKey key) {
+    for_each_strided(tensor, {nullptr, DType::kFloat32, layer.shard->strides}, begin, n,
+                     [&](int64_t k, int64_t i) { words[k] = rounding_word(layer.shard->offset + i, key); });
+  }
+  FUSED_OPT_FN const uint32_t* of(int place) {
+    if (held == place / kRoundedByWord) return words;
+    held = place / kRoundedByWord;
+    const RoundingKey key = keys[held];
+    const ShardLayout whole = layer.shard ? *layer.shard : ShardLayout{0, begin + n};
+    if (begin + n <= whole.run)
+      hash(whole.offset + begin, n, key, words);
+    else
+      hash_strided(key);
     return words;
   }
 };
@@ -361,16 +383,15 @@ __attribute__((noinline)) void copy_out(const Operand& operand, const T* values,
   if (!bits.args.stochastic || size_of(operand.dtype) != 2)
     return copy_out(bits.tensor, operand, bits.begin, bits.n, values);
   const uint32_t* words = bits.of(place);
-  const int shift = rounding_shift(place);
   with_type(operand.dtype, [&](auto* type) {
     using Element = std::remove_pointer_t<decltype(type)>;
     if constexpr (sizeof(Element) == 2) {
       auto* data = static_cast<Element*>(operand.data);
       const auto put = [&](int64_t k, int64_t i) {
-        data[i] = narrow_at_random<Element>(static_cast<float>(values[k]), words[k] >> shift & 0xFFFF);
+        data[i] = narrow_at_random<Element>(static_cast<float>(values[k]), rounding_bits(words[k], place));
       };
       if (bits.tensor.flat)
-        narrow_all_at_random(values, words, shift, bits.n, data + bits.begin);
+        narrow_all_at_random(values, words, place, bits.n, data + bits.begin);
       else
         for_each_strided(bits.tensor, operand, bits.begin, bits.n, put);
     }
@@ -381,8 +402,11 @@ template <class T, class N>
 FUSED_OPT_FN void store(const Operand& operand, const T* values, Bits<N>& bits, int place) {
   if (lies_ready<T>(bits.tensor, operand)) return;
   if constexpr (kInline<T, N>)
-    if (bits.tensor.flat && operand.dtype == DType::kBFloat16 && !bits.args.stochastic)
-      return narrow_all(values, bits.n, static_cast<BFloat16*>(operand.data) + bits.begin);
+    if (bits.tensor.flat && operand.dtype == DType::kBFloat16) {
+      auto* data = static_cast<BFloat16*>(operand.data) + bits.begin;
+      return bits.args.stochastic ? narrow_all_at_random(values, bits.of(place), place, bits.n, data)
+                                  : narrow_all(values, bits.n, data);
+    }
   copy_out(operand, values, bits, place);
 }
 
@@ -414,6 +438,7 @@ __attribute__((noinline)) Squares update_blocks(const Rule& rule, const Factors<
   const T sigma = static_cast<T>(fused_opt::sigma(tensor, args, layer));
   alignas(64) T buffers[3 + sizeof...(S)][kBlock];
   alignas(64) float z[kDraw];
+  const RoundingKeys<sizeof...(S) + 2> keys(args, layer);
   SumOfSquares found, left;
   const auto ahead = [&](int64_t begin) {
     prefetch(tensor, begin, tensor.p, tensor.g, tensor.states[S]...);
@@ -426,7 +451,7 @@ __attribute__((noinline)) Squares update_blocks(const Rule& rule, const Factors<
     else if (begin % kDraw == 0)
       draw(tensor, {args.seed, layer.index, args.noise_step}, layer, begin, end - begin < kDraw ? end - begin : kDraw,
            z, ahead);
-    Bits bits(tensor, args, layer, begin, n);
+    Bits bits(tensor, args, layer, keys.of, begin, n);
     T* p = load_weights(tensor, begin, n, buffers[0]);
     const T* g = load(tensor, tensor.g, begin, n, buffers[1]);
     T* states[] = {load_state(tensor, S, begin, n, buffers[2 + S])..., nullptr};

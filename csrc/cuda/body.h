@@ -76,6 +76,8 @@ struct Shared {
   Rule rule;
   Factors<T> by;
   Masks<T> masks;
+  static constexpr int kWords = (Rule::kStates + 1 + kRoundedByWord) / kRoundedByWord;  // of states and weights, twice
+  RoundingKey keys[kWords];
   T sigma;
   int head;
   bool plain, carries, averages, noisy, stochastic;
@@ -163,8 +165,9 @@ FUSED_OPT_FN void prepare(const Launch& launch, int64_t t, Shared<Rule, T>& shar
   operands[3 + Rule::kStates] = tensor.exact;
   shared.head = peel<T>(operands, tensor.flat);
   shared.stochastic = launch.rounds && args.stochastic;
-  if ((shared.noisy || shared.stochastic) && shared.head)
-    shared.head = -1;  // four neighbours draw together, from a multiple of 4 on
+  if (shared.noisy && shared.head) shared.head = -1;  // four neighbours draw together, from a multiple of 4 on
+  for (int k = 0; shared.stochastic && k < Shared<Rule, T>::kWords; ++k)
+    shared.keys[k] = rounding_key({args.rounding_seed, layer.index, args.noise_step}, k);
 }
 
 // The words that element i of the whole tensor draws, and the V - 1 after it: i is a multiple of V. A counter gives
@@ -173,7 +176,7 @@ FUSED_OPT_FN void prepare(const Launch& launch, int64_t t, Shared<Rule, T>& shar
 template <int V>
 FUSED_OPT_FN void draw(const Draw& by, int64_t i, uint32_t (&words)[V == 1 ? 2 : V]) {
   const uint64_t counter = static_cast<uint64_t>(i) / 4;
-  uint64_t c0 = counter & 0xFFFFFFFF, c1 = counter >> 32 | by.high(), c2 = by.index, c3 = by.step;
+  uint64_t c0 = counter & 0xFFFFFFFF, c1 = counter >> 32, c2 = by.index, c3 = by.step;
   philox<OneLane>(c0, c1, c2, c3, static_cast<uint32_t>(by.seed), static_cast<uint32_t>(by.seed >> 32));
   const bool upper = V < 4 && i & 2;
   words[0] = static_cast<uint32_t>(upper ? c2 : c0), words[1] = static_cast<uint32_t>(upper ? c3 : c1);
@@ -198,13 +201,11 @@ struct Noise {
 
 // Their words, for rounding at random.
 struct Words {
-  Draw by;
+  RoundingKey key;
   template <int V>
   FUSED_OPT_FN void operator()(int64_t i, uint32_t, uint32_t (&words)[V]) const {
-    uint32_t drawn[V == 1 ? 2 : V];
-    draw<V>(by, i, drawn);
     FUSED_OPT_UNROLL
-    for (int k = 0; k < V; ++k) words[k] = V == 1 && i & 1 ? drawn[1] : drawn[k];
+    for (int k = 0; k < V; ++k) words[k] = rounding_word(i + k, key);
   }
 };
 
@@ -231,24 +232,24 @@ FUSED_OPT_FN void draw_for(const Tensor& tensor, const Layer& layer, int64_t i, 
   of(whole, sigma, p);
 }
 
-// The random bits of V elements, drawn where a number of 16 bits is stored first.
+// The random bits of V elements, a word for each, made where a number of 16 bits is stored first.
 template <int V>
 struct Bits {
   const Tensor& tensor;
-  const StepArgs& args;
   const Layer& layer;
-  bool stochastic;
+  const RoundingKey* keys;  // null: to the nearest
   int64_t i;
-  uint32_t stream = 0, words[V] = {};
+  int held = -1;
+  uint32_t words[V] = {};
 
   template <class T>
   FUSED_OPT_FN void store(const Operand& operand, int64_t at, T (&x)[V], int place) {
-    if (!stochastic || size_of(operand.dtype) != 2) return cuda::store(operand, at, x);
-    if (stream != rounding_stream(place)) {
-      stream = rounding_stream(place);
-      draw_for(tensor, layer, i, Words{{args.rounding_seed, layer.index, args.noise_step, stream}}, uint32_t{0}, words);
+    if (!keys || size_of(operand.dtype) != 2) return cuda::store(operand, at, x);
+    if (held != place / kRoundedByWord) {
+      held = place / kRoundedByWord;
+      draw_for(tensor, layer, i, Words{keys[held]}, uint32_t{0}, words);
     }
-    store_at_random(operand, at, x, words, rounding_shift(place));
+    store_at_random(operand, at, x, words, place);
   }
   template <class T>
   FUSED_OPT_FN void store_weights(int64_t at, T (&x)[V], int place) {
@@ -285,7 +286,7 @@ FUSED_OPT_FN void step_some(const Shared<Rule, T>& shared, int64_t i, const Raw<
     apply_masked(shared.rule, shared.by, shared.masks, V, p, g, states[S]...);
   const StepArgs& args = shared.row.args;
   const Layer& layer = shared.entry.layer;
-  Bits<V> bits{tensor, args, layer, rounds && shared.stochastic, i};
+  Bits<V> bits{tensor, layer, rounds && shared.stochastic ? shared.keys : nullptr, i};
   (bits.store(tensor.states[S], at[2 + S], states[S], S), ...);
   if (shared.noisy) draw_for(tensor, layer, i, Noise{{args.seed, layer.index, args.noise_step}}, shared.sigma, p);
   bits.store_weights(at[0], p, sizeof...(S));

@@ -184,11 +184,11 @@ FUSED_OPT_FN void store(const Operand& operand, int64_t i, T (&x)[V]) {
 }
 // The same at random, of what has 16 bits.
 template <int V, class T>
-FUSED_OPT_FN void store_at_random(const Operand& operand, int64_t i, T (&x)[V], const uint32_t (&words)[V], int shift) {
+FUSED_OPT_FN void store_at_random(const Operand& operand, int64_t i, T (&x)[V], const uint32_t (&words)[V], int place) {
   store(operand, i, x, [&](auto* type, T value, int k) {
     using Element = std::remove_pointer_t<decltype(type)>;
     if constexpr (sizeof(Element) == 2)
-      return narrow_at_random<Element>(static_cast<float>(value), words[k] >> shift & 0xFFFF);
+      return narrow_at_random<Element>(static_cast<float>(value), rounding_bits(words[k], place));
     else
       return narrow<Element>(value);
   });

@@ -12,6 +12,7 @@
 #include "../cpu/parallel.h"
 #include "../cpu/step.h"
 #include "../noise.h"
+#include "../types.h"
 #include "check.h"
 
 using namespace fused_opt;
@@ -99,6 +100,29 @@ void every_instruction_set_draws_the_same_noise() {
         CHECK(std::fabs(z[4 * k + 2 * pair] - z0) < 2e-6f);
         CHECK(std::fabs(z[4 * k + 2 * pair + 1] - z1) < 2e-6f);
       }
+    }
+  }
+}
+
+// Of a shard whose places go beyond 2^32 in the middle of a block.
+void every_instruction_set_rounds_by_the_same_bits() {
+  for (const auto& set : cpu::instruction_sets()) {
+    if (!set.runs_here()) continue;
+    Model model({1000}, 0);
+    std::vector<BFloat16> p(1000);
+    const ShardLayout shard{(int64_t{1} << 32) - 300, 1000};
+    model.table.tensors[0].p = {p.data(), DType::kBFloat16};
+    model.table.layers[0].shard = &shard;
+    StepArgs& args = model.table.args[0];
+    args.lr = 1;
+    args.stochastic = true;
+    args.rounding_seed = 0x123456789ABCDEF0;
+    args.noise_step = 6;
+    cpu::step(kernel_of(set, "sgd"), model.table, 2);
+    const RoundingKey key = rounding_key({args.rounding_seed, 0, 6}, 0);
+    for (size_t i = 0; i < p.size(); ++i) {
+      const uint32_t word = rounding_word(shard.offset + static_cast<int64_t>(i), key);
+      CHECK(p[i].bits == narrow_at_random<BFloat16>(-model.g[0][i], rounding_bits(word, 0)).bits);
     }
   }
 }
@@ -345,6 +369,7 @@ int main() {
   philox_known_answers();
   box_muller_is_exact_to_float32();
   every_instruction_set_draws_the_same_noise();
+  every_instruction_set_rounds_by_the_same_bits();
   a_step_is_the_rule_applied_to_every_element();
   threads_change_no_bit();
   a_carried_norm_is_the_norm_of_what_was_stored();

@@ -92,7 +92,7 @@ class WeightNoise:
         return NoiseArgs(self.sigma(t, lr), self.relative, self.seed, t % 2**32)
 
 
-def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+def multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     """High and low word of the product of 32-bit words; int64 cannot hold it, so in two halves of 16 bits."""
     low, high = a * (b & 0xFFFF), a * (b >> 16)
     carry = (low >> 16) + (high & 0xFFFF)
@@ -104,7 +104,7 @@ def philox(counters: list[Tensor], seed: int) -> list[Tensor]:
     c0, c1, c2, c3 = counters
     key0, key1 = seed & 0xFFFFFFFF, seed >> 32
     for _ in range(10):
-        (high0, low0), (high1, low1) = _multiply(c0, 0xD2511F53), _multiply(c2, 0xCD9E8D57)
+        (high0, low0), (high1, low1) = multiply(c0, 0xD2511F53), multiply(c2, 0xCD9E8D57)
         c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
         key0, key1 = (key0 + 0x9E3779B9) & 0xFFFFFFFF, (key1 + 0xBB67AE85) & 0xFFFFFFFF
     return [c0, c1, c2, c3]
@@ -120,20 +120,10 @@ def normal_at(seed: int, index: int, t: int, elements: Tensor) -> Tensor:
     return _fours(seed, index, t, elements // 4).gather(1, (elements % 4)[:, None])[:, 0]
 
 
-def words(seed: int, index: int, t: int, elements: Tensor, stream: int) -> Tensor:
-    """The words that these elements, int64, draw in a stream; 0 is that of the noise."""
-    return torch.stack(_drawn(seed, index, t, elements // 4, stream), dim=1).gather(1, (elements % 4)[:, None])[:, 0]
-
-
-def _drawn(seed: int, index: int, t: int, counter: Tensor, stream: int = 0) -> list[Tensor]:
-    """The four words of every counter."""
-    high = counter >> 32 | stream << 29
-    return philox([counter & 0xFFFFFFFF, high, torch.full_like(counter, index), torch.full_like(counter, t)], seed)
-
-
 def _fours(seed: int, index: int, t: int, counter: Tensor) -> Tensor:
     """What the four elements that share a counter draw, for every counter."""
-    drawn = _drawn(seed, index, t, counter)
+    words = [counter & 0xFFFFFFFF, counter >> 32, torch.full_like(counter, index), torch.full_like(counter, t)]
+    drawn = philox(words, seed)
     lanes = []
     for w0, w1 in (drawn[:2], drawn[2:]):
         r = (-2 * (((w0 >> 9).double() + 0.5) * 2.0**-23).log()).sqrt()

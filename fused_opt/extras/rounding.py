@@ -5,11 +5,19 @@ probability :math:`(|x| - |a|) / (|b| - |a|)`, else a, in steps of :math:`2^{-16
 Limited Numerical Precision" (arXiv 1502.02551), section 2. An update of a hundredth of the distance moves one weight of a
 hundred, where rounding to the nearest moves none. For bfloat16, and for float16 that is not denormal, the steps are exact.
 
-The bits are words of the generator that draws noise, in streams of their own: element i (row-major) of parameter k in step t,
-counted from 0, has lane ``i % 4`` of Philox4x32-10 at the counter ``(i // 4 + s * 2**61, k, t)`` under the key ``seed``. So
-they are independent of backend, threads, chunks and memory layout, and the same after a resume. A word has the bits of two
-numbers that are stored, in the order of the rule's states, the parameter, and the parameter once more where an average moves
-it: its lower half those of the first, third and fifth (s = 1, 2, 3), its upper half those of the others.
+The bits are a hash of the element's place: with i = l + 2**32 h, the element's row-major index in parameter k, in step t,
+counted from 0,
+
+    x = l ^ a;  x = (x ^ x >> 16) * 0x85EBCA6B;  x = (x ^ x >> 13) + b + h * 0x9E3779B9;  x = x * 0xC2B2AE35;  x ^= x >> 16
+
+modulo 2**32, which is the end of MurmurHash3 (Appleby 2011, fmix32) with a key before each multiplication. The keys (a, b)
+are the first two words of Philox4x32-10, the generator that draws noise, at the counter ``(s * 2**61, k, t)`` under the key
+``seed``. So the bits are independent of backend, threads, chunks and memory layout, and the same after a resume, and those
+of an element are uniform over steps. A word x (s = 1) has the bits of four numbers that are stored, in the order of the
+rule's states, the parameter, and the parameter once more where an average moves it: those of the first begin at bit 0, of
+the second at 16, of the third at 8, of the fourth at 24 (and end at bit 7); a fifth has those of the next word (s = 2). Two
+numbers of an element so share a byte, the higher one of one and the lower one of the other: whether both become b has a
+covariance of at most 2**-10.
 """
 
 from __future__ import annotations
@@ -24,7 +32,7 @@ from torch import Tensor
 from ..backends.interface import RoundingArgs
 from ..checks import whole
 from .extra import Extra
-from .noise import words
+from .noise import multiply, philox
 
 NEAREST, STOCHASTIC = "nearest", "stochastic"
 
@@ -84,9 +92,21 @@ def rounded(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     )
 
 
+def words(seed: int, index: int, t: int, elements: Tensor, word: int = 0) -> Tensor:
+    """The hashes of a parameter's elements, int64 by their places in it, that :func:`bits_of` takes bits of."""
+    counter = [elements.new_tensor(c) for c in (0, 1 + word << 29, index, t)]
+    first, second, _, _ = philox(counter, seed)
+    x = elements & 0xFFFFFFFF ^ first
+    x = multiply(x ^ x >> 16, 0x85EBCA6B)[1]
+    x = (x ^ x >> 13) + second + (elements >> 32) * 0x9E3779B9 & 0xFFFFFFFF
+    x = multiply(x, 0xC2B2AE35)[1]
+    return x ^ x >> 16
+
+
 def bits_of(args: RoundingArgs, index: int, elements: Tensor, place: int) -> Tensor:
     """The bits of a parameter's elements, by their places in it, for the number that is stored in this place."""
-    return words(args.seed, index, args.step, elements, 1 + place // 2) >> place % 2 * 16 & 0xFFFF
+    x, begin = words(args.seed, index, args.step, elements, place // 4), place % 2 * 16 + place // 2 % 2 * 8
+    return (x >> begin | x << 32 - begin) & 0xFFFF
 
 
 def _check(rounding: Any) -> None:

@@ -10,7 +10,9 @@ from support.threads import with_threads
 
 import fused_opt
 from fused_opt import EMA, PSWA, SGD, Adam, AdamW, ScheduleFree, StochasticRounding, WeightNoise
-from fused_opt.extras.noise import philox, words
+from fused_opt.backends.interface import RoundingArgs
+from fused_opt.extras.noise import philox
+from fused_opt.extras.rounding import bits_of, words
 
 HALVES = [torch.bfloat16, torch.float16]
 both_halves = pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -119,13 +121,19 @@ def test_every_backend_stores_the_same_bits(dtype, state_dtype, every_kernel):
 
 
 def test_known_bits():
-    """Element i is lane i % 4 of the counter (i // 4 + s * 2**61, parameter, step) under the seed."""
-    elements = torch.tensor([0, 1, 2, 3, 4, 1001])
-    for stream in range(4):
-        found = words(5, 3, 41, elements, stream).tolist()
-        for i, word in zip(elements.tolist(), found):
-            counter = [torch.tensor([c]) for c in (i // 4, stream * 2**29, 3, 41)]
-            assert word == philox(counter, 5)[i % 4].item()
+    """Element by element, in plain integers; beyond 2**32 elements, too."""
+    for word, elements in ((0, [0, 1, 7, 1001, 2**32 - 1, 2**32, 5 * 2**32 + 3]), (1, [0, 1, 2**33 + 1])):
+        keys = philox([torch.tensor(c) for c in (0, (1 + word) * 2**29, 3, 41)], 5)
+        a, b = keys[0].item(), keys[1].item()
+        for i, found in zip(elements, words(5, 3, 41, torch.tensor(elements), word).tolist()):
+            x = i % 2**32 ^ a
+            x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+            x = ((x ^ x >> 13) + b + (i >> 32) * 0x9E3779B9) % 2**32
+            x = x * 0xC2B2AE35 % 2**32
+            assert found == x ^ x >> 16
+    x = words(5, 3, 41, torch.tensor([9]), 0).item()
+    found = [bits_of(RoundingArgs(5, 41), 3, torch.tensor([9]), place).item() for place in range(4)]
+    assert found == [x & 0xFFFF, x >> 16, x >> 8 & 0xFFFF, x >> 24 | (x & 0xFF) << 8]
 
 
 def test_same_bits_with_any_number_of_threads(every_kernel):

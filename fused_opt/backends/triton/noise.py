@@ -42,9 +42,9 @@ def box_muller(w0, w1):
 
 
 @triton.jit
-def words(counter, index, t, seed, STREAM: tl.constexpr):
-    """Philox4x32-10 at the counters (counter, index, t) of a stream."""
-    c0, c1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32) | (STREAM << 29)
+def words(counter, index, t, seed):
+    """Philox4x32-10 at the counters (counter, index, t)."""
+    c0, c1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
     zero = tl.zeros_like(c0)
     return tl.philox(seed, c0, c1, zero + index.to(tl.uint32), zero + t.to(tl.uint32))
 
@@ -52,7 +52,7 @@ def words(counter, index, t, seed, STREAM: tl.constexpr):
 @triton.jit
 def normal(counter, index, t, seed):
     """The four normal numbers of every counter, which belong to the elements 4 * counter and following."""
-    w0, w1, w2, w3 = words(counter, index, t, seed, 0)
+    w0, w1, w2, w3 = words(counter, index, t, seed)
     z0, z1 = box_muller(w0, w1)
     z2, z3 = box_muller(w2, w3)
     return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
@@ -61,26 +61,23 @@ def normal(counter, index, t, seed):
 @triton.jit
 def normal_at(element, index, t, seed):
     """The normal numbers of elements, wherever they are."""
-    w0, w1, w2, w3 = words(element >> 2, index, t, seed, 0)
+    w0, w1, w2, w3 = words(element >> 2, index, t, seed)
     upper = (element & 2) != 0
     z0, z1 = box_muller(tl.where(upper, w2, w0), tl.where(upper, w3, w1))
     return tl.where((element & 1) != 0, z1, z0)
 
 
 @triton.jit
-def bits(counter, index, t, seed, PLACE: tl.constexpr):
-    """16 bits for each of the four elements of every counter, for what is stored in this place."""
-    w0, w1, w2, w3 = words(counter, index, t, seed, 1 + PLACE // 2)
-    return (tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)) >> (PLACE % 2 * 16)) & 0xFFFF
-
-
-@triton.jit
 def bits_at(element, index, t, seed, PLACE: tl.constexpr):
-    """The same, of elements, wherever they are."""
-    w0, w1, w2, w3 = words(element >> 2, index, t, seed, 1 + PLACE // 2)
-    upper = (element & 2) != 0
-    word = tl.where((element & 1) != 0, tl.where(upper, w3, w1), tl.where(upper, w2, w0))
-    return (word >> (PLACE % 2 * 16)) & 0xFFFF
+    """16 bits for each of these elements, for what is stored in this place: rounding_word and rounding_bits of noise.h."""
+    counter = tl.full((), 1 + PLACE // 4, tl.int64) << 61
+    first, second, _, _ = words(counter, index, t, seed)
+    x = element.to(tl.uint32) ^ first
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = ((x ^ (x >> 13)) + (second + (element >> 32).to(tl.uint32) * 0x9E3779B9)) * 0xC2B2AE35
+    x ^= x >> 16
+    BEGIN: tl.constexpr = PLACE % 2 * 16 + PLACE // 2 % 2 * 8
+    return ((x >> BEGIN) | (x << (-BEGIN & 31))) & 0xFFFF
 
 
 @triton.jit
@@ -117,13 +114,13 @@ def normal_of(start, layout, fours, index, t, seed, ELSEWHERE: tl.constexpr, BLO
 @triton.jit
 def bits_of(start, layout, fours, index, t, seed, PLACE: tl.constexpr, ELSEWHERE: tl.constexpr, BLOCK: tl.constexpr):
     """The bits of a block, likewise."""
+    element = start + tl.arange(0, BLOCK)
     if ELSEWHERE:
         if fours:
-            b = bits((tl.load(layout + OFFSET) + start) // 4 + tl.arange(0, BLOCK // 4), index, t, seed, PLACE)
+            element += tl.load(layout + OFFSET)
         else:
-            b = bits_at(in_whole(layout, start + tl.arange(0, BLOCK)), index, t, seed, PLACE)
-        return b
-    return bits(start // 4 + tl.arange(0, BLOCK // 4), index, t, seed, PLACE)
+            element = in_whole(layout, element)
+    return bits_at(element, index, t, seed, PLACE)
 
 
 @triton.jit

@@ -60,7 +60,7 @@ def annealed(t):
 def drawn(row, numbers, t):
     """Whether the draws of steps t succeed."""
     zero = t * 0
-    w0, _, _, _ = words(zero, zero + OF_STEPS, t, tl.load(row + SEED), 0)
+    w0, _, _, _ = words(zero, zero + OF_STEPS, t, tl.load(row + SEED))
     return w0.to(tl.float64) * 2.3283064365386963e-10 < tl.load(numbers + PROBABILITY)  # 2**-32
 
 

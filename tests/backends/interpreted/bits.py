@@ -150,7 +150,7 @@ def test_the_words_of_the_noise_are_the_references():
 @backend.triton.jit
 def draw(counter, words, seed, index, t):
     counters = tl.load(counter + tl.arange(0, 8))
-    w0, w1, w2, w3 = noise.words(counters, index, t, seed, 0)
+    w0, w1, w2, w3 = noise.words(counters, index, t, seed)
     tl.store(words + tl.arange(0, 8), w0.to(tl.int64))
     tl.store(words + 8 + tl.arange(0, 8), w1.to(tl.int64))
     tl.store(words + 16 + tl.arange(0, 8), w2.to(tl.int64))
