@@ -76,12 +76,12 @@ struct Shared {
   Rule rule;
   Factors<T> by;
   Masks<T> masks;
-  static constexpr int kWords = (Rule::kStates + 1 + kRoundedByWord) / kRoundedByWord;  // of states and weights, twice
-  RoundingKey keys[kWords];
   T sigma;
   int head;
   bool plain, carries, averages, noisy, stochastic;
-  bool kept, counts, last, all;  // see walk()
+  bool kept, counts, last, all;                                                         // see walk()
+  static constexpr int kWords = (Rule::kStates + 1 + kRoundedByWord) / kRoundedByWord;  // of states and weights, twice
+  RoundingKey keys[kWords];
 };
 
 FUSED_OPT_FN double clip_factor(double norm, double limit) {
