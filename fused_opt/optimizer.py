@@ -351,6 +351,7 @@ class FusedOptimizer(Checkpoints, WithGroups):
         """The gradients are not finite: say so, or count it."""
         self._grad_norm = step.grad_norm
         step.check_finite()
+        self._before = self._last = None  # nothing is stepped
         for group in self.param_groups:
             group["skipped_steps"] += 1
 
@@ -393,7 +394,8 @@ class FusedOptimizer(Checkpoints, WithGroups):
     def trust_ratios(self) -> dict[str, float]:
         """The trust ratio of every parameter that the last step has stepped, by name: see :meth:`name_parameters`.
 
-        A parameter without a gradient has none in that step. One without a name goes by its place in the groups.
+        A parameter without a gradient has none in that step, and none has one in a step that ``nonfinite="skip"`` leaves out.
+        One without a name goes by its place in the groups.
         """
         if self._last is None:
             return {}

@@ -257,6 +257,16 @@ def test_pass_does_what_torch_does(bad, backend):
             torch.testing.assert_close(a, b, equal_nan=True)
 
 
+def test_a_step_that_is_left_out_has_no_trust_ratios(backend):
+    p = torch.nn.Parameter(torch.ones(3, 4))
+    optimizer = LARS([p], lr=0.5, coefficient=0.1, nonfinite="skip", backend=backend)
+    for value in (1.0, 1.0, math.nan, 1.0, 1.0):
+        p.grad = torch.full_like(p, value)
+        optimizer.step()
+        found = optimizer.trust_ratios()
+        assert list(found) == ([] if math.isnan(value) else ["0 of group 0"])
+
+
 @pytest.mark.parametrize("nonfinite", ["skip", "raise"])
 def test_huge_finite_gradients_are_finite(nonfinite, every_kernel):
     """Their sum of squares overflows float32, and in float64 that of float64 gradients; they are clipped all the same."""
