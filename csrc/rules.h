@@ -57,6 +57,13 @@ constexpr bool kKeepsScalar = false;
 template <class Rule>
 constexpr bool kKeepsScalar<Rule, std::void_t<decltype(Rule::at_step(nullptr, 0.0, 0.0f))>> = true;
 
+// A rule whose update is a quotient of which nothing but states after the first is in the denominator may have
+// numerator(g, first state): that of the update, for who asks its sign alone.
+template <class Rule, class = void>
+constexpr bool kHasNumerator = false;
+template <class Rule>
+constexpr bool kHasNumerator<Rule, std::void_t<decltype(&Rule::numerator)>> = true;
+
 template <class T>
 struct SGD {
   static constexpr int kStates = 0, kCoefficients = 0;
@@ -89,8 +96,9 @@ struct Adam {
     coefficients[3] = 1 / (1 - power(coefficients[3], t));
     coefficients[4] = 1 / square_root(1 - power(coefficients[4], t));
   }
+  FUSED_OPT_FN T numerator(T g, T m) const { return lerp(m, g, one_minus_beta1); }
   FUSED_OPT_FN T operator()(T g, T& m, T& v) const {
-    m = lerp(m, g, one_minus_beta1);
+    m = numerator(g, m);
     v = beta2 * v + one_minus_beta2 * g * g;
     return unbias1 * m / (unbias2 * square_root(v) + eps);
   }
@@ -103,8 +111,9 @@ struct AMSGrad {
   T one_minus_beta1, beta2, one_minus_beta2, unbias1, unbias2, eps;
 
   static FUSED_OPT_FN void at_step(double* coefficients, double t) { Adam<double>::at_step(coefficients, t); }
+  FUSED_OPT_FN T numerator(T g, T m) const { return lerp(m, g, one_minus_beta1); }
   FUSED_OPT_FN T operator()(T g, T& m, T& v, T& largest) const {
-    m = lerp(m, g, one_minus_beta1);
+    m = numerator(g, m);
     v = beta2 * v + one_minus_beta2 * g * g;
     largest = maximum(largest, v);
     return unbias1 * m / (unbias2 * square_root(largest) + eps);

@@ -501,23 +501,69 @@ Squares update_as(const Tensor& tensor, const StepArgs& args, const Layer& layer
   return {};
 }
 
+// Of how many elements of a block the update goes the gradient's way. The sign of a numerator is that of the update,
+// and tells it from less memory and without division, unless the quotient may be 0 or no number: where numerator or
+// gradient are beyond these bounds, or a denominator of 16 bits was too large for them. By integers, whose order is
+// that of magnitudes, since a processor compares fewer at a time.
+template <class Rule, class T, size_t... S, class N>
+FUSED_OPT_FN int64_t agreements(const Rule& rule, const Factors<T>& by, const Tensor& tensor, int64_t begin, N n,
+                                const T* p, const T* g, T (*buffers)[kBlock], std::index_sequence<S...>) {
+  using Signed = std::conditional_t<std::is_same_v<T, float>, int32_t, int64_t>;
+  using Unsigned = std::make_unsigned_t<Signed>;
+  Signed agreeing = 0;
+  if constexpr (kHasNumerator<Rule>) {
+    constexpr auto kLeast = __builtin_bit_cast(Unsigned, T(0x1p-60)), kMost = __builtin_bit_cast(Unsigned, T(0x1p60));
+    constexpr Unsigned kMagnitude = ~Unsigned{} >> 1;
+    if (((S == 0 || tensor.states[S].dtype != DType::kFloat16) && ...)) {
+      const T* first = load_state(tensor, 0, begin, n, buffers[0]);
+      Unsigned least = kMost, most = 0;  // but zeros, which are none of a doubt, and go beyond all others
+      for (int64_t i = 0; i < n; ++i) {
+        const T gradient = given(by, p[i], g[i]), numerator = rule.numerator(gradient, first[i]);
+        const auto a = __builtin_bit_cast(Unsigned, gradient), b = __builtin_bit_cast(Unsigned, numerator);
+        const Unsigned x = a & kMagnitude, y = b & kMagnitude, smaller = std::min(x, y);
+        least = std::min(least, smaller - 1);
+        most = std::max(most, std::max(x, y));
+        agreeing += (smaller != 0) & (static_cast<Signed>(a ^ b) >= 0);
+      }
+      if (least >= kLeast && most < kMost) return agreeing;
+      agreeing = 0;
+    }
+  }
+  const T* states[] = {load_state(tensor, S, begin, n, buffers[S])..., nullptr};
+  for (int64_t i = 0; i < n; ++i) {
+    T copies[] = {states[S][i]..., T()};  // the step itself moves them
+    agreeing += agreement(rule, by, p[i], g[i], copies[S]...) != 0;
+  }
+  return agreeing;
+}
+
 template <template <class> class Rule, class T, size_t... S>
 Norms norms_as(const Tensor& tensor, const StepArgs& args, const Layer& layer, int64_t begin, int64_t end,
-               Wanted wanted, std::index_sequence<S...>) {
+               Wanted wanted, std::index_sequence<S...> slots) {
   const auto rule = make<Rule<T>, T>(args.coefficients);
   const auto by = factors<T>(args, args.lr, args.grad_scale, layer);
   const auto masks = fused_opt::masks<T>(tensor, args, layer);
+  const bool decays = by.coupled_decay != 0, by_numerator = kHasNumerator<Rule<T>> && !(wanted & kDirection);
+  const bool needs_weights = wanted & (kWeight | kDirection) || (wanted & kAgreement && decays);
   alignas(64) T buffers[3 + sizeof...(S)][kBlock];
   SumOfSquares weight2, grad2, direction2;
+  int64_t agreeing = 0;
   for_each_block(begin, end, [&](int64_t begin, auto n) {
     const T *p = nullptr, *g = nullptr;
-    if (wanted & (kWeight | kUpdates)) prefetch(tensor, begin, tensor.p);
-    if (wanted & (kGradient | kUpdates)) prefetch(tensor, begin, tensor.g);
-    if (wanted & (kWeight | kUpdates)) p = load_weights(tensor, begin, n, buffers[0]);
+    if (needs_weights) prefetch(tensor, begin, tensor.p);
+    if (wanted & kUpdates && !by_numerator)
+      prefetch(tensor, begin, tensor.g, tensor.states[S]...);
+    else if (wanted & kUpdates)
+      prefetch(tensor, begin, tensor.g, tensor.states[0]);
+    else if (wanted & kGradient)
+      prefetch(tensor, begin, tensor.g);
+    if (needs_weights) p = load_weights(tensor, begin, n, buffers[0]);
     if (wanted & (kGradient | kUpdates)) g = load(tensor, tensor.g, begin, n, buffers[1]);
     if (wanted & kWeight) weight2.add(p, n);
     if (wanted & kGradient) grad2.add(g, n);
-    if (wanted & kUpdates) {
+    if (wanted & kAgreement) {
+      agreeing += agreements(rule, by, tensor, begin, n, decays ? p : g, g, buffers + 2, slots);
+    } else if (wanted & kDirection) {
       const T* states[] = {load_state(tensor, S, begin, n, buffers[3 + S])..., nullptr};
       T* directions = buffers[2];
       const auto each = [&](const auto& f) {
@@ -526,9 +572,7 @@ Norms norms_as(const Tensor& tensor, const StepArgs& args, const Layer& layer, i
           directions[i] = f(p[i], g[i], beside, copies[S]...);
         }
       };
-      if (wanted & kAgreement)
-        each([&](T p, T g, T&, auto&... states) { return agreement(rule, by, p, g, states...); });
-      else if (is_plain(args))
+      if (is_plain(args))
         each([&](T p, T g, T&, auto&... states) { return direction(rule, by, p, g, states...); });
       else
         each([&](T p, T g, T& beside, auto&... states) {
@@ -537,7 +581,7 @@ Norms norms_as(const Tensor& tensor, const StepArgs& args, const Layer& layer, i
       direction2.add(directions, n);
     }
   });
-  return {weight2.total(), grad2.total(), direction2.total()};
+  return {weight2.total(), grad2.total(), wanted & kAgreement ? static_cast<double>(agreeing) : direction2.total()};
 }
 
 // Arithmetic in float32 whatever the storage, in float64 for float64 parameters.

@@ -15,10 +15,11 @@ namespace fused_opt::cpu {
 // Set in the child of a fork, where the parent's pool does not exist and waiting for it would hang.
 bool forked();
 
-// Calls f(first, last) for runs that together are [0, n), in any order, on up to `threads` threads. The runs become
-// shorter towards the end: long ones keep to neighbours, short ones finish together.
+// Calls f(first, last) for runs that together are [0, n), begun in their order, on up to `threads` threads. The runs
+// become shorter towards the end: long ones keep to neighbours, short ones finish together. With as many `shares` as
+// there are elements each is a run.
 template <class F>
-void parallel_for(int64_t n, int threads, const F& f) {
+void parallel_for(int64_t n, int threads, const F& f, int64_t shares = 0) {
   struct Shared {
     const F& f;
     const int64_t n, shares;
@@ -31,7 +32,7 @@ void parallel_for(int64_t n, int threads, const F& f) {
         first = last;
       }
     }
-  } shared{f, n, 4 * std::max(threads, 1)};
+  } shared{f, n, shares ? shares : 4 * std::max(threads, 1)};
   if (threads <= 1 || n <= 1 || forked()) {
     shared.work();
   } else if (GOMP_parallel) {

@@ -53,8 +53,11 @@ struct Table {
   std::vector<Layer> layers;  // one per tensor
   std::vector<StepArgs> args;
   std::vector<Chunk> chunks;
-  std::vector<size_t> windows;  // runs of whole tensors, as indices into `chunks`, whose second read finds the cache
-  void cut();                   // fills `chunks` and `windows`; call it when tensors changed
+  // Runs of whole tensors, as indices into `chunks`, whose second read finds the cache: that of one thread, which does
+  // all of one of the first `small` windows, or one that threads share.
+  std::vector<size_t> windows;
+  size_t small = 0;
+  void cut();  // fills `chunks` and `windows`; call it when tensors changed
 };
 
 void step(const Kernel&, Table&, int threads);

@@ -348,14 +348,16 @@ void shards_step_as_the_whole() {
 
 void every_number_is_handed_out_once() {
   for (const int64_t n : {0, 1, 2, 7, 31, 32, 1000})
-    for (const int threads : {0, 1, 2, 5}) {
-      std::vector<std::atomic<int>> times(n);
-      cpu::parallel_for(n, threads, [&](int64_t first, int64_t last) {
-        CHECK(first < last && last <= n);
-        for (int64_t i = first; i < last; ++i) ++times[i];
-      });
-      for (const auto& count : times) CHECK(count == 1);
-    }
+    for (const int threads : {0, 1, 2, 5})
+      for (const int64_t shares : {int64_t{0}, n}) {
+        std::vector<std::atomic<int>> times(n);
+        const auto take = [&](int64_t first, int64_t last) {
+          CHECK(first < last && last <= (shares ? first + 1 : n));
+          for (int64_t i = first; i < last; ++i) ++times[i];
+        };
+        cpu::parallel_for(n, threads, take, shares);
+        for (const auto& count : times) CHECK(count == 1);
+      }
 }
 
 void lookups_that_find_nothing() {

@@ -159,6 +159,24 @@ def test_masks_look_at_signs_and_pass_on_what_is_not_a_number(scaled, backend):
     assert p[3].item() == 0.5  # an update of 0 is against nothing
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+@pytest.mark.parametrize(
+    ("first", "second"), [(1e19, 1e-35), (1e20, 1e20), (float("inf"), 1.0), (1e4, 1e4)], ids="{0:g}".format
+)
+def test_an_update_that_rounds_to_zero_is_not_counted(first, second, dtype, every_kernel):
+    """Its sign is not the gradient's, whatever that of the average is that it is made of."""
+    p = torch.nn.Parameter(torch.zeros(4))
+    optimizer = fused_opt.Adam(
+        [p], betas=(0.0, 0.9), cautious=Cautious("update"), state_dtype=dtype, backend=every_kernel
+    )
+    for last in (first, second):
+        p.grad = torch.tensor([1.0, 1.0, 1.0, last])
+        before = p.detach().clone()
+        optimizer.step()
+    counted = dtype is None and first == 1e4
+    torch.testing.assert_close((before - p)[:3], torch.full((3,), 1e-3 if counted else 4e-3 / 3), rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("decay", ["coupled", "decoupled", "independent"])
 @both_kinds
 def test_a_decay_in_a_tensor_is_followed_where_it_is(name, options, decay, backend, monkeypatch):
