@@ -25,7 +25,7 @@ from .targets import Target
 
 Call = Callable[[], object]
 Make = Callable[[list[Parameter]], Call]
-WARM_UP, ROUNDS, SECONDS, TURN = 5, 15, 3.0, 4
+WARM_UP, ROUNDS, SECONDS, LONGEST, TURN = 5, 15, 3.0, 15.0, 4
 NUMBERS = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
 
 
@@ -153,7 +153,7 @@ def take_turns(turns: Sequence[Call], rounds: int, seconds: float, at_most: floa
 
 
 def measure(case: Case, *, quick: bool = False) -> Result:
-    """Time a case on the CPU, in turns, for 15 rounds or 3 seconds, whichever is more.
+    """Time a case on the CPU, in turns, for 15 rounds or 3 seconds, whichever is more; no round begins after 15 seconds.
 
     An iteration is a turn. Of steps alone a turn is four calls, of which the last is timed: the first ones pay for the caches
     that the contender before it left cold, which would otherwise be a matter of the order. What ``case.before`` leaves cold
@@ -195,7 +195,7 @@ def measure(case: Case, *, quick: bool = False) -> Result:
                 call()
         for of_label in parts.values():
             of_label.clear()
-        take_turns([partial(turn, label, call) for label, call in calls.items()], rounds, at_least)
+        take_turns([partial(turn, label, call) for label, call in calls.items()], rounds, at_least, LONGEST)
     del graph
     elements = sum(map(math.prod, shapes))
     return Result(

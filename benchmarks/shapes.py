@@ -47,9 +47,19 @@ def llama_1b() -> list[Shape]:
     return [(128256, width), *[*attention, *perceptron, (width,), (width,)] * 16, (width,)]
 
 
+def block(width: int) -> list[Shape]:
+    """The matrices of a transformer's block: queries, keys and values; projection; MLP."""
+    return [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
+
+
 def vit_b() -> list[Shape]:
-    """ViT-B/16's weights: the patches; queries, keys and values, projection and MLP of twelve blocks; the head."""
-    return [(768, 3, 16, 16), *[(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12, (1000, 768)]
+    """ViT-B/16's weights: the patches, twelve blocks, the head."""
+    return [(768, 3, 16, 16), *block(768) * 12, (1000, 768)]
+
+
+def resnet20() -> list[Shape]:
+    """The 19 convolutions of ResNet-20 for CIFAR-10, as matrices: a row for each output channel."""
+    return [(16, 27), *[(16, 144)] * 6, (32, 144), *[(32, 288)] * 5, (64, 288), *[(64, 576)] * 5]
 
 
 def tiny(shapes: Sequence[Shape]) -> list[Shape]:
