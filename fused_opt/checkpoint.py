@@ -17,6 +17,7 @@ from .extras.averaging import AVERAGE, LR_SQUARES
 from .extras.buffers import AveragedBuffers
 from .groups import Groups, name_of
 from .in_backward import StepInBackward, Stepped
+from .layers import Scales
 from .plan import Plan
 from .rule import Rule
 from .states import StateDtype, WithStates, dtype_for
@@ -31,7 +32,7 @@ class Checkpoints(WithStates):
 
     backend: str
     state_dtype: StateDtype
-    _scales: dict[str, dict[Tensor, tuple[float, float]]]
+    _scales: Scales
     _groups: Groups
     _plan: Plan | None
     _before: Step | None

@@ -10,37 +10,35 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import backends
 from .checkpoint import Checkpoints
 from .extras import COUNTS, EXTRAS, FOLD, Extras, check_extras
 from .extras.averaging import finish, swapped_in
-from .extras.buffers import AveragedBuffers
+from .extras.buffers import AveragedBuffers, batch_norm_noticed
 from .extras.decay import COUPLED, DECOUPLED, check_together
 from .extras.trust_ratio import LOOK, warn_of_cap
 from .groups import Groups, WithGroups, extras_of, name_of
 from .in_backward import StepInBackward, Stepped
 from .keywords import write_out, write_out_root
+from .layers import WithLayers
 from .parts.microbatches import Microbatches
 from .parts.probe import Probe
 from .parts.samples import Samples
 from .parts.tracker import PartTracker, wants_parts, warn_without_parts
 from .plan import Plan
 from .shards import within_zero
-from .states import StateDtype, check_state_dtype, exact_of, not_in_8_bits, refuse_8_bits_under_zero
+from .states import StateDtype, check_names_of_states, check_state_dtype, exact_of, refuse_8_bits_under_zero
 from .step import DeviceStep, HostStep, host_decides
 from .tensors import buffers_restored
-from .warn import warn_once
 
 __all__ = ["Extras", "FusedOptimizer", "ParamsT"]
 
-Scales: TypeAlias = dict[str, dict[Tensor, tuple[float, float]]]  # by source: of learning rate and weight decay
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
-class FusedOptimizer(Checkpoints, WithGroups):
+class FusedOptimizer(Checkpoints, WithGroups, WithLayers):
     """What the optimizers of this package have in common.
 
     Everything but ``state_dtype`` and ``backend`` is in ``param_groups``, where it can be read, changed between steps, and
@@ -84,7 +82,7 @@ class FusedOptimizer(Checkpoints, WithGroups):
         self._check_all(defaults)
         self.backend = backend
         self.state_dtype = state_dtype
-        self._scales: Scales = {}
+        self._scales = {}
         self._holds_averages = False
         self._groups = Groups(defaults)
         self._plan: Plan | None = None
@@ -95,7 +93,7 @@ class FusedOptimizer(Checkpoints, WithGroups):
         self._given = set()
         super().__init__(params, defaults)
         del self._given
-        self._check_names_of_states()
+        check_names_of_states(state_dtype, self)
         self._states_are_known = False
         self._partial = within_zero()
         if self._partial:
@@ -133,76 +131,6 @@ class FusedOptimizer(Checkpoints, WithGroups):
         self._check(options)
         check_extras(options)
         check_together(options, self._decay(options))
-
-    def _check_names_of_states(self) -> None:
-        """Raise where ``state_dtype`` names a state that no group has, or asks for one in 8 bits that cannot be."""
-        if isinstance(self.state_dtype, Mapping):
-            known = list(dict.fromkeys(slot for group in self.param_groups for slot in self._rule(group).states))
-            if unknown := [slot for slot in self.state_dtype if slot not in known]:
-                raise ValueError(
-                    f"Invalid state_dtype: it names {unknown[0]!r}, and the states of this {type(self).__name__} are "
-                    f"{', '.join(map(repr, known)) or 'none'}"
-                )
-        for group in self.param_groups:
-            if why := not_in_8_bits(self.state_dtype, self._rule(group), bool(group.get("differentiable"))):
-                raise ValueError(f"Invalid state_dtype: {why}")
-
-    def scale_layers(
-        self,
-        *,
-        lr: Mapping[Tensor, float] | None = None,
-        weight_decay: Mapping[Tensor, float] | None = None,
-        source: str = "user",
-    ) -> None:
-        """Set multipliers of the learning rate or the weight decay for single parameters; no parameter groups needed.
-
-        They take effect at the next step, multiply the groups' values at that time, and stay until set again; parameters
-        not named keep theirs, 1 at first. They travel with pickle and deepcopy but not in the state_dict.
-
-        Args:
-            lr: multipliers of the learning rate, at least 0.
-            weight_decay: multipliers of the weight decay, at least 0.
-            source: who sets them: a parameter's multiplier is the product over all sources, of which each has its own.
-                :class:`TempBalance` has ``"temp_balance"``.
-
-        Raises:
-            ValueError: for a multiplier that is negative or not finite, or a tensor that is not optimized here.
-
-        Example:
-            >>> weight = torch.nn.Parameter(torch.ones(2))
-            >>> optimizer = fused_opt.SGD([weight], lr=0.1)
-            >>> optimizer.scale_layers(lr={weight: 0.5})
-            >>> weight.sum().backward()
-            >>> optimizer.step()
-            >>> weight.data
-            tensor([0.9500, 0.9500])
-        """
-        known = {p for group in self.param_groups for p in group["params"]}
-        scales = dict(self._scales.get(source, {}))
-        for index, given in enumerate((lr or {}, weight_decay or {})):
-            for p, scale in given.items():
-                if p not in known:
-                    raise ValueError(f"a multiplier for a tensor of shape {tuple(p.shape)} that is not optimized here")
-                if not 0 <= scale < float("inf"):
-                    raise ValueError(f"Invalid multiplier: {scale}; it must be finite and at least 0")
-                old = scales.get(p, (1.0, 1.0))
-                scales[p] = (float(scale), old[1]) if index == 0 else (old[0], float(scale))
-        self._scales = {**self._scales, source: scales}
-        self._plan = None
-
-    def _multipliers(self) -> dict[Tensor, tuple[float, float]]:
-        """Of learning rate and weight decay, by parameter; those of parameters that have left are forgotten."""
-        known = {p for group in self.param_groups for p in group["params"]}
-        self._scales = {
-            source: {p: scale for p, scale in of_source.items() if p in known}
-            for source, of_source in self._scales.items()
-        }
-        product: dict[Tensor, tuple[float, float]] = {}
-        for of_source in self._scales.values():
-            for p, (lr, decay) in of_source.items():
-                before = product.get(p, (1.0, 1.0))
-                product[p] = before[0] * lr, before[1] * decay
-        return product
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Perform a single optimization step.
@@ -590,7 +518,7 @@ class FusedOptimizer(Checkpoints, WithGroups):
             if self._buffers is not None:
                 stack.enter_context(self._buffers.swapped_in())
             elif model is None:
-                stack.enter_context(_batch_norm_noticed())
+                stack.enter_context(batch_norm_noticed())
             before, self._holds_averages = self._holds_averages, True
             try:
                 yield
@@ -599,24 +527,6 @@ class FusedOptimizer(Checkpoints, WithGroups):
 
 
 write_out_root(FusedOptimizer)
-
-
-@contextmanager
-def _batch_norm_noticed() -> Iterator[None]:
-    """Warn where a module changes its running statistics within the block."""
-
-    def notice(module: torch.nn.Module, _: Any) -> None:
-        if isinstance(module, _NormBase) and module.training and module.track_running_stats:
-            warn_once(
-                "BatchNorm runs in training mode within averaged_weights(), and its running statistics will stay as the "
-                "block leaves them; averaged_weights(model) swaps them back with the weights"
-            )
-
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(notice)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _evaluate(closure: Callable[[], Any]) -> Any:

@@ -76,6 +76,21 @@ def not_in_8_bits(given: StateDtype, rule: Rule, differentiable: bool) -> str | 
     return None
 
 
+def check_names_of_states(given: StateDtype, optimizer: Any) -> None:
+    """Raise where ``state_dtype`` names a state that no group has, or asks for one in 8 bits that cannot be."""
+    rules = [optimizer._rule(group) for group in optimizer.param_groups]
+    if isinstance(given, Mapping):
+        known = list(dict.fromkeys(slot for rule in rules for slot in rule.states))
+        if unknown := [slot for slot in given if slot not in known]:
+            raise ValueError(
+                f"Invalid state_dtype: it names {unknown[0]!r}, and the states of this {type(optimizer).__name__} are "
+                f"{', '.join(map(repr, known)) or 'none'}"
+            )
+    for rule, group in zip(rules, optimizer.param_groups):
+        if why := not_in_8_bits(given, rule, bool(group.get("differentiable"))):
+            raise ValueError(f"Invalid state_dtype: {why}")
+
+
 def check_codes(name: str, given: StateDtype, rule: Rule, p: Tensor, of_p: Mapping[str, Any]) -> bool:
     """Whether a parameter has states in 8 bits, or is about to have some; raises where it cannot, or they do not fit it."""
     found = {slot: of_p[slot] for slot in rule.states if of_p.get(slot) is not None}

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ..backends.interface import Fold
 from ..tensors import buffers_restored
+from ..warn import warn_once
 from .averaging import EMA
 
 
@@ -84,3 +86,21 @@ class AveragedBuffers:
             name: average.to(here[name].device, torch.promote_types(here[name].dtype, torch.float32), copy=True)
             for name, average in state.items()
         }
+
+
+@contextmanager
+def batch_norm_noticed() -> Iterator[None]:
+    """Warn where a module changes its running statistics within the block."""
+
+    def notice(module: torch.nn.Module, _: Any) -> None:
+        if isinstance(module, _NormBase) and module.training and module.track_running_stats:
+            warn_once(
+                "BatchNorm runs in training mode within averaged_weights(), and its running statistics will stay as the "
+                "block leaves them; averaged_weights(model) swaps them back with the weights"
+            )
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(notice)
+    try:
+        yield
+    finally:
+        hook.remove()

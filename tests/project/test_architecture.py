@@ -31,7 +31,7 @@ ORDER = [
     ["fused_opt.rules"],
     ["fused_opt.optimizer"],
     ["fused_opt.checkpoint", "fused_opt.in_backward", "fused_opt.step"],
-    ["fused_opt.shard_norms"],
+    ["fused_opt.layers", "fused_opt.shard_norms"],
     ["fused_opt.plan"],
     ["fused_opt.states"],
     ["fused_opt.parts"],
