@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,25 +15,18 @@ import fused_opt
 from fused_opt import backends
 
 from . import shapes
+from .contenders import ADAM, ADAMW, MUON, SGD, importable, stepping
 from .gpu import BACKENDS, ON_CPU
 from .harness import Call, Case, Make, Table, normal
 from .models import MODELS as TRAINED
+from .precision import precision
 from .shapes import SHAPES, Shape
 from .targets import Target
 
-SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
-ADAM: dict[str, Any] = {"lr": 1e-3}
-ADAMW: dict[str, Any] = {"lr": 1e-3, "weight_decay": 1e-2}
-MUON: dict[str, Any] = {"lr": 0.02}
 MATRIX = torch.ones(512, 512)
 NEVER = 10**9  # steps
 
 # Contenders: functions of parameters with gradients that return the call to time.
-
-
-def stepping(make: Callable[..., torch.optim.Optimizer], parameters: list[Parameter], **options: Any) -> Call:
-    """The bound ``step`` of an optimizer."""
-    return make(parameters, **options).step
 
 
 def clars_of_microbatches(parameters: list[Parameter]) -> Call:
@@ -186,98 +178,6 @@ def beside_adamw(name: str, **options: Any) -> Case:
     return Case(
         name, SHAPES["GPT-2 small"], contenders, "fused_opt.AdamW", (Target(name, "time", 1.1, "fused_opt.AdamW"),)
     )
-
-
-# Public optimizers to compare with; those that can be imported are timed.
-PEERS = {
-    "AdamW": ("bitsandbytes.optim.AdamW", "optimi.AdamW"),
-    "8 bits": ("bitsandbytes.optim.AdamW8bit", "torchao.optim.AdamW8bit"),
-    "bfloat16": ("optimi.AdamW", "torchao.optim._AdamW"),
-    "LARS": ("timm.optim.Lars", "torch_optimizer.LARS", "bitsandbytes.optim.LARS"),
-    "LAMB": ("apex.optimizers.FusedLAMB", "timm.optim.Lamb", "torch_optimizer.Lamb", "bitsandbytes.optim.LAMB"),
-}
-
-
-def importable(kind: str) -> dict[str, Callable[..., torch.optim.Optimizer]]:
-    """The public ones that are installed here."""
-    found: dict[str, Callable[..., torch.optim.Optimizer]] = {}
-    for module, _, name in (path.rpartition(".") for path in PEERS[kind]):
-        try:
-            make = getattr(import_module(module), name)
-        except Exception:  # whatever an extension built for another machine may raise
-            continue
-        found[f"{module.partition('.')[0]} {name}"] = make
-    return found
-
-
-def in_bfloat16(make: Callable[..., torch.optim.Optimizer], parameters: list[Parameter], **options: Any) -> Call:
-    """An optimizer of the same parameters in bfloat16, with gradients that are so, too."""
-    halves = []
-    for p in parameters:
-        halves.append(Parameter(p.detach().to(torch.bfloat16)))
-        halves[-1].grad = None if p.grad is None else p.grad.to(torch.bfloat16)
-    return stepping(make, halves, **options)
-
-
-def precision(model: str) -> list[Case]:
-    """Forms of states and weights over a model's shapes: a case for each of three questions."""
-    # Peers that are not installed are in no target.
-    ours, theirs = fused_opt.AdamW, partial(torch.optim.AdamW, fused=True)
-    plain, large = partial(stepping, ours, **ADAMW), model == "GPT-2 small"
-    # A step of theirs takes seconds on GPT-2's shapes.
-    slow = {} if large else importable("8 bits")
-    peers_8_bits = {label: partial(stepping, make, **ADAMW) for label, make in slow.items()}
-    eight = [Target("8-bit states", "time", 1, "float32 states")] if large else []
-    if "bitsandbytes AdamW8bit" in peers_8_bits:
-        eight.append(Target("8-bit states", "speed", 10, "bitsandbytes AdamW8bit"))
-    half = partial(in_bfloat16, ours, **ADAMW)
-    kahan = {"optimi AdamW": {}, "torchao _AdamW": {"bf16_stochastic_round": True}}
-    peers_bfloat16 = {
-        label: partial(in_bfloat16, make, **ADAMW, **kahan[label]) for label, make in importable("bfloat16").items()
-    }
-    return [
-        Case(
-            f"{model}, 8-bit states",
-            SHAPES[model],
-            {"8-bit states": partial(plain, state_dtype="8bit"), "float32 states": plain, **peers_8_bits},
-            "float32 states",
-            tuple(eight),
-            weighs=True,
-        ),
-        Case(
-            f"{model}, bfloat16 states",
-            SHAPES[model],
-            {
-                "bfloat16 states": partial(plain, state_dtype=torch.bfloat16),
-                "float32 states": plain,
-                "torch fused": partial(stepping, theirs, **ADAMW),
-                **{label: partial(stepping, make, **ADAMW) for label, make in importable("AdamW").items()},
-            },
-            "torch fused",
-            (Target("bfloat16 states", "time", 0.8, "float32 states"),) if large else (),
-            weighs=True,
-        ),
-        Case(
-            f"{model}, bfloat16 weights",
-            SHAPES[model],
-            {
-                "to the nearest": half,
-                "stochastic": partial(half, rounding="stochastic"),
-                "remainder": partial(half, master_weights=True),
-                "remainder, 8-bit states": partial(half, master_weights=True, state_dtype="8bit"),
-                "torch fused": partial(in_bfloat16, theirs, **ADAMW),
-                **peers_bfloat16,
-            },
-            "torch fused",
-            (
-                Target("stochastic", "time", 1.25, "to the nearest"),
-                Target("remainder", "time", 1.2, "to the nearest"),
-            )
-            if large
-            else (),
-            weighs=True,
-        ),
-    ]
 
 
 def iterations(name: str, count: int) -> list[Case]:

@@ -24,7 +24,7 @@ import torch
 import fused_opt
 from fused_opt.backends import native
 
-from .cases import ADAMW, SGD
+from .contenders import ADAMW, SGD
 from .harness import graph_of, parameters_of, take_turns
 from .output import console, page
 from .shapes import resnet50, tiny
