@@ -91,7 +91,7 @@ class Plan:
         devices = {bucket.device for bucket in self.buckets}
         self.device = devices.pop() if len(devices) == 1 else None
         self.on_devices = [cast(DeviceBucket, bucket) for bucket in self.buckets if bucket.device is not None]
-        blind = all(key.backend == "native" and key.rule.matrices is None for key in chosen)
+        blind = all(key.backend in ("native", "triton") and key.rule.matrices is None for key in chosen)
         self._state = None if blind else state  # what buckets look at that no one else has had; None: nothing
         self.sums: dict[Any, Any] = {}  # what shard_norms.py keeps of one step for the next
         self._norm2 = None if self.device is None else torch.zeros((), dtype=torch.float64, device=self.device)

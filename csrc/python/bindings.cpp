@@ -207,9 +207,13 @@ PYBIND11_MODULE(_native, m) {
       "How many blocks the host that emulates a GPU runs; with 0 a launch does nothing, so that a step is the host's "
       "part alone.");
   m.def("unavailable", cuda::unavailable, "Why a GPU cannot be used (-1: any GPU), or an empty string.");
+  py::class_<Seen>(m, "Seen").def(py::init<const py::list&, const py::dict&>()).def("unchanged", &Seen::unchanged);
   py::class_<Looks>(m, "Looks")
       .def(py::init<const std::vector<py::object>&, const std::vector<py::object>&>())
-      .def("gradients", &Looks::gradients);
+      .def("gradients", &Looks::gradients)
+      .def("here", &Looks::here)
+      .def("remember", &Looks::remember)
+      .def("written", &Looks::written);
   py::class_<Watch>(m, "Watch").def(py::init<py::set>()).def("keep", &Watch::keep).def("unchanged", &Watch::unchanged);
   py::class_<Bucket>(m, "Bucket")
       .def("collect_gradients", &Bucket::collect_gradients)

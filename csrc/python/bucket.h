@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../cpu/step.h"
+#include "looks.h"
 #include "step_args.h"
 #include "view.h"
 
@@ -72,7 +73,7 @@ class Bucket {
  public:
   // As in backends/interface.py.
   Bucket(const py::object& rule, const py::sequence& entries, const py::list& param_groups, const py::dict& state)
-      : rule_(check_rule(rule)) {
+      : rule_(check_rule(rule)), seen_(param_groups, state) {
     parameters_.reserve(entries.size());
     for (const auto& entry : entries) {
       Parameter& parameter = parameters_.emplace_back(entry);
@@ -120,21 +121,11 @@ class Bucket {
       everything_.append(parameter.tensor);
     }
     table_.cut();
-    const auto see = [&](PyObject* object) {
-      seen_.push_back(py::reinterpret_borrow<py::object>(object));
-      return true;
-    };
-    visit(param_groups, see);
-    seen_in_groups_ = seen_.size();
-    visit(state, see);
   }
 
   // See Bucket.collect_gradients in backends/interface.py.
   py::object collect_gradients(const py::list& param_groups, const std::optional<py::dict>& state) {
-    size_t next = 0;
-    const auto seen = [&](PyObject* object) { return next < seen_.size() && seen_[next++].ptr() == object; };
-    if (!visit(param_groups, seen) || (state && !visit(*state, seen))) return py::none();
-    if (next != (state ? seen_.size() : seen_in_groups_)) return py::none();
+    if (!seen_.unchanged(param_groups, state)) return py::none();
     constexpr size_t kAhead = 2;
     keys_.clear();
     rows_.clear();
@@ -150,7 +141,8 @@ class Bucket {
       tensor.active = !grad.is_none();
       if (!tensor.active) continue;
       ++active_;
-      if (is_known(layer.weight_norm2) && version_now(parameter) != parameter.version) layer.weight_norm2 = kUnknown;
+      if (is_known(layer.weight_norm2) && version_now(parameter.tensor) != parameter.version)
+        layer.weight_norm2 = kUnknown;
       if (!parameter.g || !is_plain(grad.ptr()) || !parameter.g->matches(grad.ptr(), &tensor.g.data) ||
           !parameter.p.unmoved(parameter.tensor.ptr()) || (state && !states_are_unmoved(parameter)))
         return py::none();
@@ -209,17 +201,14 @@ class Bucket {
   }
 
  protected:
-  static int64_t version_now(const Parameter& parameter) {
-    return PyLong_AsLongLong(version_of(parameter.tensor.ptr()).ptr());
-  }
-
   // Keeps what the next step needs of a parameter that this one has stepped, or not.
   static void remember(Parameter& parameter, Layer& layer, bool stepped) {
     parameter.stepped = stepped;
     if (!stepped) return;
     parameter.states_are_new = false;
     if (!parameter.exclusive) layer.weight_norm2 = kUnknown;
-    if (is_known(layer.weight_norm2)) parameter.version = version_now(parameter);  // the step's own write is counted
+    if (is_known(layer.weight_norm2))
+      parameter.version = version_now(parameter.tensor);  // the step's own write is counted
   }
 
   // Ratios, and NaN for parameters that the last step has left alone.
@@ -286,38 +275,13 @@ class Bucket {
   }
   static constexpr int64_t kLeastInSlab = 512;  // below, drawing them costs more than what they are
 
-  // Calls f on every object whose replacement would make the bucket stale, until it returns false.
-  template <class F>
-  static bool visit(const py::list& param_groups, const F& f) {
-    static PyObject* const params_name = PyUnicode_InternFromString("params");
-    for (const auto& group : param_groups) {
-      PyObject* params = PyDict_GetItemWithError(group.ptr(), params_name);
-      if (!params || !PyList_Check(params) || !f(group.ptr())) return false;  // the group: where its parameters begin
-      for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i)
-        if (!f(PyList_GET_ITEM(params, i))) return false;
-    }
-    return true;
-  }
-  template <class F>
-  static bool visit(const py::dict& state, const F& f) {
-    PyObject *key, *value, *name, *tensor;
-    for (Py_ssize_t i = 0; PyDict_Next(state.ptr(), &i, &key, &value);) {
-      if (!f(key) || !f(value)) return false;
-      if (!PyDict_Check(value)) continue;
-      for (Py_ssize_t j = 0; PyDict_Next(value, &j, &name, &tensor);)
-        if (!f(name) || !f(tensor)) return false;
-    }
-    return true;
-  }
-
   const int rule_;                // place in kRules
   bool steps_on_device_ = false;  // and so only the device has the count
   std::vector<Parameter> parameters_;
   cpu::Table table_;
   // What `table_` points to: where elements are, strides, and sizes of what is walked in another order.
   std::deque<std::pair<ShardLayout, std::vector<int64_t>>> shards_;
-  std::vector<py::object> seen_;  // in the groups, then in the state
-  size_t seen_in_groups_ = 0;
+  const Seen seen_;
   std::vector<Key> keys_, told_keys_;
   py::object told_;             // told_keys_ as Python's
   std::map<Key, size_t> rows_;  // where keys_ has a key

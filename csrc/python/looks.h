@@ -1,5 +1,6 @@
 // What Python asks in every step, in one call: of a backend's tensors, and of the parameter groups.
 #pragma once
+#include <algorithm>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -9,6 +10,56 @@
 namespace fused_opt {
 namespace {
 
+// The objects in parameter groups and states.
+class Seen {
+ public:
+  Seen(const py::list& param_groups, const py::dict& state) {
+    const auto see = [&](PyObject* object) {
+      seen_.push_back(py::reinterpret_borrow<py::object>(object));
+      return true;
+    };
+    visit(param_groups, see);
+    in_groups_ = seen_.size();
+    visit(state, see);
+  }
+
+  // Whether they are the same ones. No state: it is not looked at.
+  bool unchanged(const py::list& param_groups, const std::optional<py::dict>& state) const {
+    size_t next = 0;
+    const auto seen = [&](PyObject* object) { return next < seen_.size() && seen_[next++].ptr() == object; };
+    return visit(param_groups, seen) && (!state || visit(*state, seen)) && next == (state ? seen_.size() : in_groups_);
+  }
+
+ private:
+  // Calls f on every object whose replacement makes a plan stale, until it returns false.
+  template <class F>
+  static bool visit(const py::list& param_groups, const F& f) {
+    static PyObject* const params_name = PyUnicode_InternFromString("params");
+    for (const auto& group : param_groups) {
+      PyObject* params = PyDict_GetItemWithError(group.ptr(), params_name);
+      if (!params || !PyList_Check(params) || !f(group.ptr())) return false;  // the group: where its parameters begin
+      for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i)
+        if (!f(PyList_GET_ITEM(params, i))) return false;
+    }
+    return true;
+  }
+  template <class F>
+  static bool visit(const py::dict& state, const F& f) {
+    PyObject *key, *value, *name, *tensor;
+    for (Py_ssize_t i = 0; PyDict_Next(state.ptr(), &i, &key, &value);) {
+      if (!f(key) || !f(value)) return false;
+      if (!PyDict_Check(value)) continue;
+      for (Py_ssize_t j = 0; PyDict_Next(value, &j, &name, &tensor);)
+        if (!f(name) || !f(tensor)) return false;
+    }
+    return true;
+  }
+
+  std::vector<py::object> seen_;  // in the groups, then in the state
+  size_t in_groups_ = 0;
+};
+
+// Where a backend's tensors are.
 class Looks {
  public:
   // parameters: each has a gradient. others: what else must not move.
@@ -18,36 +69,67 @@ class Looks {
     for (const py::object& other : others) others_.emplace_back(other);
   }
 
-  // The address of every gradient, None where there is none; or nothing: a tensor has moved, or lies otherwise.
-  std::optional<py::list> gradients() const {
-    for (const Held& other : others_)
-      if (!other.unmoved()) return std::nullopt;
-    py::list found(parameters_.size());
+  // The address of every gradient as int64, in the object of before where all are as before; or None: a tensor has
+  // moved, or lies otherwise; with_others: of the others, too.
+  py::object gradients(bool with_others) {
+    const py::object before = std::exchange(told_, py::none());
+    if (with_others)
+      for (const Held& other : others_)
+        if (!other.unmoved()) return py::none();
+    std::vector<intptr_t> found(parameters_.size());
     for (size_t t = 0; t < parameters_.size(); ++t) {
-      const auto& [parameter, p, g] = parameters_[t];
-      const py::object grad = grad_of(parameter.ptr());
-      void* where = nullptr;
-      if (!p.unmoved(parameter.ptr())) return std::nullopt;
+      const Parameter& parameter = parameters_[t];
+      const py::object grad = grad_of(parameter.tensor.ptr());
+      if (!parameter.p.unmoved(parameter.tensor.ptr())) return py::none();
       if (grad.is_none()) {
-        found[t] = py::none();
+        found[t] = kNowhere;
         continue;
       }
-      if (!is_plain(grad.ptr()) || !g.matches(grad.ptr(), &where)) return std::nullopt;
+      void* where = nullptr;
+      if (!is_plain(grad.ptr()) || !parameter.g.matches(grad.ptr(), &where)) return py::none();
       // Lazy negations are views of complex numbers, whose elements have others between them: seen in a single one
       // alone.
-      if (g.numel() == 1 && is_negated(grad.ptr())) return std::nullopt;
+      if (parameter.g.numel() == 1 && is_negated(grad.ptr())) return py::none();
       found[t] = reinterpret_cast<intptr_t>(where);
     }
-    return found;
+    if (!before.is_none() && found == found_) return told_ = before;
+    found_ = std::move(found);
+    return told_ = py::bytes(reinterpret_cast<const char*>(found_.data()), sizeof(intptr_t) * found_.size());
+  }
+  // Which parameters had one then; nothing: all.
+  std::optional<std::vector<bool>> here() const {
+    std::vector<bool> here;
+    for (const intptr_t address : found_) here.push_back(address != kNowhere);
+    if (std::all_of(here.begin(), here.end(), [](bool one) { return one; })) return std::nullopt;
+    return here;
+  }
+
+  // Remember some parameters' weights as they are.
+  void remember(const py::list& which) {
+    for (size_t t = 0; t < parameters_.size(); ++t)
+      parameters_[t].version = which[t].ptr() == Py_True ? version_now(parameters_[t].tensor) : kForgotten;
+  }
+  // The places of those of them to which autograd has counted a write since then.
+  std::vector<size_t> written() const {
+    std::vector<size_t> places;
+    for (size_t t = 0; t < parameters_.size(); ++t)
+      if (parameters_[t].version != kForgotten && parameters_[t].version != version_now(parameters_[t].tensor))
+        places.push_back(t);
+    return places;
   }
 
  private:
+  static constexpr int64_t kForgotten = -1;
+  static constexpr intptr_t kNowhere = -1;  // in place of the address of a gradient that is not there
   struct Parameter {
     py::object tensor;
     View p, g;
+    int64_t version = kForgotten;
   };
   std::vector<Parameter> parameters_;
   std::vector<Held> others_;
+  std::vector<intptr_t> found_;
+  py::object told_ = py::none();  // the same as Python's
 };
 
 // Tells whether groups still say what they said: whether every value is the same object, but for those of some keys.

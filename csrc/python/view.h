@@ -41,6 +41,11 @@ class Attribute {
 Attribute grad_of, version_of;
 PyTypeObject* plain_types[2] = {};
 
+// Autograd's count of writes to a tensor.
+int64_t version_now(const py::object& tensor) {
+  return PyLong_AsLongLong(version_of(tensor.ptr()).ptr());
+}
+
 // Whether its data pointer is that of its elements; that of a subclass may not be.
 bool is_plain(PyObject* tensor) {
   return Py_IS_TYPE(tensor, plain_types[0]) || Py_IS_TYPE(tensor, plain_types[1]);

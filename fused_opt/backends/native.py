@@ -49,6 +49,11 @@ def looks(parameters: Sequence[Tensor], others: Sequence[Tensor]) -> Any:
     return None if unavailable() else _native.Looks(parameters, others)
 
 
+def seen(param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> Any:
+    """Likewise, what tells whether groups and states hold the same objects: ``Seen`` there."""
+    return None if unavailable() else _native.Seen(param_groups, state)
+
+
 def watch(left_out: set[str]) -> Any:
     """What tells whether groups still say the same: ``Watch`` in csrc/python/looks.h; None without a compiled core."""
     return None if unavailable() else _native.Watch(left_out)

@@ -3,6 +3,7 @@
 import torch
 
 import fused_opt
+from fused_opt.backends import triton as backend
 
 from .compare import distance
 from .parameters import clones, set_gradients
@@ -48,6 +49,18 @@ def train(a, b, ours, theirs, steps=3, first=0):
         set_gradients(theirs, step)
         a.step()
         b.step()
+
+
+def launches(monkeypatch):
+    """Of all launches from now on the kernel's name and its arguments."""
+    found, launch = [], backend.device.launch
+
+    def noted(function, device, programs, *arguments):
+        found.append((getattr(function, "__name__", None) or function.name, arguments))
+        return launch(function, device, programs, *arguments)
+
+    monkeypatch.setattr(backend.device, "launch", noted)
+    return found
 
 
 def contiguous(dtype=torch.float32):

@@ -14,24 +14,22 @@ import ast
 import inspect
 import math
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from itertools import chain
-from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...rule import Rule
-from .. import reference
+from .. import native, reference
 from ..interface import DeviceScalars, ParamEntry, PartNorms, Standard, StepArgs, StepKey, is_known
 from ..pointers import unreachable
 
 try:
     import triton  # noqa: F401
 
-    from . import arguments, columns, device, kernel, noise, rules, table  # noqa: F401
+    from . import arguments, columns, device, kernel, looks, noise, rules, table  # noqa: F401
     from .table import INTERPRETED, TYPES, Scalars, Table, arithmetic
 
     _reason = None
@@ -148,7 +146,7 @@ class Bucket:
     ) -> None:
         self.members = members
         self.device = members[0].tensor.device
-        self.seen = [*_everything(param_groups, state)]
+        self.seen = native.seen(param_groups, state) or looks.Seen(param_groups, state)
         self.idle = [m.tensor for m in members if m.tensor.grad is None]
         self.spread = any(m.shard is not None for m in members)
         self.groups = list(dict.fromkeys(m.group for m in members))
@@ -167,18 +165,23 @@ class Bucket:
         self.known: dict[int, tuple[int, set[tuple[int, int]]]] = {}
         self.whole: Tensor | None = None  # the norms of the whole tensors in the coming step
         self.scalars: list[Tensor | None] = []  # kept until the next step's
+        # What a step was told last, and how it is sent; None: it may be another number next time.
+        self.told: tuple[Sequence[StepArgs] | None, list[arguments.Row]] = None, []
 
     def collect_gradients(
-        self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]
+        self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any] | None
     ) -> list[StepKey] | None:
-        """Find this step's gradients: the keys that ``run`` needs arguments for, or None: plan anew."""
+        """Find this step's gradients: the keys that ``run`` needs arguments for, or None: plan anew.
+
+        ``state``: None: no one else has had any of it since the bucket was made, and it is not looked at.
+        """
         self.whole = None
-        if not all(map(is_, _everything(param_groups, state), self.seen)):
+        if not self.seen.unchanged(param_groups, state):
             return None
         if any(p.grad is not None for p in self.idle):
             return None
         keys: dict[StepKey, int] = {}
-        found = all(table.collect_gradients(keys) for table in self.tables)
+        found = all([table.collect_gradients(keys, state is not None) for table in self.tables])  # noqa: C419  # of few
         self.of_rows = [key[0] for key in keys]
         return list(keys) if found else None
 
@@ -246,6 +249,9 @@ class Bucket:
     def _rows(self, args: Sequence[StepArgs]) -> list[arguments.Row]:
         """The arguments as they are sent; a rate or a decay that is on the device stays there."""
         captured, rows, begun = self.capturing(), [], set[int]()
+        told, of_told = self.told
+        if args is told and not captured:
+            return of_told
         for r, (group, of_row) in enumerate(zip(self.of_rows, args)):
             of_row, lr, decay = arguments.without_tensors(of_row)
             at = [0, 0]
@@ -256,6 +262,8 @@ class Bucket:
                     at[k] = kept.data_ptr()
             rows.append(arguments.Row(of_row, self.groups.index(group), group not in begun, at[0], at[1], captured))
             begun.add(group)
+        on_host = not captured and not any([row.lr_at or row.decay_at for row in rows])  # noqa: C419  # of few
+        self.told = args if on_host else None, rows
         return rows
 
     def run(self, args: Sequence[StepArgs], scalars: DeviceScalars | None = None) -> None:
@@ -325,9 +333,3 @@ def bucket(
 ) -> Bucket:
     """The parameters in tables."""
     return Bucket(rule, members, param_groups, state)
-
-
-def _everything(param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> Iterator[Any]:
-    """Every object whose replacement makes a plan stale, and an end that only as many objects have in their place."""
-    groups = chain.from_iterable((group, *group["params"]) for group in param_groups)
-    return chain(groups, state, chain.from_iterable(map(dict.values, state.values())), (Ellipsis,))

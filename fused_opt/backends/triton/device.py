@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 #: As nvcc compiles csrc/cuda/: a multiplication and an addition are two roundings, so the bits are the native backend's.
 OPTIONS = {"enable_fp_fusion": False}
@@ -15,10 +16,18 @@ _SPARES = 2  # graphs that may be captured without an eager step between them
 _captured: list[Any] = []  # what CUDA graphs refer to, which may outlive the plan
 
 
-def launch(function: Any, device: torch.device, programs: int, *arguments: Any) -> None:
-    """Run that many programs on the device, on torch's current stream there."""
+def launch(function: Any, device: torch.device, programs: int, *arguments: Any) -> Any:
+    """Run that many programs on the device, on torch's current stream there.
+
+    Returns:
+        What can be launched in the function's place with arguments that differ in no type, alignment and constant: what
+        Triton has compiled for these, for which it need not look up. None, or a function: only that.
+    """
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        function[(programs,)](*arguments, **OPTIONS)
+        if isinstance(function, CompiledKernel):
+            function[programs, 1, 1](*arguments)
+            return function
+        return function[(programs,)](*arguments, **OPTIONS)
 
 
 def copy(to: Tensor, what: Tensor) -> None:
@@ -48,6 +57,7 @@ class Mirror:
         self._size, self._device = size, device
         self.table = self._memory()
         self._key: Any = None  # what is in it
+        self._part: Tensor | None = None  # as much of it as was sent last
         # A copy that is in a graph reads its memory at every replay. Memory is not pinned in a capture, so before one.
         self._spares: list[tuple[Tensor, Tensor]] = []
         self._provide()
@@ -65,25 +75,28 @@ class Mirror:
         pinned = torch.zeros(self._size, dtype=torch.int64, device="cpu", pin_memory=self._device.type == "cuda")
         return pinned, torch.zeros(self._size, dtype=torch.int64, device=self._device)
 
-    def send(self, key: Any, make: Callable[[], bytes]) -> tuple[Tensor, Tensor]:
+    def send(self, key: Any, make: Callable[[], bytearray]) -> tuple[Tensor, Tensor]:
         """The table, as integers and as floats, with what ``key`` stands for in it: ``make`` gives that."""
         if capturing(self._device):
             return self._in_graph(make())
         if key != self._key:
             self._key = None
             self._provide()
-            host = torch.frombuffer(bytearray(make()), dtype=torch.int64)
+            words = make()
+            if self._part is None or 8 * self._part.numel() != len(words):
+                self._part = self.table[0][: len(words) // 8]
+            host = torch.frombuffer(words, dtype=torch.int64)
             if self._device.type == "cuda":  # torch keeps the pinned memory until the copy is done
                 host = host.pin_memory()
-            copy(self.table[0][: len(host)], host)
+            copy(self._part, host)
             self._key = key
         return self.table
 
-    def _in_graph(self, words: bytes) -> tuple[Tensor, Tensor]:
+    def _in_graph(self, words: bytearray) -> tuple[Tensor, Tensor]:
         """A table of the graph's own, which replays fill with these words."""
         host, table = self._spares.pop() if self._spares else self._spare()
         count = len(words) // 8
-        host[:count].copy_(torch.frombuffer(bytearray(words), dtype=torch.int64))
+        host[:count].copy_(torch.frombuffer(words, dtype=torch.int64))
         copy(table[:count], host[:count])
         keep(host, table)
         return table, table.view(torch.float64)

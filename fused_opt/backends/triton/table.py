@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import reduce
 from itertools import accumulate, compress
-from operator import attrgetter
+from operator import or_
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +20,13 @@ from ..interface import Kind, Norm, ParamEntry, PartNorms, StepKey, is_known
 from . import columns, device, kernel, rules
 from .arguments import Row, pack
 from .device import Mirror, keep
+from .looks import Looks
 
 INTERPRETED = not isinstance(kernel.update, triton.JITFunction)  # decided from the environment when Triton was imported
 TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 CODE_TYPES = {torch.int8: tl.int8, torch.uint8: tl.uint8}
 KEPT_TYPES = {torch.int16: tl.int16, torch.float32: tl.float32}
-
-_grad, _dtype, _shape, _version = map(attrgetter, ("grad", "dtype", "shape", "_version"))
+NO_NORM = Norm(0)
 
 
 class Scalars(NamedTuple):
@@ -62,28 +63,30 @@ class Table:
         self.members, self.places = members, places
         self.parameters = [m.tensor for m in members]
         self.device = self.parameters[0].device
-        # A tensor that is moved no longer has its alias's address, and the alias keeps that memory from being reused.
-        self.held = [*self.parameters, *(s for m in members for s in m.states or ())]
-        beside = (kept for m in members for kept in (m.average, m.exact, m.step, m.scalar, *m.scales))
-        self.held += [kept for kept in beside if kept is not None]
-        self.aliases = [tensor.detach() for tensor in self.held]
-        gradients = [_grad(p) for p in self.parameters]
-        self.layouts = self._layouts(gradients)
+        of_all = ((*(m.states or ()), m.average, m.exact, m.step, m.scalar, *m.scales) for m in members)
+        held = [tensor for of_one in of_all for tensor in of_one if tensor is not None]
         # Where the compiled core is installed it looks at all of them in one call, a fifth of the time.
-        self.looks = native.looks(self.parameters, self.held[len(members) :])
+        self.looks = native.looks(self.parameters, held) or Looks(self.parameters, held)
+        self.gradients = b""  # their addresses, as it saw them last
+        self.here: list[bool] | None = None  # which of them there were; None: all
         self.counts_steps = rule.counts_steps
         self._find_keys()
         self.nothing = [UNKNOWN] * len(members)  # norms that were not set
-        self.nobody: list[int | None] = [None] * len(members)
+        self.nobody = [False] * len(members)
+        self.everybody = [True] * len(members)
+        self.nothing_wanted = [0] * len(members)
 
         words, self.chunks = self._columns()
         self.tensors = torch.tensor(words, dtype=torch.int64, device="cpu").to(self.device)
+        self.layers = self.tensors.view(torch.float64)
         size = (
             columns.HEADER.value + columns.ROWS.value * len(members) + columns.WIDTH.value * 2 * groups
         )  # first steps, and others
         self.ahead, self.step = Mirror(size, self.device), Mirror(size, self.device)  # of sums ahead of it, and of it
         # Of even width, so that every row is aligned to 16 bytes: Triton compiles a kernel anew for other alignments.
         self.sums = torch.zeros(4, self.chunks + self.chunks % 2, dtype=torch.float64, device=self.device)
+        self.of_weights = [self.sums[0], self.sums[1]]
+        self.of_others = self.sums[2], self.sums[3]  # of gradients or directions, and of agreements
         self.ratios = torch.ones(2 * len(members), dtype=torch.float64, device=self.device)
         self.counts = torch.zeros(columns.GROUPS.value + 4 * groups, dtype=torch.int64, device=self.device)
         self.stepped = [False] * len(members)  # in the last step
@@ -91,15 +94,21 @@ class Table:
         self.stream = self._stream()
         self.captured = False  # a graph's replays write the weights, and nobody sees it
         self.turn = 0  # which of the first two rows of `sums` holds the carried sums of squares
-        self.versions = self.nobody  # of the weights whose sums those are; None: of none
+        self.kept = self.nobody  # of whom those sums are, as the last step left the weights
         self.needs_key: Any = None
+        self.wanted_of: list[bool] | None = None
+        self.together_of: Sequence[int] | None = None
+        self.flags_of: Sequence[Row] | None = None
+        self.packed: dict[int, tuple[Sequence[Any], bytes]] = {}  # pieces of what was sent
+        self.compiled: dict[Any, Any] = {}  # by Triton, for arguments like these and what differs in them
 
         self.rule, self.at_step = getattr(rules, rule.name), at_step(rule)
-        self.p_dtype = self.parameters[0].dtype
-        types = TYPES | CODE_TYPES
-        self.types = tuple(types[t.dtype] for t in (self.parameters[0], gradients[0], *(members[0].states or ())))
+        types, p = TYPES | CODE_TYPES, self.parameters[0]
+        assert p.grad is not None
+        self.arithmetic = arithmetic(p.dtype)
+        self.types = tuple(types[t.dtype] for t in (p, p.grad, *(members[0].states or ())))
         self.average_type = None if members[0].average is None else TYPES[members[0].average.dtype]
-        self.kept = None if members[0].exact is None else KEPT_TYPES[members[0].exact.dtype]
+        self.exact_type = None if members[0].exact is None else KEPT_TYPES[members[0].exact.dtype]
         self.coefficients = rule.coefficient_count
 
     def _columns(self) -> tuple[list[int], int]:
@@ -138,12 +147,6 @@ class Table:
         ]
         return [word for column in table for word in column], chunks
 
-    @staticmethod
-    def _layouts(gradients: Sequence[Tensor]) -> list[list[Any]]:
-        """What must not change of the gradients, of which there are new ones every step."""
-        looks = (type, _dtype, _shape, Tensor.stride, Tensor.is_neg)
-        return [list(map(look, gradients)) for look in looks]
-
     def _find_keys(self) -> None:
         """The key of every member; where there is no count the first step is 1, and every other one 2."""
         members = self.members
@@ -153,39 +156,23 @@ class Table:
         self.distinct = list(dict.fromkeys(self.keys))
         self.numbered: list[int] | None = None
 
-    def collect_gradients(self, keys: dict[StepKey, int]) -> bool:
+    def collect_gradients(self, keys: dict[StepKey, int], with_states: bool = True) -> bool:
         """Find the gradients, and number their keys; False: something has changed."""
-        found = self._look() if self.looks is None else self.looks.gradients()
-        if found is None:
+        if (found := self.looks.gradients(with_states)) is None:
             return False
-        if None in found:
-            self.here: list[bool] | None = [address is not None for address in found]
-            self.gradients = [address or 0 for address in found]
+        if found is not self.gradients:
+            self.gradients, self.here = found, self.looks.here()
+        if self.here is not None:
             self.rows = [keys.setdefault(k, len(keys)) if here else -1 for k, here in zip(self.keys, self.here)]
         else:
-            self.here, self.gradients = None, found
             numbered = [keys.setdefault(key, len(keys)) for key in self.distinct]
             if numbered != self.numbered:
                 row_of = dict(zip(self.distinct, numbered))
                 self.numbered, self.all_rows = numbered, [row_of[key] for key in self.keys]
             self.rows = self.all_rows
         self.parts = self.grad2 = self.nothing
-        self.summed = Norm(0)  # of what members want, what is in `sums`
+        self.summed = NO_NORM  # of what members want, what is in `sums`
         return True
-
-    def _look(self) -> list[int | None] | None:
-        """The address of every gradient, None where there is none; or None: a tensor has moved, or lies otherwise."""
-        gradients, layouts = list(map(_grad, self.parameters)), self.layouts
-        here = [gradient is not None for gradient in gradients]
-        present = list(compress(gradients, here))
-        if not all(here):
-            layouts = [list(compress(looks, here)) for looks in layouts]
-        try:
-            if self._layouts(present) != layouts or not all(map(Tensor.is_set_to, self.held, self.aliases)):
-                return None
-        except RuntimeError:  # a sparse tensor has no strides
-            return None
-        return [None if gradient is None else gradient.data_ptr() for gradient in gradients]
 
     def set_part_norms(self, norms: Sequence[PartNorms | None]) -> None:
         """The sum of the norms of every gradient's parts, and its sum of squares, where known."""
@@ -217,32 +204,46 @@ class Table:
             for made_on_another in self.memory:  # or it might be freed while this one reads it
                 made_on_another.record_stream(stream)
 
-        def words() -> bytes:
-            floats = array("d", [scalars.max_norm]).tobytes()
-            head = array("q", [*scalars[:3], 0, scalars.known, len(rows), total, add]).tobytes()
+        def words() -> bytearray:
+            head = _integers([*scalars[:3], 0, scalars.known, len(rows), total, add])
             at = 8 * columns.MAX_NORM.value
-            of_tensors = array("q", [*self.gradients, *self.rows, *wanted]).tobytes()
-            norms = array("d", self.parts + self.grad2).tobytes()
-            return b"".join((head[:at], floats, head[at + 8 :], of_tensors, norms, *map(pack, rows)))
+            return bytearray().join((
+                head[:at], _floats([scalars.max_norm]), head[at + 8 :], self.gradients, self._packed(0, _integers, self.rows),
+                self._packed(1, _integers, wanted), self._packed(2, _floats, self.parts),
+                self._packed(3, _floats, self.grad2), self._packed(4, _rows, rows),
+            ))  # fmt: skip
 
-        key = (scalars, total, add, self.gradients, self.rows, wanted, self.parts, self.grad2, [*rows])
-        table = mirror.send(key, words)
-        return self.tensors, self.tensors.view(torch.float64), *table, self.counts
+        # Lists that are those of the step before are not compared.
+        key = (scalars, total, add, self.gradients, self.rows, wanted, self.parts, self.grad2, rows)
+        return self.tensors, self.layers, *mirror.send(key, words), self.counts
+
+    def _packed(self, place: int, make: Callable[[Sequence[Any]], bytes], of: Sequence[Any]) -> bytes:
+        """Their words, which most often are those of the step before."""
+        before, packed = self.packed.get(place, (None, b""))
+        if before is not of:
+            packed = make(of)
+            self.packed[place] = of, packed
+        return packed
+
+    def _launch(self, function: Any, differs: tuple[Any, ...], *arguments: Any) -> None:
+        """Launch, by what Triton has compiled before where it has; ``differs``: what may be another argument next time."""
+        key = function.__name__, differs
+        launched = self.compiled.get(key, function)
+        self.compiled[key] = device.launch(launched, self.device, self.chunks, *arguments) or launched
 
     def _sum(self, tables: tuple[Tensor, ...], wanted: int, total: bool = False, masked: bool = False) -> None:
         """Sum what the words say of every tensor, as far as it is in the bits of `wanted`."""
-        device.launch(
-            kernel.norms, self.device, self.chunks, *tables, self.sums[self.turn], self.sums[2], self.sums[3],
-            len(self.members), self.rule, self.at_step, self.types, arithmetic(self.p_dtype), self.coefficients, total,
-            int(wanted), masked, self.kept,  # Triton's compiler takes no Norm in a condition
+        differs = total, int(wanted), masked  # Triton's compiler takes no Norm in a condition
+        self._launch(
+            kernel.norms, differs, *tables, self.of_weights[self.turn], *self.of_others, len(self.members), self.rule,
+            self.at_step, self.types, self.arithmetic, self.coefficients, *differs, self.exact_type,
         )  # fmt: skip
 
     def _sum_all(self, tables: tuple[Tensor, ...], wanted: Sequence[int], rows: Sequence[Row]) -> None:
         """Sum whatever is wanted, in two passes where a mask's scale enters directions."""
-        together = 0
-        for bits in set(wanted):
-            together |= bits
-        if not together:
+        if wanted is not self.together_of:
+            self.together_of, self.together = wanted, reduce(or_, set(wanted))
+        if not (together := self.together):
             return
         masked = any(row.masked for row in rows)
         directions = int(together & Norm.DIRECTION) if together & Norm.AGREEMENT else 0
@@ -272,29 +273,30 @@ class Table:
         tables = self._send(self.ahead, wanted, rows, scalars)
         self._sum_all(tables, wanted, rows)
         device.launch(
-            kernel.collect, self.device, len(self.members), self.tensors, tables[2], self.sums[self.turn], self.sums[2],
-            found, len(self.members),
+            kernel.collect, self.device, len(self.members), self.tensors, tables[2], self.of_weights[self.turn],
+            self.of_others[0], found, len(self.members),
         )  # fmt: skip
         self.summed |= Norm.WEIGHT | Norm.GRADIENT | Norm.AGREEMENT | (Norm.DIRECTION if directions else Norm(0))
 
     def run(self, rows: Sequence[Row], scalars: Scalars) -> bool:
         """Step every parameter that has a gradient; False: none has."""
-        self.stepped = [True] * len(self.members) if self.here is None else self.here
-        if max(self.rows) < 0:
+        if self.here is not None and not any(self.here):
+            self.stepped = self.here
             return False
-        carried = any(row.sums for row in rows)
-        wanted = self._wanted(rows) if carried else [0] * len(self.members)
+        self.stepped = self.everybody if self.here is None else self.here
+        if rows is not self.flags_of:
+            self.flags_of, (self.any_sums, *flags) = rows, [any(of_rows) for of_rows in zip(*map(_flags, rows))]
+            self.flags = self.average_type if flags[0] else None, *flags[1:]
+        wanted = self._wanted(rows) if self.any_sums else self.nothing_wanted
         tables = self._send(self.step, wanted, rows, scalars)
-        if carried:
+        if self.any_sums:
             self._sum_all(tables, wanted, rows)
-        carried = carried and any(self.carries)
-        device.launch(
-            kernel.update, self.device, self.chunks, *tables, self.sums[self.turn], self.sums[1 - self.turn],
-            self.sums[2], self.sums[3], self.ratios, len(self.members), self.rule, self.at_step, self.types,
-            self.average_type if any(row.averages for row in rows) else None, arithmetic(self.p_dtype), self.coefficients,
-            self.counts_steps, any(row.args.counted is not None for row in rows), self.cut,
-            any(row.noise is not None for row in rows), carried, any(row.masked for row in rows),
-            any(row.args.rounding is not None for row in rows), self.kept,
+        carried = self.any_sums and self.any_carries
+        average, counted, noisy, masked, rounded = self.flags
+        self._launch(
+            kernel.update, (*self.flags, carried), *tables, self.of_weights[self.turn], self.of_weights[1 - self.turn],
+            *self.of_others, self.ratios, len(self.members), self.rule, self.at_step, self.types, average, self.arithmetic,
+            self.coefficients, self.counts_steps, counted, self.cut, noisy, carried, masked, rounded, self.exact_type,
         )  # fmt: skip
         self._advance(carried)
         return True
@@ -307,13 +309,17 @@ class Table:
             needs = [self._need(i, rows[row]) if row >= 0 else Norm(0) for i, row in enumerate(self.rows)]
             self.carries = [Norm.WEIGHT in need for need in needs]
             self.keeps = [carried and m.exclusive for carried, m in zip(self.carries, self.members)]
+            self.any_carries = any(self.carries)
             self.beside = [int(need & ~Norm.WEIGHT) for need in needs]
-        wanted, again = self.beside, self.captured or device.capturing(self.device)
-        versions = list(map(_version, self.parameters))
-        if again or versions != self.versions:
-            weights = (carried and (again or a != b) for carried, a, b in zip(self.carries, versions, self.versions))
-            wanted = [bits | (Norm.WEIGHT.value * wants) for bits, wants in zip(wanted, weights)]
-        return [bits & ~self.summed.value for bits in wanted] if self.summed else wanted
+            self.wanted_of = None
+        kept = self.nobody if self.captured or device.capturing(self.device) else self.kept
+        if kept is not self.nobody and (written := self.looks.written()):
+            kept = [k and place not in written for place, k in enumerate(kept)]
+        if kept is not self.wanted_of:
+            self.wanted_of = kept
+            weights = [carried and not k for carried, k in zip(self.carries, kept)]
+            self.wanted = [bits | (Norm.WEIGHT.value * wants) for bits, wants in zip(self.beside, weights)]
+        return [bits & ~self.summed.value for bits in self.wanted] if self.summed else self.wanted
 
     def _need(self, i: int, row: Row) -> Norm:
         """The norms that a step of a member needs."""
@@ -339,10 +345,10 @@ class Table:
         # Autograd sees no writes through addresses; without this a backward through the old weights would not be detected.
         torch.autograd.graph.increment_version(stepped)
         self.turn = 1 - self.turn
-        self.versions = self.nobody
+        self.kept = self.nobody
         if carried:
-            versions = map(_version, self.parameters)
-            self.versions = [version if kept else None for version, kept in zip(versions, self.keeps)]
+            self.kept = self.keeps
+            self.looks.remember(self.keeps)
 
     def written_states(self) -> list[Tensor]:
         """What a step has written besides the parameters, and autograd has not seen."""
@@ -352,6 +358,24 @@ class Table:
             if row >= 0
         )
         return [tensor for of_member in written for tensor in of_member if tensor is not None]
+
+
+def _integers(numbers: Sequence[int]) -> bytes:
+    return array("q", numbers).tobytes()
+
+
+def _floats(numbers: Sequence[float]) -> bytes:
+    return array("d", numbers).tobytes()
+
+
+def _rows(rows: Sequence[Row]) -> bytes:
+    return b"".join(map(pack, rows))
+
+
+def _flags(row: Row) -> tuple[bool, ...]:
+    """What of a row the kernels are compiled for: sums ahead, averages, counts, noise, masks, rounding at random."""
+    counted, rounded = row.args.counted is not None, row.args.rounding is not None
+    return row.sums, row.averages, counted, row.noise is not None, row.masked, rounded
 
 
 def _layout(member: ParamEntry) -> list[int]:

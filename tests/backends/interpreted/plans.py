@@ -3,7 +3,7 @@
 import pytest
 import torch
 from rules import kernels
-from support.interpreted import assert_alike, both, few, train
+from support.interpreted import assert_alike, both, few, launches, train
 from support.parameters import set_gradients
 
 import fused_opt
@@ -11,7 +11,7 @@ from fused_opt import backends
 from fused_opt.backends import self_check
 from fused_opt.backends import triton as backend
 
-device, kernel, noise, table = backend.device, backend.kernel, backend.noise, backend.table
+table = backend.table
 
 
 def test_gradients_that_come_and_go():
@@ -101,11 +101,9 @@ def self_check_of(rule, extras=frozenset()):
 
 @pytest.mark.parametrize("rule", kernels().values(), ids=kernels())
 def test_the_self_check_passes_and_runs_what_is_needed_alone(rule, monkeypatch):
-    launches = []
-    launch = device.launch
-    monkeypatch.setattr(device, "launch", lambda f, *rest: (launches.append((f, rest[-4:])), launch(f, *rest)))
+    launched = launches(monkeypatch)
     assert self_check_of(rule) is None
-    assert set(launches) == {(kernel.update, (False, False, False, None))}
+    assert {(name, arguments[-4:]) for name, arguments in launched} == {("update", (False, False, False, None))}
 
 
 def test_the_self_check_of_everything_passes_and_notices_what_is_wrong(monkeypatch):

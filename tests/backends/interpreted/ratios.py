@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-from support.interpreted import assert_alike, both, contiguous, train
+from support.interpreted import assert_alike, both, contiguous, launches, train
 from support.parameters import set_gradients
 
 import fused_opt
 from fused_opt import warn
 from fused_opt.backends import triton as backend
 
-device, kernel, noise, table = backend.device, backend.kernel, backend.noise, backend.table
+kernel = backend.kernel
 
 
 @pytest.mark.parametrize("noisy", [False, True])
@@ -20,31 +20,27 @@ def test_trust_ratios_where_norms_come_first_and_where_they_are_carried(name, no
     """And noise relative to the same norms."""
     noise = fused_opt.WeightNoise(std=0.01, relative=True, seed=5) if noisy else None
     a, b, ours, theirs = both(name, {"lr": 0.1, "exempt": -1, "noise": noise}, make=contiguous)
-    launches = []
-    launch = device.launch
-    monkeypatch.setattr(device, "launch", lambda f, *rest: (launches.append((f, rest[-3])), launch(f, *rest)))
+    launched = launches(monkeypatch)
     train(a, b, ours, theirs, steps=3)
     assert_alike(a, b, ours, theirs, bound=1e-6)
     for mine, other in zip(a.trust_ratios().values(), b.trust_ratios().values(), strict=True):
         assert mine == pytest.approx(other, rel=1e-5)
     first = kernel.WANT_DIRECTION.value if name == "LAMB" else kernel.WANT_GRAD.value
-    sums = [wanted for function, wanted in launches if function is kernel.norms]
+    sums = [arguments[-3] for name, arguments in launched if name == "norms"]
     assert sums == [kernel.WANT_WEIGHT.value | first] + [first] * 2
-    assert len(launches) == 6  # and each step's update
+    assert len(launched) == 6  # and each step's update
 
 
 def test_one_launch_where_norms_are_carried_and_the_parts_are_known(monkeypatch):
     parameters = [torch.nn.Parameter(torch.ones(3, 2000)), torch.nn.Parameter(torch.ones(5))]
     optimizer = fused_opt.CLARS(parameters, lr=0.1, backend="triton")
     optimizer.track_parts()
-    launches = []
-    launch = device.launch
-    monkeypatch.setattr(device, "launch", lambda f, *rest: (launches.append(f), launch(f, *rest)))
+    launched = launches(monkeypatch)
     for _ in range(3):
         optimizer.zero_grad()
         sum(p.square().sum() for p in parameters).backward()
         optimizer.step()
-    assert [f for f in launches if f is not kernel.accumulate] == [kernel.norms, *[kernel.update] * 3]
+    assert [name for name, _ in launched if name != "accumulate"] == ["norms", *["update"] * 3]
 
 
 def weights_written(p):
@@ -114,13 +110,10 @@ def test_lamb_beside_clars_whose_parts_are_known():
 
 
 def test_clipping_serves_the_ratio_with_the_same_sums(monkeypatch):
-    wanted = []
-    launch = device.launch
-    monkeypatch.setattr(
-        device, "launch", lambda f, *rest: (f is kernel.norms and wanted.append(rest[-3]), launch(f, *rest))
-    )
+    launched = launches(monkeypatch)
     a, b, ours, theirs = both("LARS", {"lr": 0.1, "max_grad_norm": 0.5, "exempt": -1}, make=contiguous)
     train(a, b, ours, theirs, steps=2)
+    wanted = [arguments[-3] for name, arguments in launched if name == "norms"]
     assert wanted == [2, 1, 2]  # the gradients for the norm, the weights once, the gradients again
     assert_alike(a, b, ours, theirs)
 

@@ -75,7 +75,7 @@ def check_norms_are_those_of_the_whole_tensors_and_the_host_waits_for_nothing(ra
                     with ExitStack() as lifted:
                         for owner, attribute, its in held:
                             lifted.enter_context(mock.patch.object(owner, attribute, its))
-                        launch(*arguments)
+                        return launch(*arguments)
 
                 stack.enter_context(mock.patch.object(backend.device, "launch", within))
                 for owner, attribute in WAITS if step else ():  # the first step makes the plan
