@@ -10,6 +10,8 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import _profiler_enabled
+from torch.compiler import is_compiling
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import backends
@@ -145,7 +147,7 @@ class FusedOptimizer(Checkpoints, WithGroups, WithLayers):
         Raises:
             RuntimeError: where a gradient or a state does not fit its parameter; nothing has been changed then.
         """
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self._untraced_step(*args, **kwargs)
         # What torch wraps around every step costs as much as stepping 200 small tensors; it is needed only for these.
         if (
@@ -153,10 +155,10 @@ class FusedOptimizer(Checkpoints, WithGroups, WithLayers):
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
-            or torch.autograd._profiler_enabled()
+            or _profiler_enabled()
         ):
             return self._hooked_step(*args, **kwargs)
-        return self._step(*args, **kwargs)
+        return self._step(*args, **kwargs) if args or kwargs else self._step()
 
     step.hooked = True  # type: ignore[attr-defined]  # torch: do not wrap it again
 
@@ -165,7 +167,14 @@ class FusedOptimizer(Checkpoints, WithGroups, WithLayers):
         if self._in_backward is not None:
             self._in_backward.end()
             return loss
-        with self._begin() as step:
+        before, step = self._before, self._begin()
+        if step is before and not step.binds:  # with other gradients: there is nothing to plan, to clip or to take back
+            step.run()
+            if self._states_are_known:
+                step.count_writes_to_states()
+            self._count(step)
+            return loss
+        with step:
             if step.overflowed or not self._planned(step):
                 return loss
             if self._parts is not None:
@@ -193,7 +202,8 @@ class FusedOptimizer(Checkpoints, WithGroups, WithLayers):
                 "a step was asked for within averaged_weights(): it would move the averages and be undone at the end of the "
                 "block. Leave the block first"
             )
-        self.read_counts()
+        if self._captured is not None or self._in_backward is not None:
+            self.read_counts()
         groups, plan, keys = self.param_groups, self._plan, None
         if not self._groups.look(groups, self):
             self._before = None
@@ -262,14 +272,15 @@ class FusedOptimizer(Checkpoints, WithGroups, WithLayers):
     def _count(self, step: HostStep | DeviceStep, released: Container[Tensor] = ()) -> None:
         """Count a step in the groups; ``released``: what it has stepped and freed the gradient of."""
         if step.stepping:
-            for group, spec, args, lr in zip(self.param_groups, self._groups.specs, step.extras, step.lrs):
+            for g, (group, args) in enumerate(zip(self.param_groups, step.extras)):
                 group["steps"] = steps = group["steps"] + 1
                 if steps == LOOK and group["trust_ratio"] is not None and group["trust_ratio"].kind == "clars":
                     buckets = () if self._last is None else self._last.buckets
                     ratios = {m.parameter: ratio for b in buckets for m, ratio in zip(b.members, b.ratios())}
                     warn_of_cap(group["trust_ratio"], [(p, ratios[p]) for p in group["params"] if p in ratios])
                 if (fold := args[FOLD]) is not None:
-                    finish(group, self._states, fold, (*spec.rule.states, *spec.rule.scalars), lr, released)
+                    rule = self._groups.specs[g].rule
+                    finish(group, self._states, fold, (*rule.states, *rule.scalars), step.lrs[g], released)
                     if fold.write_back and group["averaging"].on_write_back == "zero":
                         self._plan = None  # which may have been told that nobody touches the states
             if self._buffers is not None:

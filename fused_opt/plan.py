@@ -87,6 +87,7 @@ class Plan:
         except BaseException:
             self.undo()
             raise
+        self.binds = bool(self.shards or self._matrices)  # something for every step, which ``unbind`` ends
         #: Of all buckets, if they can leave numbers there that the host need not know.
         devices = {bucket.device for bucket in self.buckets}
         self.device = devices.pop() if len(devices) == 1 else None
@@ -120,7 +121,8 @@ class Plan:
         """
         if self.shards and not all([shard.bind() for shard in self.shards]):  # noqa: C419  # every one is asked
             return None
-        keys, looked_at = [], cast(Any, self._state if state is None else state)
+        keys: list[list[StepKey]] = []
+        looked_at: Any = self._state if state is None else state
         for bucket in self.buckets:
             if (of_bucket := bucket.collect_gradients(param_groups, looked_at)) is None:
                 return None
@@ -182,7 +184,7 @@ class Plan:
             if scalars is None:
                 bucket.run(of_bucket)
             else:
-                cast(DeviceBucket, bucket).run(of_bucket, scalars)
+                bucket.run(of_bucket, scalars)  # type: ignore[call-arg]  # a DeviceBucket's
         if self.new_states.before:
             self.new_states.keep()
         for shard in self.shards:

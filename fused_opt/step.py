@@ -59,6 +59,7 @@ class Step:
         self.lrs = lrs
         self.stepping = any([isinstance(lr, Tensor) or lr for lr in lrs])  # noqa: C419  # of one or two, a list is faster
         self.captured = plan is not None and plan.capturing()  # into a graph, whose replays will make the step
+        self.binds = plan is None or plan.binds
         self.parts: PartTracker | None = None
         self._made: list[list[StepArgs]] = []
         self._made_for: tuple[Plan | None, list[list[StepKey]], float] | None = None

@@ -86,8 +86,10 @@ class DeviceBucket : public Bucket {
     bucket_->sum_norms(table_.tensors, table_.layers, args_, read(scalars), gradients, directions, device_.stream());
   }
 
-  // args: with rates and decays that may be tensors. known: where the norms of whole tensors are, or 0.
-  void run(const py::sequence& args, const Scalars& scalars, uintptr_t known) {
+  // args: with rates and decays that may be tensors. known: where the norms of whole tensors are, or 0. counts: see
+  // count_writes.
+  void run(const py::sequence& args, const Scalars& scalars, uintptr_t known, const py::function& counts) {
+    count_writes(counts);
     read_args(args);
     bucket_->run(table_.tensors, table_.layers, args_, read(scalars), device_.stream(),
                  reinterpret_cast<const Norms*>(known));
@@ -219,7 +221,6 @@ PYBIND11_MODULE(_native, m) {
       .def("collect_gradients", &Bucket::collect_gradients)
       .def("set_part_norms", &Bucket::set_part_norms)
       .def("strided", &Bucket::strided)
-      .def("touched", &Bucket::touched)
       .def("written_states", &Bucket::written_states);
   py::class_<CPUBucket, Bucket>(m, "CPUBucket")
       .def(py::init<const py::object&, const py::sequence&, const py::list&, const py::dict&,

@@ -165,15 +165,6 @@ class Bucket {
         std::tie(table_.layers[t].part_norms, table_.layers[t].grad_norm2) = known.cast<std::pair<double, double>>();
   }
 
-  // The parameters that `run` writes.
-  py::list touched() const {
-    if (active_ == parameters_.size()) return everything_;
-    py::list list;
-    for (size_t t = 0; t < parameters_.size(); ++t)
-      if (table_.tensors[t].active) list.append(parameters_[t].tensor);
-    return list;
-  }
-
   // The places of the parameters that are walked element by element, for tests.
   std::vector<size_t> strided() const {
     std::vector<size_t> places;
@@ -201,6 +192,18 @@ class Bucket {
   }
 
  protected:
+  // Calls `counts`, which counts a write for autograd, with the parameters that a step writes.
+  void count_writes(const py::function& counts) const {
+    if (active_ == parameters_.size()) {
+      counts(everything_);
+      return;
+    }
+    py::list list;
+    for (size_t t = 0; t < parameters_.size(); ++t)
+      if (table_.tensors[t].active) list.append(parameters_[t].tensor);
+    counts(list);
+  }
+
   // Keeps what the next step needs of a parameter that this one has stepped, or not.
   static void remember(Parameter& parameter, Layer& layer, bool stepped) {
     parameter.stepped = stepped;
@@ -324,8 +327,10 @@ class CPUBucket : public Bucket {
     }
   }
 
-  // Returns the places of the parameters whose trust ratio could not be formed, because a norm is not finite.
-  std::vector<size_t> run(const py::list& args, int threads) {
+  // counts: see count_writes. Returns the places of the parameters whose trust ratio could not be formed, because a
+  // norm is not finite.
+  std::vector<size_t> run(const py::list& args, int threads, const py::function& counts) {
+    count_writes(counts);
     read_args(args);
     for (size_t t = 0; t < parameters_.size(); ++t) {  // now, while they are in the cache
       Parameter& parameter = parameters_[t];

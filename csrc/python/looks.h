@@ -147,14 +147,15 @@ class Watch {
     }
   }
   // False where nothing was kept.
-  bool unchanged(const std::vector<py::dict>& groups) const {
+  bool unchanged(const py::list& groups) const {
     if (kept_.empty() || groups.size() != kept_.size()) return false;
     for (size_t g = 0; g < kept_.size(); ++g) {
-      if (groups[g].size() != kept_[g].size()) return false;
+      PyObject* const group = PyList_GET_ITEM(groups.ptr(), g);
+      if (!PyDict_Check(group) || PyDict_GET_SIZE(group) != static_cast<Py_ssize_t>(kept_[g].size())) return false;
       PyObject *key, *value;
       Py_ssize_t place = 0;
       for (const auto& [kept_key, kept_value] : kept_[g])
-        if (!PyDict_Next(groups[g].ptr(), &place, &key, &value) || key != kept_key.ptr() ||
+        if (!PyDict_Next(group, &place, &key, &value) || key != kept_key.ptr() ||
             (kept_value && value != kept_value.ptr()))
           return false;
     }

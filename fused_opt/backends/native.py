@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 from torch.autograd.graph import increment_version
 
 from ..rule import Rule
@@ -127,7 +127,7 @@ def accumulate(total: Tensor | None, part: Tensor) -> tuple[float, float]:
     """``total += part`` in one pass with the sums of squares of both; on a GPU it is waited for."""
     number = _device_number(part)
     if number is None:
-        sums = _native.accumulate(total, part, torch.get_num_threads(), INSTRUCTION_SET)
+        sums = _native.accumulate(total, part, get_num_threads(), INSTRUCTION_SET)
     else:
         scratch = torch.zeros(_native.scratch_words(part.numel()), dtype=torch.float64, device=part.device)
         with _current(part.device):
@@ -181,13 +181,13 @@ class CPUBucket(_Bucket):
 
     def grad_norm2(self) -> float:
         """Sum of squares of all gradients, as they lie in memory."""
-        return self.core.grad_norm2(torch.get_num_threads())
+        return self.core.grad_norm2(get_num_threads())
 
     def norms(
         self, args: Sequence[StepArgs], gradients: bool, directions: bool, scalars: DeviceScalars | None = None
     ) -> Tensor:
         """Squared norms of weights, gradient and direction by member, as far as a step with these arguments needs them."""
-        return norms_table(self.core.norms(args, gradients, directions, torch.get_num_threads()))
+        return norms_table(self.core.norms(args, gradients, directions, get_num_threads()))
 
     def set_norms(self, norms: Tensor) -> None:
         """What the norms of the whole tensors are, where the members are shards of them."""
@@ -195,9 +195,8 @@ class CPUBucket(_Bucket):
 
     def run(self, args: Sequence[StepArgs]) -> None:
         """Step every parameter that has a gradient, on torch's threads."""
-        # Autograd sees no writes through pointers; without this a backward through the old weights would not be detected.
-        increment_version(self.core.touched())
-        for index in self.core.run(args, torch.get_num_threads()):
+        # Autograd sees no writes through pointers; uncounted, a backward through the old weights would not be detected.
+        for index in self.core.run(args, get_num_threads(), increment_version):
             self.members[index].warn_not_finite()
 
     def ratios(self) -> list[float]:
@@ -294,8 +293,8 @@ class GPUBucket(_Bucket):
     def run(self, args: Sequence[StepArgs], scalars: DeviceScalars | None = None) -> None:
         """Queue the step of every parameter that has a gradient."""
         with _current(self.device):
-            increment_version(self.core.touched())
-            self.core.run(args, self._on_device(scalars), 0 if self._whole is None else self._whole.data_ptr())
+            known = 0 if self._whole is None else self._whole.data_ptr()
+            self.core.run(args, self._on_device(scalars), known, increment_version)
 
     def capturing(self) -> bool:
         """Whether a step would go into a CUDA graph now."""
