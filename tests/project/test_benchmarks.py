@@ -32,7 +32,8 @@ def rows_of_csv(path):
         return list(csv.DictReader(file))
 
 
-def test_every_table_runs_and_is_saved(benchmarks, tmp_path, capsys):
+def test_every_table_runs_and_is_saved(benchmarks, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda step: step)  # takes minutes; below
     measured = benchmarks.main(["--quick", "--out", str(tmp_path)])
     assert [table for table, _ in measured] == benchmarks.TABLES
     shown = capsys.readouterr().out
@@ -85,6 +86,17 @@ def test_a_target_may_be_about_what_is_added(benchmarks):
     target = sys.modules["benchmarks.harness"].Target("ours", "time", 0.5, "theirs", beyond="plain")
     assert target.found({"ours": 5.0, "theirs": 8.0, "plain": 2.0}.__getitem__) == 0.375
     assert str(target) == "beyond plain ≤ 0.5x time of theirs"
+
+
+def test_the_compiled_contender_is_compiled(benchmarks):
+    step = sys.modules["benchmarks.cases"].compiled(parameters := [torch.nn.Parameter(torch.ones(2))], lr=0.5).step
+    parameters[0].grad = torch.ones(2)
+    counted = torch._dynamo.utils.counters["stats"]
+    before = counted["unique_graphs"]
+    step()
+    step()
+    assert counted["unique_graphs"] == before + 1
+    assert parameters[0].tolist() != [1.0, 1.0]
 
 
 def test_iterations_are_timed_with_the_optimizers_part(benchmarks):
