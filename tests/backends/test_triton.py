@@ -213,6 +213,46 @@ def test_tables_are_kept_for_every_stream_that_reads_them(monkeypatch):
     assert [(id(table), stream) for table, stream in recorded] == [(id(table), stream) for table, stream in expected]
 
 
+def test_what_triton_has_compiled_is_launched_past_its_dispatch(monkeypatch):
+    """With the arguments of this step, and only where the function would be compiled to the same."""
+    queued = []
+
+    class Kernel:
+        """As triton.JITFunction, and as what it compiles."""
+
+        def __init__(self, name, compiles=None):
+            self.__name__, self.compiles = name, compiles
+
+        def __getitem__(self, grid):
+            def run(*arguments, **options):
+                queued.append((self, grid, arguments, options))
+                return self.compiles() if self.compiles else None
+
+            return run
+
+    class Compiled(Kernel):
+        pass
+
+    update = Kernel("update", lambda: Compiled("compiled"))
+    monkeypatch.setattr(backend.device, "CompiledKernel", Compiled)
+    monkeypatch.setattr(kernel, "update", update)
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    made = backend.table.Table(all_rules.kernels()["sgd"], [ParamEntry(p, 0, 0, "")], [0])
+    for masked in (False, False, True, True, False):
+        assert made.collect_gradients({})
+        row = backend.arguments.Row(StepArgs(0.1, 1.0, 0.0, 0.0, 0.5 * masked, ()))
+        assert made.run([row], backend.table.Scalars())
+    assert [type(function) for function, *_ in queued] == [Kernel, Compiled, Kernel, Compiled, Compiled]
+    assert [len(grid) for _, grid, *_ in queued] == [1, 3, 1, 3, 3]
+    assert [arguments[-3] for _, _, arguments, _ in queued] == [False, False, True, True, False]  # MASKED
+    assert queued[1][0] is queued[4][0] is not queued[3][0]
+    # What one step leaves is what the next one carries.
+    assert [id(arguments[5]) for _, _, arguments, _ in queued[1:]] == [
+        id(arguments[6]) for _, _, arguments, _ in queued[:-1]
+    ]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_says_why_it_does_not_run_here():
     assert "torch finds no GPU" in fused_opt.backends.available()["triton"]
