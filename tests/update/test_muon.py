@@ -272,16 +272,17 @@ def test_what_moves_between_steps_is_noticed(backend):
         torch.testing.assert_close(p, q, rtol=0, atol=2e-4)
 
 
-def test_gradients_are_let_go(backend):
+@pytest.mark.parametrize(("nonfinite", "last"), [("pass", 1.0), ("skip", math.nan)])
+def test_gradients_are_let_go(nonfinite, last, backend):
     p = torch.nn.Parameter(torch.ones(4, 4))
-    optimizer = fused_opt.Muon([p], backend=backend, nonfinite="skip")
-    for value in (1.0, float("nan")):
+    optimizer = fused_opt.Muon([p], backend=backend, nonfinite=nonfinite)
+    for value in (1.0, 1.0, 1.0, last):
         p.grad = torch.full((4, 4), value)
         optimizer.step()
         kept = weakref.ref(p.grad)
         p.grad = None
         assert kept() is None
-    assert optimizer.skipped_steps == 1
+    assert optimizer.skipped_steps == (nonfinite == "skip")
     assert p.isfinite().all()
 
 
