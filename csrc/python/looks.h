@@ -106,8 +106,10 @@ class Looks {
 
   // Remember some parameters' weights as they are.
   void remember(const py::list& which) {
+    if (which.size() != parameters_.size()) throw py::value_error("one bool for every parameter");
     for (size_t t = 0; t < parameters_.size(); ++t)
-      parameters_[t].version = which[t].ptr() == Py_True ? version_now(parameters_[t].tensor) : kForgotten;
+      parameters_[t].version =
+          PyList_GET_ITEM(which.ptr(), t) == Py_True ? version_now(parameters_[t].tensor) : kForgotten;
   }
   // The places of those of them to which autograd has counted a write since then.
   std::vector<size_t> written() const {

@@ -235,7 +235,8 @@ class Bucket:
     def _on_device(self, scalars: DeviceScalars | None) -> Scalars:
         """Where a step's scalars are on this device."""
         known = 0 if self.whole is None else self.whole.data_ptr()
-        if scalars is None:
+        if scalars is None or scalars.found_inf is scalars.grad_scale is scalars.norm2 is None:
+            self.scalars = []
             return Scalars(known=known)
         self.scalars = [
             None if scalar is None else scalar.to(self.device, torch.float32, non_blocking=True)
