@@ -93,33 +93,78 @@ FUSED_OPT_FN void split_all(const float* x, int64_t n, BFloat16* high, int16_t* 
       });
 }
 
-// Of a state in 8 bits, from the first element of a block of codes.
-template <class T, class Code>
-__attribute__((noinline)) void decode(const Code* codes, const float* scales, int64_t n, T* x) {
-  for (; n > 0; n -= kCoded, codes += kCoded, x += kCoded) {
-    const float scale = *scales++;
-    const auto some = [&](int64_t count) {
-      for (int64_t k = 0; k < count; ++k) x[k] = static_cast<T>(share_of(codes[k]) * scale);
-    };
-    n >= kCoded ? some(kCoded) : some(n);
-  }
+// ---- states in 8 bits, a block of codes or its beginning at a time
+
+// 1 / x to the nearest, of a normal number below 2^126, by the divider of integers: that of floats is busy with the
+// step.
+FUSED_OPT_FN float inverse_of(uint32_t bits) {
+  const uint64_t digits = (bits & 0x7FFFFF) | 0x800000;
+  const auto inverse = static_cast<uint32_t>(((uint64_t{1} << 47) + digits / 2) / digits);
+  return __builtin_bit_cast(float, inverse + ((252 - (bits >> 23)) << 23));
+}
+
+// The bits of the largest magnitude.
+template <class T>
+__attribute__((noinline)) int32_t largest_in(const T* x, int64_t n) {
+  int32_t largest = 0;
+  const auto among = [&](int64_t n) {
+    for (int64_t k = 0; k < n; ++k) {
+      const int32_t bits = magnitude(static_cast<float>(x[k]));
+      largest = bits > largest ? bits : largest;
+    }
+  };
+  n == kCoded ? among(kCoded) : among(n);
+  return largest;
+}
+
+template <class T>
+FUSED_OPT_FN Scale scale_in(const T* x, int64_t n) {
+  const int32_t largest = largest_in(x, n);
+  if (largest < 0x00800000 || largest >= 0x7E800000) return scale_of(largest);
+  return {__builtin_bit_cast(float, largest), inverse_of(static_cast<uint32_t>(largest)), ~kSign};
 }
 
 template <class T, class Code>
-__attribute__((noinline)) void encode(Code* codes, float* scales, int64_t n, const T* x) {
-  for (; n > 0; n -= kCoded, codes += kCoded, x += kCoded) {
-    const auto some = [&](int64_t count) {
-      int32_t largest = 0;
-      for (int64_t k = 0; k < count; ++k) {
-        const int32_t bits = magnitude(static_cast<float>(x[k]));
-        largest = bits > largest ? bits : largest;
-      }
-      const Scale by = scale_of(largest);
-      for (int64_t k = 0; k < count; ++k) codes[k] = code_of<Code>(static_cast<float>(x[k]), by);
-      *scales++ = by.scale;
-    };
-    n >= kCoded ? some(kCoded) : some(n);
+__attribute__((noinline)) void decode(const Code* codes, float scale, int64_t n, T* x) {
+  const auto some = [&](int64_t n) {
+    for (int64_t k = 0; k < n; ++k) x[k] = static_cast<T>(share_of(codes[k]) * scale);
+  };
+  if (n < kCoded) return some(n);
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) {
+    constexpr uint32_t kLeast = kRoot<Code>;
+    for (int64_t k = 0; k < kCoded; k += kFloats) {
+      const auto root = (Bits32)floats(codes + k);
+      if constexpr (std::is_signed_v<Code>)
+        put(x + k, (Floats)(less(root << 1, Bits32{} + (kLeast << 1)) | (root & kSign)) * scale);
+      else
+        put(x + k, (Floats)(less(root, Bits32{} + kLeast) << 2) * scale);
+    }
+    return;
   }
+#endif
+  some(kCoded);
+}
+
+template <class T, class Code>
+__attribute__((noinline)) void encode(Code* codes, const Scale& by, int64_t n, const T* x) {
+  const auto some = [&](int64_t n) {
+    for (int64_t k = 0; k < n; ++k) codes[k] = code_of<Code>(static_cast<float>(x[k]), by);
+  };
+  if (n < kCoded) return some(n);
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) {
+    const auto code = [&](int64_t k) {
+      const auto number = get<Bits32>(x + k), size = number & by.mask;
+      const auto share = (Bits32)((Floats)size * by.inverse);
+      return rounded<Code>((share >> kShift<Code>)+kRoot<Code>, std::is_signed_v<Code> ? number : size);
+    };
+    for (int64_t k = 0; k < kCoded; k += 4 * kFloats)
+      put(codes + k, bytes<Code>(code(k), code(k + kFloats), code(k + 2 * kFloats), code(k + 3 * kFloats)));
+    return;
+  }
+#endif
+  some(kCoded);
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ namespace {
 constexpr int64_t kBlock = 128, kAhead = 768;
 // Normal numbers that are drawn at once; chunks begin at multiples of it.
 constexpr int64_t kDraw = 512;
-static_assert(kChunk % kDraw == 0 && kDraw % kBlock == 0 && kBlock % kCoded == 0);
+static_assert(kChunk % kDraw == 0 && kDraw % kBlock == 0 && kBlock == kCoded);
 
 // Calls f(k, offset) for the k-th of `n` elements from `begin` in row-major order, offset in elements of the operand.
 template <class F>
@@ -107,11 +107,11 @@ template <class T, class N>
 FUSED_OPT_FN T* load_state(const Tensor& tensor, int s, int64_t begin, N n, T* buffer) {
   const Operand& state = tensor.states[s];
   if (!tensor.scales[s]) return load(tensor, state, begin, n, buffer);
-  const float* scales = tensor.scales[s] + begin / kCoded;
+  const float scale = tensor.scales[s][begin / kCoded];
   if (state.dtype == DType::kInt8)
-    decode(static_cast<const int8_t*>(state.data) + begin, scales, n, buffer);
+    decode(static_cast<const int8_t*>(state.data) + begin, scale, n, buffer);
   else
-    decode(static_cast<const uint8_t*>(state.data) + begin, scales, n, buffer);
+    decode(static_cast<const uint8_t*>(state.data) + begin, scale, n, buffer);
   return buffer;
 }
 
@@ -410,15 +410,21 @@ FUSED_OPT_FN void store(const Operand& operand, const T* values, Bits<N>& bits, 
   copy_out(operand, values, bits, place);
 }
 
+// The scales of a block's states in 8 bits are found before any is stored: one waits for what the other does not.
 template <class T, class N>
-FUSED_OPT_FN void store_state(const T* values, Bits<N>& bits, int s) {
+FUSED_OPT_FN Scale scale_of_state(const T* values, const Bits<N>& bits, int s) {
+  return bits.tensor.scales[s] ? scale_in(values, bits.n) : Scale{};
+}
+
+template <class T, class N>
+FUSED_OPT_FN void store_state(const T* values, const Scale& scale, Bits<N>& bits, int s) {
   const Operand& state = bits.tensor.states[s];
   if (!bits.tensor.scales[s]) return store(state, values, bits, s);
-  float* scales = bits.tensor.scales[s] + bits.begin / kCoded;
+  bits.tensor.scales[s][bits.begin / kCoded] = scale.scale;
   if (state.dtype == DType::kInt8)
-    encode(static_cast<int8_t*>(state.data) + bits.begin, scales, bits.n, values);
+    encode(static_cast<int8_t*>(state.data) + bits.begin, scale, bits.n, values);
   else
-    encode(static_cast<uint8_t*>(state.data) + bits.begin, scales, bits.n, values);
+    encode(static_cast<uint8_t*>(state.data) + bits.begin, scale, bits.n, values);
 }
 
 template <class T, class N>
@@ -460,7 +466,8 @@ __attribute__((noinline)) Squares update_blocks(const Rule& rule, const Factors<
       apply(rule, by, n, p, g, states[S]...);
     else
       apply_masked(rule, by, masks, n, p, g, states[S]...);
-    (store_state(states[S], bits, S), ...);
+    [[maybe_unused]] const Scale scales[] = {scale_of_state(states[S], bits, S)..., Scale{}};
+    (store_state(states[S], scales[S], bits, S), ...);
     if (args.sigma != 0)
       for (int64_t k = 0; k < n; ++k) p[k] += sigma * static_cast<T>(z[begin % kDraw + k]);
     store_weights(p, bits, sizeof...(S));

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../rules.h"
 
@@ -79,6 +80,7 @@ FUSED_OPT_FN Doubles widened(const double* x) {
 using Floats = float __attribute__((vector_size(kRegister)));
 using Bits32 = uint32_t __attribute__((vector_size(kRegister)));
 using Bits16 = uint16_t __attribute__((vector_size(kRegister)));
+using Bits8 = uint8_t __attribute__((vector_size(kRegister)));
 constexpr int kFloats = kRegister / sizeof(float);
 
 template <class V>
@@ -94,6 +96,10 @@ FUSED_OPT_FN void put(void* to, const V& some) {
 
 // `beyond`: whether the magnitude of any element is more than `most`, or not a number. `uppers`, `lowers`: those halves
 // of all words of a and then of b.
+//
+// Of codes (types.h), where there are instructions for it: `less`: a - b, or 0 where a is 0, of numbers with lower
+// halves of 0. `rounded`: roots to the nearest integers, with the signs of `of` or, where there are none, at least 1
+// where `of` is not 0. `bytes`: all of a, b, c and d, integers that fit.
 #if defined(__AVX512F__)
 FUSED_OPT_FN bool beyond(Floats a, Floats b, float most) {
   const __m512 limit = _mm512_set1_ps(most);
@@ -114,6 +120,28 @@ FUSED_OPT_FN Bits32 widened(const uint16_t* x) {
 FUSED_OPT_FN Bits32 widened(const int16_t* x) {
   return (Bits32)_mm512_cvtepi16_epi32(get<__m256i>(x));
 }
+FUSED_OPT_FN Floats floats(const int8_t* x) {
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(get<__m128i>(x)));
+}
+FUSED_OPT_FN Floats floats(const uint8_t* x) {
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(get<__m128i>(x)));
+}
+FUSED_OPT_FN Bits32 less(Bits32 a, Bits32 b) {
+  return (Bits32)_mm512_subs_epu16((__m512i)a, (__m512i)b);
+}
+template <class Code>
+FUSED_OPT_FN Bits32 rounded(Bits32 root, Bits32 of) {
+  const auto found = (__m512)root;
+  if constexpr (std::is_signed_v<Code>) return (Bits32)_mm512_cvtps_epi32((__m512)(root | (of & 0x80000000)));
+  const __mmask16 some = _mm512_test_epi32_mask((__m512i)of, (__m512i)of);
+  return (Bits32)_mm512_cvtps_epi32(_mm512_mask_max_ps(found, some, found, _mm512_set1_ps(1)));
+}
+template <class Code>
+FUSED_OPT_FN Bits8 bytes(Bits32 a, Bits32 b, Bits32 c, Bits32 d) {
+  const __m512i ab = _mm512_packs_epi32((__m512i)a, (__m512i)b), cd = _mm512_packs_epi32((__m512i)c, (__m512i)d);
+  const __m512i all = std::is_signed_v<Code> ? _mm512_packs_epi16(ab, cd) : _mm512_packus_epi16(ab, cd);
+  return (Bits8)_mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), all);
+}
 #elif defined(__AVX2__)
 FUSED_OPT_FN bool beyond(Floats a, Floats b, float most) {
   const __m256 limit = _mm256_set1_ps(most), sign = _mm256_set1_ps(-0.0f);
@@ -132,6 +160,27 @@ FUSED_OPT_FN Bits32 widened(const uint16_t* x) {
 }
 FUSED_OPT_FN Bits32 widened(const int16_t* x) {
   return (Bits32)_mm256_cvtepi16_epi32(get<__m128i>(x));
+}
+FUSED_OPT_FN Floats floats(const int8_t* x) {
+  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadu_si64(x)));
+}
+FUSED_OPT_FN Floats floats(const uint8_t* x) {
+  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadu_si64(x)));
+}
+FUSED_OPT_FN Bits32 less(Bits32 a, Bits32 b) {
+  return (Bits32)_mm256_subs_epu16((__m256i)a, (__m256i)b);
+}
+template <class Code>
+FUSED_OPT_FN Bits32 rounded(Bits32 root, Bits32 of) {
+  const auto found = (__m256)root;
+  const auto code = _mm256_cvtps_epi32(std::is_signed_v<Code> ? found : _mm256_max_ps(found, _mm256_set1_ps(1)));
+  return (Bits32)_mm256_sign_epi32(code, (__m256i)of);
+}
+template <class Code>
+FUSED_OPT_FN Bits8 bytes(Bits32 a, Bits32 b, Bits32 c, Bits32 d) {
+  const __m256i ab = _mm256_packs_epi32((__m256i)a, (__m256i)b), cd = _mm256_packs_epi32((__m256i)c, (__m256i)d);
+  const __m256i all = std::is_signed_v<Code> ? _mm256_packs_epi16(ab, cd) : _mm256_packus_epi16(ab, cd);
+  return (Bits8)_mm256_permutevar8x32_epi32(all, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 #else
 FUSED_OPT_FN bool beyond(Floats a, Floats b, float most) {

@@ -153,6 +153,37 @@ def test_every_backend_has_the_same_codes(name, options, kernel):
     assert distance(parameters_of(ours), parameters_of(theirs)) < 1e-4  # weights are small differences of large steps
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "dtype"),
+    [("SGD", {"momentum": 0.5}, SIGNED), ("RMSprop", {"alpha": 0.0}, UNSIGNED)],
+)
+def test_numbers_at_the_edges_of_codes_and_scales(name, options, dtype, kernel):
+    """Halfway between two codes the last bit of a product decides, and so that of the scale's inverse."""
+    generator = torch.Generator().manual_seed(5)
+    shares = values_of(dtype)[-BLOCK:]
+    edges = torch.cat([(shares[1:] + shares[:-1]) / 2, torch.ones(1)])
+    exponents = torch.arange(-126, 128).repeat(4).unsqueeze(1)
+    state = (edges * (1 + torch.rand(exponents.shape, generator=generator)) * 2.0**exponents).float()
+    state[::7, 3], state[::7, 5] = 0.0, 1e-45
+    state[:, 7] *= torch.randint(2, (len(state),), generator=generator)
+    special = torch.zeros(6, BLOCK)
+    special[1:, ::3] = torch.tensor([-0.0, 1e-39, torch.nan, torch.inf, 2.0**-126]).unsqueeze(1)
+    state = torch.cat([state, special])
+    p = torch.nn.Parameter(torch.zeros_like(state))
+    p.grad = state * torch.tensor([1, -1])[torch.randint(2, state.shape, generator=generator)]
+    if dtype == UNSIGNED:
+        p.grad = state.sqrt()
+        state = p.grad * p.grad
+    else:
+        state = p.grad
+    optimizer = getattr(fused_opt, name)([p], lr=0.5, state_dtype="8bit", backend=kernel, **options)
+    optimizer.step()
+    (slot,) = (slot for slot, kept in optimizer.state[p].items() if kept.dtype == dtype)
+    codes, scales = coded(state, dtype)
+    assert torch.equal(optimizer.state[p][slot], codes)
+    assert torch.equal(optimizer.state[p][f"{slot}_scale"].view(torch.int32), scales.view(torch.int32))
+
+
 EXTRAS = {"averaging": fused_opt.EMA(0.5), "max_grad_norm": 1.0, "cautious": fused_opt.Cautious("both")}
 
 
