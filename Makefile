@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A hundred processes of the tests import torch: without caches of bytecode each compiles it anew, for as long again.
+export PYTHONDONTWRITEBYTECODE =
 CXX_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
 .PHONY: demo test docs lint fuzz long kernels matrix aarch64 bench microbench studies gpu clean
