@@ -11,7 +11,6 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 from torch.autograd import _profiler_enabled
-from torch.compiler import is_compiling
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import backends
@@ -147,7 +146,7 @@ class FusedOptimizer(Checkpoints, WithGroups, WithLayers):
         Raises:
             RuntimeError: where a gradient or a state does not fit its parameter; nothing has been changed then.
         """
-        if is_compiling():
+        if torch.compiler.is_compiling():
             return self._untraced_step(*args, **kwargs)
         # What torch wraps around every step costs as much as stepping 200 small tensors; it is needed only for these.
         if (
