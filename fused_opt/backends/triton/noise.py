@@ -68,13 +68,13 @@ def normal_at(element, index, t, seed):
 
 
 @triton.jit
-def bits_at(element, index, t, seed, PLACE: tl.constexpr):
-    """16 bits for each of these elements, for what is stored in this place: rounding_word and rounding_bits of noise.h."""
+def bits_at(low, high, index, t, seed, PLACE: tl.constexpr):
+    """16 bits for what is stored in this place, of elements by the halves of their places: rounding_word of noise.h."""
     counter = tl.full((), 1 + PLACE // 4, tl.int64) << 61
     first, second, _, _ = words(counter, index, t, seed)
-    x = element.to(tl.uint32) ^ first
+    x = low.to(tl.uint32) ^ first
     x = (x ^ (x >> 16)) * 0x85EBCA6B
-    x = ((x ^ (x >> 13)) + (second + (element >> 32).to(tl.uint32) * 0x9E3779B9)) * 0xC2B2AE35
+    x = ((x ^ (x >> 13)) + (second + high.to(tl.uint32) * 0x9E3779B9)) * 0xC2B2AE35
     x ^= x >> 16
     BEGIN: tl.constexpr = PLACE % 2 * 16 + PLACE // 2 % 2 * 8
     return ((x >> BEGIN) | (x << (-BEGIN & 31))) & 0xFFFF
@@ -114,13 +114,15 @@ def normal_of(start, layout, fours, index, t, seed, ELSEWHERE: tl.constexpr, BLO
 @triton.jit
 def bits_of(start, layout, fours, index, t, seed, PLACE: tl.constexpr, ELSEWHERE: tl.constexpr, BLOCK: tl.constexpr):
     """The bits of a block, likewise."""
-    element = start + tl.arange(0, BLOCK)
+    i = tl.arange(0, BLOCK)
     if ELSEWHERE:
-        if fours:
-            element += tl.load(layout + OFFSET)
+        if fours:  # noqa: SIM108  # one of both is computed
+            element = tl.load(layout + OFFSET) + (start + i)
         else:
-            element = in_whole(layout, element)
-    return bits_at(element, index, t, seed, PLACE)
+            element = in_whole(layout, start + i)
+        return bits_at(element, element >> 32, index, t, seed, PLACE)
+    first = tl.full((), 0, tl.int64) + start  # a multiple of BLOCK, so that the higher half is that of all
+    return bits_at(first.to(tl.uint32) + i, first >> 32, index, t, seed, PLACE)
 
 
 @triton.jit
