@@ -497,7 +497,11 @@ Squares update_as(const Tensor& tensor, const StepArgs& args, const Layer& layer
   bool in_one_go = (end - begin < kLong || !kPrefetches) && lies_ready<T>(tensor, tensor.p) &&
                    lies_ready<T>(tensor, tensor.g) && !carries_norm(tensor, args) && !averages(args) && args.sigma == 0;
   ((in_one_go &= lies_ready<T>(tensor, tensor.states[S])), ...);
-  if (!in_one_go) return update_blocks<T>(rule, by, tensor, args, layer, begin, end, states);
+  if (!in_one_go) {
+    const auto of_rule = rule;  // copies: what another function knows the address of is not kept in registers below
+    const auto of_factors = by;
+    return update_blocks<T>(of_rule, of_factors, tensor, args, layer, begin, end, states);
+  }
   auto* p = static_cast<T*>(tensor.p.data) + begin;
   const auto* g = static_cast<const T*>(tensor.g.data) + begin;
   if (is_plain(args))
