@@ -137,14 +137,10 @@ FUSED_OPT_FN Masks<T> masks(const Tensor& tensor, const StepArgs& args, const La
   return masks;
 }
 
-// Whether both have one sign, and then 1, else 0. By comparisons, since a product of small numbers is 0.
-template <class T>
-FUSED_OPT_FN bool same_sign(T a, T b) {
-  return ((a > 0) & (b > 0)) | ((a < 0) & (b < 0));
-}
+// 1 where both have one sign, else 0. By comparisons, since a product of small numbers is 0.
 template <class T>
 FUSED_OPT_FN T agree(T a, T b) {
-  return same_sign(a, b) ? T(1) : T(0);
+  return ((a > 0) & (b > 0)) | ((a < 0) & (b < 0)) ? T(1) : T(0);
 }
 
 // Whether the update of an element goes the gradient's way.

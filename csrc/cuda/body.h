@@ -79,8 +79,9 @@ struct Shared {
   T sigma;
   int head;
   bool plain, carries, averages, noisy, stochastic;
-  bool kept, counts, last, all;                                                         // see walk()
-  static constexpr int kWords = (Rule::kStates + 1 + kRoundedByWord) / kRoundedByWord;  // of states and weights, twice
+  bool kept, counts, last, all;  // see walk()
+  // For the states, and the weights, which may be stored twice.
+  static constexpr int kWords = (Rule::kStates + 1 + kRoundedByWord) / kRoundedByWord;
   RoundingKey keys[kWords];
 };
 
