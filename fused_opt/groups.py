@@ -15,13 +15,12 @@ from .backends import native
 from .extras import COUNTS, EXTRAS, IN_ARGS
 from .extras.averaging import AVERAGE
 from .extras.clipping import wants_norm
-from .extras.decay import Cautious
 from .extras.rounding import rounds_at_random
-from .extras.trust_ratio import TrustRatio
 from .rule import Rule
 from .warn import warn_once
 
-_FIXED = (float, int, bool, str, type(None), TrustRatio, Cautious)  # types whose values cannot be written in place
+# Types whose values cannot be written in place.
+_FIXED = (float, int, bool, str, type(None), *(setting for extra in EXTRAS for setting in extra.settings))
 
 
 def name_of(group: Mapping[str, Any], group_index: int, index: int) -> str:
@@ -54,6 +53,7 @@ class Groups:
     Attributes:
         specs: of every group.
         wants_norm: whether a step needs the norm of all gradients.
+        counted: whether the counts decide on what a step does: on noise, averages and rounding at random.
     """
 
     def __init__(self, defaults: Mapping[str, Any]) -> None:
@@ -61,17 +61,17 @@ class Groups:
         keys = [key for key in defaults if key not in ("lr", *COUNTS)]
         self._settings: Callable[[Mapping[str, Any]], tuple[Any, ...]] = itemgetter(*keys)
         self._seen: list[tuple[Any, ...]] | None = None
-        self._fixed = False  # a step does not depend on the counts, and no setting can be written in place
+        self._fixed = False  # a step needs no norm of all gradients, and no setting can be written in place
         self._watch = native.watch({"params", *COUNTS})
         self.specs: list[GroupSpec] = []
-        self.wants_norm = False
+        self.wants_norm = self.counted = False
 
     def look(self, groups: Sequence[Mapping[str, Any]], optimizer: Any) -> bool:
         """Check what has changed.
 
         Returns:
-            Whether nothing has, the rates included, so that the step is the one before with other gradients. False where
-            that cannot be told.
+            Whether nothing has, the rates included, so that the step is the one before with other gradients and counts.
+            False where that cannot be told.
 
         Raises:
             TypeError, ValueError: as the constructor of the optimizer.
@@ -101,14 +101,14 @@ class Groups:
                 group["noise"] is not None or rounds_at_random(group["rounding"]),
                 group["averaging"] is not None,
                 group["cautious"] is not None and group["cautious"].args.scaled,
-                any(group[extra.key] is not None for extra, _ in IN_ARGS),
+                any(group[key] is not None for key, _ in IN_ARGS),
                 bool(group.get("differentiable")),
                 group["master_weights"],
             )
             for group in groups
         ]
-        counted = any(spec.noisy or spec.averaged for spec in self.specs)
-        self._fixed = not (self.wants_norm or counted) and all(map(_is_fixed, chain.from_iterable(found)))
+        self.counted = any(spec.noisy or spec.averaged for spec in self.specs)
+        self._fixed = not self.wants_norm and all(map(_is_fixed, chain.from_iterable(found)))
         self._seen = found
 
 

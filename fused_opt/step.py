@@ -64,10 +64,7 @@ class Step:
         self._made: list[list[StepArgs]] = []
         self._made_for: tuple[Plan | None, list[list[StepKey]], float] | None = None
         self._of_groups: dict[float, list[_OfGroup]] = {}  # by scale
-        self.extras = [
-            step_args(group, _known(group, lr)) if spec.has_args and self.stepping else NO_ARGS
-            for group, spec, lr in zip(param_groups, groups.specs, lrs)
-        ]
+        self.extras = self._make_extras()
 
     def __enter__(self) -> Self:
         return self
@@ -77,12 +74,25 @@ class Step:
             self.plan.undo()
 
     def again(self, keys: list[list[StepKey]]) -> bool:
-        """Whether the coming step, by the same plan and of groups that say the same, is this one with other gradients."""
+        """Whether the coming step, by the same plan and of groups that say the same, is this one with other gradients.
+
+        What depends on the counts is then that step's.
+        """
         assert self.plan is not None
         if self.captured or (self.plan.on_devices and self.plan.capturing()):
             return False
         self.keys = keys
+        if self.groups.counted:
+            self.extras = self._make_extras()
+            self._made_for = None
         return True
+
+    def _make_extras(self) -> list[tuple[Any, ...]]:
+        """Of every group what StepArgs say of the extras."""
+        return [
+            step_args(group, _known(group, lr)) if spec.has_args and self.stepping else NO_ARGS
+            for group, spec, lr in zip(self.param_groups, self.groups.specs, self.lrs)
+        ]
 
     def _args(self) -> list[list[StepArgs]]:
         """For every bucket, what a step does to the parameters of every key."""

@@ -43,9 +43,9 @@ __all__ = [
 
 EXTRAS = (TRUST_RATIO, NOISE, AVERAGING, CAUTIOUS, DECAY, ROUNDING, MASTER_WEIGHTS, MAX_GRAD_NORM, NONFINITE)
 #: Those that a step's arguments speak of, in the order of ``StepArgs``.
-IN_ARGS = tuple((extra, extra.args) for extra in EXTRAS if extra.args is not None)
+IN_ARGS = tuple((extra.key, extra.args) for extra in EXTRAS if extra.args is not None)
 NO_ARGS = (None,) * len(IN_ARGS)
-FOLD = [extra.key for extra, _ in IN_ARGS].index("averaging")  # among them
+FOLD = [key for key, _ in IN_ARGS].index("averaging")  # among them
 #: Plain numbers in the groups: load_state_dict would cast tensors in the state to the parameter's dtype.
 COUNTS = ("steps", *(count for extra in EXTRAS for count in extra.counts))
 _SETTINGS: dict[str, dict[str, type[Any]]] = {
@@ -104,7 +104,7 @@ def check_extras(options: Mapping[str, Any]) -> None:
 
 def step_args(group: Mapping[str, Any], lr: Any) -> tuple[Any, ...]:
     """What the step of a group says of the extras, in the order of ``StepArgs``."""
-    return tuple([None if group[extra.key] is None else args(group, lr) for extra, args in IN_ARGS])
+    return tuple([None if group[key] is None else args(group, lr) for key, args in IN_ARGS])
 
 
 def pack(key: str, value: Any) -> Any:

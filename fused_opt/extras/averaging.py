@@ -319,7 +319,6 @@ def initial(group: Mapping[str, Any], p: Tensor) -> Tensor:
     return average.copy_(p).div_(normalizer)
 
 
-@torch.no_grad()
 def finish(
     group: dict[str, Any],
     state: Mapping[Tensor, Any],
@@ -334,31 +333,36 @@ def finish(
 
     A sample is of all weights: those that this step did not move are folded in, and written back, here.
     """
-    add, share, restart, write_back, follow = fold
-    for p in group["params"]:
-        idle = p.grad is None and p not in released
-        if idle and (average := state.get(p, {}).get(AVERAGE)) is not None:
-            before = average.clone() if follow else average
-            kept = state[p].get(slot_of(p) or "") if group["master_weights"] else None
-            weights = p if kept is None else exact_weights(p, kept)
-            average.mul_(0.0 if restart else 1.0 - add * share).add_(weights.to(average.dtype), alpha=add)
-            moved = average if write_back else weights + follow * (average - before) if follow else None
-            if moved is None:
-                continue
-            if kept is None:
-                p.copy_(moved)
-            else:
-                set_exact_weights(p, kept, moved)
-    group["samples"] += add > 0
+    if idle := [p for p in group["params"] if p.grad is None and p not in released and AVERAGE in state.get(p, {})]:
+        _fold_idle(idle, state, fold, group["master_weights"])
+    group["samples"] += fold.add > 0
     if isinstance(group["averaging"], ScheduleFree):
         group[LR_SQUARES] += float(lr) ** 2
-    if write_back:
+    if fold.write_back:
         group["samples"] = 0
         group["periods"] += 1
         if group["averaging"].on_write_back == "zero":
             for p in group["params"]:
                 for slot in slots if p in state else ():
                     state[p].pop(slot, None)
+
+
+@torch.no_grad()
+def _fold_idle(idle: Sequence[Tensor], state: Mapping[Tensor, Any], fold: Fold, has_exact: bool) -> None:
+    add, share, restart, write_back, follow = fold
+    for p in idle:
+        average = state[p][AVERAGE]
+        before = average.clone() if follow else average
+        kept = state[p].get(slot_of(p) or "") if has_exact else None
+        weights = p if kept is None else exact_weights(p, kept)
+        average.mul_(0.0 if restart else 1.0 - add * share).add_(weights.to(average.dtype), alpha=add)
+        moved = average if write_back else weights + follow * (average - before) if follow else None
+        if moved is None:
+            continue
+        if kept is None:
+            p.copy_(moved)
+        else:
+            set_exact_weights(p, kept, moved)
 
 
 @contextmanager

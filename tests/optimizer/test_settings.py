@@ -192,6 +192,57 @@ def test_a_change_after_many_steps_that_were_alike(change, name, options, backen
     torch.testing.assert_close(weights(getattr(fused_opt, name), backend=backend), expected)
 
 
+def jump(group):
+    group["steps"] += 100
+
+
+def forget_a_sample(group):
+    group["samples"] -= 1
+
+
+def average_otherwise(group):
+    group["averaging"] = fused_opt.EMA(0.5)
+
+
+def be_still(group):
+    group["noise"] = None
+
+
+COUNTED = [
+    (jump, {"noise": fused_opt.WeightNoise(std=0.1, schedule="decay")}),
+    (rise, {"noise": fused_opt.WeightNoise(temperature=0.1)}),
+    (be_still, {"noise": fused_opt.WeightNoise(std=0.1), "averaging": fused_opt.EMA(0.9)}),
+    (jump, {"averaging": fused_opt.PSWA(period=3)}),
+    (forget_a_sample, {"averaging": fused_opt.EMA(0.9, warmup=True)}),
+    (average_otherwise, {"averaging": fused_opt.EMA(0.9)}),
+    (rise, {"averaging": fused_opt.ScheduleFree(0.5)}),
+]
+
+
+@pytest.mark.parametrize(("change", "options"), COUNTED)
+def test_many_steps_are_those_of_an_optimizer_that_is_made_for_each(change, options, backend):
+    """What depends on counts is new in every step, whatever the optimizer has kept of the step before."""
+
+    def run(anew):
+        p = torch.nn.Parameter(torch.ones(3))
+        optimizer = fused_opt.SGD([p], lr=0.1, momentum=0.5, backend=backend, **options)
+        for step in range(8):
+            p.grad = torch.linspace(1, 2, 3) * (step + 1)
+            if step == 5:
+                change(optimizer.param_groups[0])
+            optimizer.step()
+            if anew:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = fused_opt.SGD([p], lr=0.1, backend=backend)
+                optimizer.load_state_dict(state)
+        return [p.detach(), *(value for value in optimizer.state[p].values())], optimizer.param_groups[0]["samples"]
+
+    (kept, samples), (expected, expected_samples) = run(False), run(True)
+    assert samples == expected_samples
+    assert len(kept) == len(expected)
+    assert all(map(torch.equal, kept, expected))
+
+
 def test_a_rate_that_is_refused_stays_refused(backend):
     optimizer = stepped(backend)
     for _ in range(3):
