@@ -436,7 +436,7 @@ FUSED_OPT_FN void store_weights(const T* values, Bits<N>& bits, int place) {
 
 // Block by block, for what is not done in one go. Not inlined: its frame would cost every small tensor.
 template <class T, size_t... S, class Rule>
-__attribute__((noinline)) Squares update_blocks(const Rule& rule, const Factors<T>& by, const Tensor& tensor,
+__attribute__((noinline)) Squares update_blocks(const Rule rule, const Factors<T> by, const Tensor& tensor,
                                                 const StepArgs& args, const Layer& layer, int64_t begin, int64_t end,
                                                 std::index_sequence<S...>) {
   const bool carries = carries_norm(tensor, args), averages = fused_opt::averages(args), plain = is_plain(args);
@@ -497,11 +497,7 @@ Squares update_as(const Tensor& tensor, const StepArgs& args, const Layer& layer
   bool in_one_go = (end - begin < kLong || !kPrefetches) && lies_ready<T>(tensor, tensor.p) &&
                    lies_ready<T>(tensor, tensor.g) && !carries_norm(tensor, args) && !averages(args) && args.sigma == 0;
   ((in_one_go &= lies_ready<T>(tensor, tensor.states[S])), ...);
-  if (!in_one_go) {
-    const auto of_rule = rule;  // copies: what another function knows the address of is not kept in registers below
-    const auto of_factors = by;
-    return update_blocks<T>(of_rule, of_factors, tensor, args, layer, begin, end, states);
-  }
+  if (!in_one_go) return update_blocks<T>(rule, by, tensor, args, layer, begin, end, states);
   auto* p = static_cast<T*>(tensor.p.data) + begin;
   const auto* g = static_cast<const T*>(tensor.g.data) + begin;
   if (is_plain(args))
