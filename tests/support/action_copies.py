@@ -58,11 +58,11 @@ def step_beside_a_resumed_one(run, index):
     run.gradients(index)
     run.untrack()  # or parts would have been taken in one of the two only
     other = None
-    states = [(p, value) for p in run.parameters() for value in run.state(p).values()]
-    # A checkpoint has no gaps, on which the last bit of a GPU's norms depends.
+    states = [(p, slot, value) for p in run.parameters() for slot, value in run.state(p).items()]
+    # Loaded states have the parameter's dtype, as torch's do, and no gaps, on which the last bit of a GPU's norms depends.
     alike = all(
-        value.dtype in (p.dtype, torch.float32) and value.stride() == torch.empty_like(value).stride()
-        for p, value in states
+        (value.dtype == p.dtype or slot in ("average", "master")) and value.stride() == torch.empty_like(value).stride()
+        for p, slot, value in states
     )
     if run.fused and not run.tied and alike:
         twins = clones(run.parameters())
