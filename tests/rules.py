@@ -290,9 +290,22 @@ def make(name, parameters, **options):
     return getattr(fused_opt, name)(parameters, **options)
 
 
+def _kernel(optimizer):
+    return optimizer._rule(optimizer.param_groups[0])
+
+
+# One case for each of the kernels that backends have of the rules above, and for each rule with norms: for tests to which
+# options are no more than other numbers.
+CASE_OF = {}
+for _name, _options in CASES:
+    _of_kernel = _kernel(make(_name, [torch.nn.Parameter(torch.ones(1))], **_options)).name
+    CASE_OF.setdefault(_name if BY_NAME[_name].normed else _of_kernel, (_name, _options))
+each_rule_once = pytest.mark.parametrize(("name", "options"), CASE_OF.values(), ids=str)
+
+
 def kernels():
     """What backends know of the rules above: every distinct ``fused_opt.rule.Rule``, by name."""
-    optimizers = [make(name, [torch.nn.Parameter(torch.ones(1))], **options) for name, options in CASES]
+    optimizers = [make(name, [torch.nn.Parameter(torch.ones(1))], **options) for name, options in CASE_OF.values()]
     optimizers.append(fused_opt.Muon([torch.nn.Parameter(torch.ones(1, 1))]))  # tested in update/test_muon.py
-    found = [optimizer._rule(optimizer.param_groups[0]) for optimizer in optimizers]
+    found = [_kernel(optimizer) for optimizer in optimizers]
     return {rule.name: rule for rule in found}

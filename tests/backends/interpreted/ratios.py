@@ -14,8 +14,7 @@ from fused_opt.backends import triton as backend
 kernel = backend.kernel
 
 
-@pytest.mark.parametrize("noisy", [False, True])
-@pytest.mark.parametrize("name", ["LARS", "CLARS", "LAMB"])
+@pytest.mark.parametrize(("name", "noisy"), [("LARS", False), ("CLARS", False), ("LAMB", False), ("LAMB", True)])
 def test_trust_ratios_where_norms_come_first_and_where_they_are_carried(name, noisy, monkeypatch):
     """And noise relative to the same norms."""
     noise = fused_opt.WeightNoise(std=0.01, relative=True, seed=5) if noisy else None
@@ -69,7 +68,7 @@ def rested(p, optimizer):
 @pytest.mark.parametrize("event", [weights_written, weights_replaced, stepped_without_ratio, rested])
 def test_a_carried_norm_is_summed_anew_where_the_weights_were_changed(event):
     a, b, ours, theirs = both(
-        "LARS", {"lr": 10.0}, make=lambda dtype: [torch.nn.Parameter(torch.ones(3, 2000)) for _ in "ab"]
+        "LARS", {"lr": 10.0}, make=lambda dtype: [torch.nn.Parameter(torch.ones(3, 20)) for _ in "ab"]
     )
     train(a, b, ours, theirs, steps=2)
     for optimizer, parameters in ((a, ours), (b, theirs)):
