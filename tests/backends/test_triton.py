@@ -185,12 +185,12 @@ def test_compiles_for_another_maker(name):
     assert re.findall(r"\.[sv]gpr_spill_count: *(\d+)", text) == ["0", "0"]
 
 
-@pytest.mark.parametrize("tests", ["every_rule", "bits", "ratios", "plans", "shards", "graphs", THROUGH_STATES])
+@pytest.mark.parametrize("tests", [("every_rule", "bits", "ratios"), ("plans", "shards", "graphs", THROUGH_STATES)])
 def test_values_in_the_interpreter(tests):
     """Triton decides when it is imported whether it interprets, so another process does."""
     here = Path(__file__).parent
-    target = tests if "::" in tests else here / "interpreted" / f"{tests}.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", target]
+    targets = [name if "::" in name else here / "interpreted" / f"{name}.py" for name in tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *targets]
     # Without the self-check, or every test would begin with one.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "FUSED_OPT_SELF_CHECK": "0"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=here.parent)
