@@ -301,6 +301,9 @@ for _name, _options in CASES:
     _of_kernel = _kernel(make(_name, [torch.nn.Parameter(torch.ones(1))], **_options)).name
     CASE_OF.setdefault(_name if BY_NAME[_name].normed else _of_kernel, (_name, _options))
 each_rule_once = pytest.mark.parametrize(("name", "options"), CASE_OF.values(), ids=str)
+each_elementwise_rule_once = pytest.mark.parametrize(
+    ("name", "options"), [c for c in CASE_OF.values() if not BY_NAME[c[0]].normed], ids=str
+)
 
 
 def kernels():

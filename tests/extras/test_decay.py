@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from rules import both_kinds, every_elementwise_rule
+from rules import both_kinds, each_elementwise_rule_once
 from rules import oracle as oracle_of
 from support.compare import assert_same, unchanged
 from support.kernels import as_on_a_gpu
@@ -75,7 +75,7 @@ def without_a_kind(options):
 
 
 @pytest.mark.parametrize(("decay", "cautious"), SETTINGS, ids=str)
-@every_elementwise_rule
+@each_elementwise_rule_once
 def test_every_rule_with_every_decay_and_mask(name, options, decay, cautious, every_kernel):
     parameters = some()
     formula = Formula(name, options, parameters, decay, cautious)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from rules import both_kinds, every_rule
+from rules import both_kinds, each_rule_once
 from rules import oracle as oracle_of
 from support.compare import distance, same_bits, unchanged
 from support.parameters import checkpoint, clones, layouts, parameters_of, set_gradients, train_both
@@ -24,7 +24,7 @@ def form_of(form, name, options):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-@every_rule
+@each_rule_once
 def test_a_step_is_the_oracles_with_its_states_rounded(name, options, form, every_kernel):
     form, slots = form_of(form, name, options)
     ours = layouts(chunk=300)

@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
-from rules import BY_NAME, CASES, OF_TORCH, every_rule
+from rules import BY_NAME, CASES, OF_TORCH, each_rule_once, every_rule
 from rules import oracle as oracle_of
 from support.compare import distance
 from support.parameters import clones, layouts, set_gradients
@@ -67,7 +67,7 @@ def truth_and_error(case, dtype, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@every_rule
+@each_rule_once
 def test_no_worse_than_pytorch(name, options, dtype, every_kernel):
     """At most 1.1 of plain PyTorch's error plus one ulp."""
     torchs_own = every_kernel == "foreach" and name in OF_TORCH and dtype == torch.float32
@@ -132,11 +132,13 @@ def test_metamorphic(name, options, every_kernel):
     assert torch.equal(run([100, 20000], together=False), expected)
 
 
-@every_rule
-def test_same_bits_with_any_number_of_threads(name, options, every_kernel):
+@each_rule_once
+def test_same_bits_with_any_number_of_threads(name, options, backend):
+    """They are shared before an instruction set is chosen."""
+
     def run():
         parameters = [torch.nn.Parameter(p.detach()) for p in layouts(seed=3, chunk=60000)]
-        train(getattr(fused_opt, name)(parameters, backend=every_kernel, **options), parameters)
+        train(getattr(fused_opt, name)(parameters, backend=backend, **options), parameters)
         return parameters
 
     results = with_threads(run, 1, 2, 3)
