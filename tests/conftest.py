@@ -1,6 +1,7 @@
 """Fixtures and the order of tests, and nothing else; what tests import lies in tests/support."""
 
 import gc
+import itertools
 import re
 
 import pytest
@@ -25,13 +26,34 @@ settings.register_profile(
 settings.register_profile("fuzz", settings.get_profile("few"), max_examples=300, derandomize=False)
 settings.load_profile("few")
 
-# What takes longest begins first, or one process would still be at it when the others have nothing left. And each process
-# that runs a check of `distributed/` starts all of them.
-FIRST = re.compile("tests/(distributed|fuzz)/|/test_(architecture|cpp|gpu_command|self_check|triton)\\.py")
+# What takes longest, the longest first. A line stays together: each process that runs a test of `in_processes` starts all.
+LONGEST = [
+    re.compile(pattern)
+    for pattern in (
+        "::test_in_processes", "test_values_in_the_interpreter.*every_rule", "test_values_in_the_interpreter",
+        r"test_cpp\.py::test_core\[address", "test_checkpoints_move", "test_actions", "test_a_rehearsal_runs_every_stage",
+        "test_a_broken_kernel", r"test_cpp\.py", "test_a_source_distribution", "tests/fuzz/", "test_wheel_without",
+        "test_trainer_examples", "test_cyclical_batches_in_two_processes", "test_benchmarks", "tests/studies",
+        r"test_self_check\.py", r"test_documentation\.py::test_the_site",
+    )
+]  # fmt: skip
 
 
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: not FIRST.search(item.nodeid))
+@pytest.hookimpl(trylast=True)  # of what is left
+def pytest_collection_modifyitems(config, items):
+    """xdist hands each process a stretch of the items, and one that has none left the end of another's: the longest begin."""
+    blocks = {}
+    for item in items:
+        rank = next((i for i, pattern in enumerate(LONGEST) if pattern.search(item.nodeid)), len(LONGEST))
+        blocks.setdefault(rank, []).append(item)
+    others = iter(blocks.pop(len(LONGEST), []))
+    dealt, ordered = [block for _, block in sorted(blocks.items())], []
+    count = getattr(config, "workerinput", {}).get("workercount", 1)
+    for worker in range(count):
+        long = list(itertools.chain.from_iterable(dealt[worker::count]))
+        stretch = (len(items) - len(ordered)) // (count - worker)
+        ordered += [*long, *itertools.islice(others, max(0, stretch - len(long)))]
+    items[:] = ordered
 
 
 def pytest_collection_finish():
