@@ -9,14 +9,15 @@ from contextlib import contextmanager
 import pytest
 import torch
 from rules import every_rule
-from support.compare import assert_close, unchanged
+from support import graphs
+from support.compare import unchanged
+from support.graphs import assert_same_training
 from support.kernels import GPU, run_with
 
 import fused_opt
 from fused_opt import EMA, PSWA, PSWM, PWALKS, SWM, WeightNoise
 from fused_opt.backends import native
 
-SHAPES = [(70, 70), (5,), (3, 1700)]
 BEFORE = 3  # eager steps before the capture
 EXTRAS = {
     "noise": {"noise": WeightNoise(0.01, seed=2**63)},
@@ -43,58 +44,24 @@ def on_gpu(monkeypatch):
     run_with(GPU, monkeypatch)
 
 
-class Training:
-    """An optimizer whose rate and gradients lie where they lay, with other values in every step."""
+class Graph:
+    """The core's."""
 
-    def __init__(self, kind, groups=None, **options):
-        generator = torch.Generator().manual_seed(0)
-        self.parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
-        self.rate = torch.tensor(0.1)
-        for p in self.parameters:
-            p.grad = torch.zeros_like(p)
-        given = self.parameters if groups is None else groups(self.parameters)
-        self.optimizer = getattr(fused_opt, kind)(given, **{**options, "lr": self.rate, "backend": "native"})
-        self.step = 0
+    def __init__(self):
+        self.recorded = native._native.HostGraph()
+        self.replay = self.recorded.replay
 
-    def renew(self):
-        generator = torch.Generator().manual_seed(1000 + self.step)
-        for p in self.parameters:
-            p.grad.copy_(torch.randn(p.shape, generator=generator))
-        self.rate.fill_(0.05 / (1 + self.step % 7))
-        self.step += 1
-
-    def eager(self, steps):
-        for _ in range(steps):
-            self.renew()
-            self.optimizer.step()
-        return self
-
+    @contextmanager
     def capture(self):
-        self.graph = native._native.HostGraph()
-        with captured(self.graph):
-            self.optimizer.step()
-        return self
-
-    def replay(self, steps):
-        for _ in range(steps):
-            self.renew()
-            self.graph.replay()
-        return self
+        self.recorded.begin()
+        try:
+            yield
+        finally:
+            self.recorded.end()
 
 
-@contextmanager
-def captured(graph):
-    graph.begin()
-    try:
-        yield
-    finally:
-        graph.end()
-
-
-def assert_same_training(one, other):
-    assert_close(one.parameters, other.parameters, 0)
-    assert one.optimizer.state_dict()["param_groups"] == other.optimizer.state_dict()["param_groups"]
-    assert_close(one.optimizer.state_dict()["state"], other.optimizer.state_dict()["state"], 0)
+class Training(graphs.Training):
+    backend, shapes, recorder = "native", [(70, 70), (5,), (3, 1700)], Graph
 
 
 def both(kind, steps, **options):
@@ -135,8 +102,8 @@ def test_a_capture_after_steps_that_were_alike():
     p.grad = torch.ones(3)
     for _ in range(4):
         optimizer.step()
-    graph = native._native.HostGraph()
-    with captured(graph):
+    graph = Graph()
+    with graph.capture():
         optimizer.step()
     graph.replay()
     graph.replay()

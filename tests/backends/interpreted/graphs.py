@@ -6,7 +6,9 @@ from unittest import mock
 import pytest
 import torch
 from rules import every_rule
-from support.compare import assert_close, unchanged
+from support import graphs
+from support.compare import unchanged
+from support.graphs import assert_same_training
 
 import fused_opt
 from fused_opt import EMA, PSWA, PSWM, WeightNoise
@@ -53,48 +55,8 @@ class Graph:
             function(*arguments)
 
 
-class Training:
-    """An optimizer whose rate and gradients lie where they lay, with other values in every step."""
-
-    def __init__(self, kind, **options):
-        generator = torch.Generator().manual_seed(0)
-        self.parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in [(3, 5), (7,)]]
-        self.rate = torch.tensor(0.1)
-        for p in self.parameters:
-            p.grad = torch.zeros_like(p)
-        self.optimizer = getattr(fused_opt, kind)(self.parameters, **{**options, "lr": self.rate, "backend": "triton"})
-        self.step = 0
-
-    def renew(self):
-        generator = torch.Generator().manual_seed(1000 + self.step)
-        for p in self.parameters:
-            p.grad.copy_(torch.randn(p.shape, generator=generator))
-        self.rate.fill_(0.05 / (1 + self.step % 7))
-        self.step += 1
-
-    def eager(self, steps):
-        for _ in range(steps):
-            self.renew()
-            self.optimizer.step()
-        return self
-
-    def capture(self):
-        self.graph = Graph()
-        with self.graph.capture():
-            self.optimizer.step()
-        return self
-
-    def replay(self, steps):
-        for _ in range(steps):
-            self.renew()
-            self.graph.replay()
-        return self
-
-
-def assert_same_training(one, other):
-    assert_close(one.parameters, other.parameters, 0)
-    assert one.optimizer.state_dict()["param_groups"] == other.optimizer.state_dict()["param_groups"]
-    assert_close(one.optimizer.state_dict()["state"], other.optimizer.state_dict()["state"], 0)
+class Training(graphs.Training):
+    backend, shapes, recorder = "triton", [(3, 5), (7,)], Graph
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
