@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from support.processes import in_processes
-from support.shards import assert_alike, both, cut_as, parameters_of
+from support.shards import assert_alike, both, set_gradients
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 
@@ -17,15 +17,6 @@ from fused_opt.backends import triton as backend
 SHAPES = [(9, 5), (8, 4), (1,)]  # not cut at a multiple of four elements; cut at one; an empty shard
 WAITS = [(torch.Tensor, name) for name in ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__")]
 WAITS += [(backend.Bucket, "grad_norm2"), (backend.Bucket, "ratios")]
-
-
-def set_gradients(plain, spread, seed, without=()):
-    generator = torch.Generator().manual_seed(seed)
-    for i, (p, q) in enumerate(zip(parameters_of(plain), parameters_of(spread))):
-        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
-        q.grad = cut_as(p.grad, q.device_mesh, q.placements)
-        if i in without:
-            p.grad = q.grad = None
 
 
 def check_elementwise_steps_are_the_same_to_the_last_bit(rank, world):
