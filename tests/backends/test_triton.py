@@ -189,7 +189,10 @@ def test_compiles_for_another_maker(name):
     assert re.findall(r"\.[sv]gpr_spill_count: *(\d+)", text) == ["0", "0"]
 
 
-@pytest.mark.parametrize("tests", [("every_rule", "bits", "ratios"), ("plans", "shards", "graphs", THROUGH_STATES)])
+INTERPRETED = [("every_rule", "bits", "ratios"), ("plans", "shards", "graphs", THROUGH_STATES)]
+
+
+@pytest.mark.parametrize("tests", INTERPRETED, ids=lambda tests: tests[0])
 def test_values_in_the_interpreter(tests):
     """Triton decides when it is imported whether it interprets, so another process does."""
     here = Path(__file__).parent
