@@ -31,10 +31,10 @@ LONGEST = [
     re.compile(pattern)
     for pattern in (
         "::test_in_processes", "test_values_in_the_interpreter.*every_rule", "test_values_in_the_interpreter",
-        r"test_cpp\.py::test_core\[address", "test_checkpoints_move", "test_actions", "test_a_rehearsal_runs_every_stage",
-        "test_a_broken_kernel", r"test_cpp\.py", "test_a_source_distribution", "tests/fuzz/", "test_wheel_without",
-        "test_trainer_examples", "test_cyclical_batches_in_two_processes", "test_benchmarks", "tests/studies",
-        r"test_self_check\.py", r"test_documentation\.py::test_the_site",
+        r"test_cpp\.py::test_core\[address", "test_a_rehearsal_runs_every_stage", "test_checkpoints_move",
+        "test_a_source_distribution", "test_a_broken_kernel", "test_a_new_rule_owns", r"test_cpp\.py", r"test_triton\.py",
+        "test_trainer_examples", "tests/fuzz/", "test_cyclical_batches_in_two_processes", r"test_self_check\.py",
+        r"test_benchmarks\.py", "tests/studies", "test_the_site_is_built", "test_wheel_without",
     )
 ]  # fmt: skip
 
