@@ -292,7 +292,11 @@ MUTATIONS = {
 }
 
 
-IN_SHORT = ("the norm of the new weights is not kept", "noise has the upper word of the key wrong")
+IN_SHORT = (
+    "the norm of the new weights is not kept",
+    "decoupled decay is coupled",
+    "noise has the upper word of the key wrong",
+)
 
 
 @pytest.fixture(scope="module")
