@@ -268,7 +268,7 @@ MUTATIONS = {
     "the last vector reaches beyond the end": (
         "cuda/table.h",
         "return {head, head + (n - head) /",
-        "return {head, head + (n - head + kVector<T> - 1) /",
+        "return {head, head + (n - head + kTwo - 1) /",
     ),
     "LARS forgets the multiplier of the decay": (
         "pass.h",
@@ -313,9 +313,10 @@ def build(tmp_path_factory):
         before = (folder / "gpu" / path).read_text()
         assert before.count(line) == 1
         (folder / "gpu" / path).write_text(before.replace(line, changed))
-        core = built(folder, f"broken_{sum(1 for _ in folder.iterdir())}")
-        (folder / "gpu" / path).write_text(before)
-        return core
+        try:
+            return built(folder, f"broken_{sum(1 for _ in folder.iterdir())}")
+        finally:
+            (folder / "gpu" / path).write_text(before)
 
     return with_change
 
