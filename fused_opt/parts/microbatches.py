@@ -243,12 +243,15 @@ class Microbatches(PartTracker):
         # torch's foreach operations, clip_grad_norm_ with them, do not count what they write in DTensors.
         if known.grad is not grad or known.version != grad._version or is_spread(grad):
             grad2 = norm2(grad)
-            factor2 = grad2 / known.grad2 if known.grad2 > 0 else 1.0
-            norms = known.norms * math.sqrt(factor2) if known.grad2 > 0 else math.sqrt(grad2)
-            squares = tuple(square * factor2 for square in known.squares)
-            whole = None if known.whole is None else known.whole * math.sqrt(factor2)
-            parts = known.parts if grad2 > 0 or squares else 0
-            known = _Sum(grad, grad._version, norms, grad2, parts, squares, whole)
+            parts = known.parts if grad2 > 0 or known.squares else 0
+            if 0 < known.grad2 < math.inf:
+                factor2 = grad2 / known.grad2
+                norms, squares = known.norms * math.sqrt(factor2), [square * factor2 for square in known.squares]
+                whole = None if known.whole is None else known.whole * math.sqrt(factor2)
+            else:  # nothing of an overflow, or of zeros, is in what is there now: it is one part
+                norms, squares = math.sqrt(grad2), [grad2, *[0.0] * len(known.squares)][: len(known.squares)]
+                whole, parts = None if known.whole is None else norms, len(squares) or int(grad2 > 0)
+            known = _Sum(grad, grad._version, norms, grad2, parts, tuple(squares), whole)
             self._sums[p] = known
         return known
 

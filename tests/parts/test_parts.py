@@ -77,6 +77,24 @@ def test_zeroing_the_gradients_forgets_the_parts(set_to_none, backend):
     assert norms_of(optimizer, parameters) == pytest.approx(sums(second), rel=1e-12)
 
 
+@pytest.mark.parametrize("left", [math.nan, math.inf])
+def test_zeroing_gradients_that_were_not_finite_forgets_the_parts(left, backend):
+    """After a step that was left out nothing of it is in the next ratios."""
+    parameters = parameters_of(torch.float64)
+    optimizer = clars(parameters, backend=backend, nonfinite="skip")
+    handle = optimizer.track_parts("microbatch")
+    bad, *parts = coefficients(parameters, 3)
+    bad[0].flatten()[0] = left
+    backward(parameters, bad)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    optimizer.zero_grad(set_to_none=False)
+    for part in parts:
+        backward(parameters, part)
+    assert set(handle.counts().values()) == {2}
+    assert norms_of(optimizer, parameters) == pytest.approx(sums(parts), rel=1e-12)
+
+
 def test_gradients_kept_over_a_step_are_one_part(backend):
     parameters = parameters_of()
     optimizer = clars(parameters, backend=backend)
