@@ -246,12 +246,12 @@ class Microbatches(PartTracker):
             parts = known.parts if grad2 > 0 or known.squares else 0
             if 0 < known.grad2 < math.inf:
                 factor2 = grad2 / known.grad2
-                norms, squares = known.norms * math.sqrt(factor2), [square * factor2 for square in known.squares]
+                norms, squares = known.norms * math.sqrt(factor2), tuple(square * factor2 for square in known.squares)
                 whole = None if known.whole is None else known.whole * math.sqrt(factor2)
             else:  # nothing of an overflow, or of zeros, is in what is there now: it is one part
-                norms, squares = math.sqrt(grad2), [grad2, *[0.0] * len(known.squares)][: len(known.squares)]
+                norms, squares = math.sqrt(grad2), (grad2, *(0.0 for _ in known.squares[1:])) if known.squares else ()
                 whole, parts = None if known.whole is None else norms, len(squares) or int(grad2 > 0)
-            known = _Sum(grad, grad._version, norms, grad2, parts, tuple(squares), whole)
+            known = _Sum(grad, grad._version, norms, grad2, parts, squares, whole)
             self._sums[p] = known
         return known
 
