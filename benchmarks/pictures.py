@@ -27,7 +27,8 @@ MEANINGS = (
     ("^triton ", "fused_opt, Triton", style.TRITON),
     ("^torch fused", "torch fused", style.TORCH_FUSED),
     ("foreach", "torch foreach", style.TORCH_FOREACH),
-    ("^torch default", "torch default", style.TORCH_DEFAULT),
+    ("^torch( default)?$", "torch default", style.TORCH_DEFAULT),
+    ("^torch compiled", "torch compiled", style.TORCH_COMPILED),
     ("^(add,|AveragedModel|clip_grad_norm_|apex|timm|torch_optimizer|bitsandbytes|optimi)", "others", style.OTHERS),
     OURS,
 )

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 OURS, TORCH_FUSED, TORCH_FOREACH, OTHERS, TRITON = "#d1495b", "#2f6690", "#9aa5b1", "#66a182", "#edae49"
-TORCH_DEFAULT = "#8fb8d8"
+TORCH_DEFAULT, TORCH_COMPILED = "#8fb8d8", "#13315c"
 INK, ASIDE, GRID = "#333333", "#b9b9b9", "#dddddd"
 #: Lines that stand for neither library: layers, schedules, settings.
 SERIES = ("#5b4b8a", "#c98b2b", "#3f8f8f", "#8a5a44", "#7a8b3d", "#a05d9b")

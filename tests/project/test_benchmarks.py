@@ -123,6 +123,13 @@ def test_iterations_are_timed_with_the_optimizers_part(benchmarks):
     assert str(quarter) == "its part ≥ 4x theirs"
 
 
+def test_no_contender_of_torchs_has_our_colour(benchmarks):
+    bar, tables = importlib.import_module("benchmarks.pictures").Bar, importlib.import_module("benchmarks.cases").TABLES
+    meanings = {name: bar(name, 1.0, "").meaning[0] for table in tables for case in table.cases for name in case.contenders}
+    assert meanings["torch compiled"] == "torch compiled"
+    assert "fused_opt" not in {meaning for name, meaning in meanings.items() if "torch" in name.split()}
+
+
 def test_pictures_are_drawn_from_saved_figures(benchmarks, tmp_path, monkeypatch):
     pictures, drawn = importlib.import_module("benchmarks.pictures"), []
     monkeypatch.setattr(pictures, "draw", lambda path, title, axis, rows, **_: drawn.append((path, rows)))
