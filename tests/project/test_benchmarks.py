@@ -125,7 +125,9 @@ def test_iterations_are_timed_with_the_optimizers_part(benchmarks):
 
 def test_no_contender_of_torchs_has_our_colour(benchmarks):
     bar, tables = importlib.import_module("benchmarks.pictures").Bar, importlib.import_module("benchmarks.cases").TABLES
-    meanings = {name: bar(name, 1.0, "").meaning[0] for table in tables for case in table.cases for name in case.contenders}
+    meanings = {
+        name: bar(name, 1.0, "").meaning[0] for table in tables for case in table.cases for name in case.contenders
+    }
     assert meanings["torch compiled"] == "torch compiled"
     assert "fused_opt" not in {meaning for name, meaning in meanings.items() if "torch" in name.split()}
 
