@@ -127,6 +127,23 @@ def compiled(parameters: list[Parameter], **options: Any) -> torch.optim.Optimiz
     return optimizer
 
 
+def copy_of_memory(parameters: list[Parameter]) -> Call:
+    """As many float32s are read and written as there are elements: 8 bytes of each, where a step moves more."""
+    source, target = (torch.ones(sum(p.numel() for p in parameters)) for _ in "st")
+    return lambda: target.copy_(source)
+
+
+def beside_a_copy(name: str, **options: Any) -> Case:
+    """Steps that memory bounds, and what bounds them."""
+    contenders = {
+        "fused_opt": partial(stepping, getattr(fused_opt, name), **options),
+        "torch fused": partial(stepping, getattr(torch.optim, name), **options, fused=True),
+        **{label: partial(stepping, make, **options) for label, make in importable(f"{name} of large tensors").items()},
+        "copy of memory": copy_of_memory,
+    }
+    return Case(f"{name}, GPT-2 small", SHAPES["GPT-2 small"], contenders, "copy of memory")
+
+
 def parallel_region() -> None:
     """Wake torch's threads, as a backward does just before a step."""
     torch.mm(MATRIX, MATRIX)
@@ -239,6 +256,11 @@ TABLES = [
             muon("MLP, 784-256-128-10", [(256, 784), (128, 256), (10, 128)], Target("fused_opt", "time", 1.1, "torch")),
             muon("a block of ViT-Ti", shapes.block(192), Target("fused_opt", "time", 1.1, "torch")),
         ],
+    ),
+    Table(
+        "memory",
+        "One step beside a copy of memory, float32",
+        [beside_a_copy("SGD", **SGD), beside_a_copy("AdamW", **ADAMW)],
     ),
     Table(
         "decay",

@@ -25,6 +25,7 @@ def stepping(make: Callable[..., torch.optim.Optimizer], parameters: list[Parame
 # Public optimizers to compare with; those that can be imported are timed.
 PEERS = {
     "AdamW": ("bitsandbytes.optim.AdamW", "optimi.AdamW"),
+    "AdamW of large tensors": ("deepspeed.ops.adam.DeepSpeedCPUAdam",),  # compiles itself when first made
     "8 bits": ("bitsandbytes.optim.AdamW8bit", "torchao.optim.AdamW8bit"),
     "bfloat16": ("optimi.AdamW", "torchao.optim._AdamW"),
     "LARS": ("timm.optim.Lars", "torch_optimizer.LARS", "bitsandbytes.optim.LARS"),
@@ -35,7 +36,7 @@ PEERS = {
 def importable(kind: str) -> dict[str, Callable[..., torch.optim.Optimizer]]:
     """The public ones that are installed here."""
     found: dict[str, Callable[..., torch.optim.Optimizer]] = {}
-    for module, _, name in (path.rpartition(".") for path in PEERS[kind]):
+    for module, _, name in (path.rpartition(".") for path in PEERS.get(kind, ())):
         try:
             make = getattr(import_module(module), name)
         except Exception:  # whatever an extension built for another machine may raise

@@ -29,7 +29,11 @@ MEANINGS = (
     ("foreach", "torch foreach", style.TORCH_FOREACH),
     ("^torch( default)?$", "torch default", style.TORCH_DEFAULT),
     ("^torch compiled", "torch compiled", style.TORCH_COMPILED),
-    ("^(add,|AveragedModel|clip_grad_norm_|apex|timm|torch_optimizer|bitsandbytes|optimi)", "others", style.OTHERS),
+    (
+        "^(add,|copy of memory|AveragedModel|clip_grad_norm_|apex|timm|torch_optimizer|bitsandbytes|optimi|deepspeed)",
+        "others",
+        style.OTHERS,
+    ),
     OURS,
 )
 
