@@ -15,7 +15,7 @@ import fused_opt
 from fused_opt import backends
 
 from . import shapes
-from .contenders import ADAM, ADAMW, MUON, SGD, importable, stepping
+from .contenders import ADAM, ADAMW, MUON, SGD, copy_of_memory, importable, peers, stepping
 from .gpu import BACKENDS, ON_CPU
 from .harness import Call, Case, Make, Table, normal
 from .models import MODELS as TRAINED
@@ -127,19 +127,13 @@ def compiled(parameters: list[Parameter], **options: Any) -> torch.optim.Optimiz
     return optimizer
 
 
-def copy_of_memory(parameters: list[Parameter]) -> Call:
-    """As many float32s are read and written as there are elements: 8 bytes of each, where a step moves more."""
-    source, target = (torch.ones(sum(p.numel() for p in parameters)) for _ in "st")
-    return lambda: target.copy_(source)
-
-
-def beside_a_copy(name: str, **options: Any) -> Case:
-    """Steps that memory bounds, and what bounds them."""
+def beside_a_copy(name: str, public: dict[str, Make], **options: Any) -> Case:
+    """Steps that memory bounds, and what bounds them: a copy of as many elements, which moves less than a step."""
     contenders = {
         "fused_opt": partial(stepping, getattr(fused_opt, name), **options),
         "torch fused": partial(stepping, getattr(torch.optim, name), **options, fused=True),
-        **{label: partial(stepping, make, **options) for label, make in importable(f"{name} of large tensors").items()},
-        "copy of memory": copy_of_memory,
+        **public,
+        "copy of memory": lambda parameters: copy_of_memory(sum(p.numel() for p in parameters)),
     }
     return Case(f"{name}, GPT-2 small", SHAPES["GPT-2 small"], contenders, "copy of memory")
 
@@ -260,7 +254,10 @@ TABLES = [
     Table(
         "memory",
         "One step beside a copy of memory, float32",
-        [beside_a_copy("SGD", **SGD), beside_a_copy("AdamW", **ADAMW)],
+        [
+            beside_a_copy("SGD", {}, **SGD),
+            beside_a_copy("AdamW", peers("AdamW of large tensors", **ADAMW), **ADAMW),
+        ],
     ),
     Table(
         "decay",
@@ -356,11 +353,6 @@ def torchs(name: str, **options: Any) -> dict[str, Make]:
     """Torch's, fused and foreach."""
     make = getattr(torch.optim, name)
     return {f"torch {kind} {name}": partial(stepping, make, **{kind: True}, **options) for kind in ("fused", "foreach")}
-
-
-def peers(kind: str, **options: Any) -> dict[str, Make]:
-    """Their steps."""
-    return {label: partial(stepping, make, **options) for label, make in importable(kind).items()}
 
 
 def extras_of_sgd(b: str) -> dict[str, Make]:

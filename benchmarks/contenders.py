@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch.nn import Parameter
 
-from .harness import Call
+from .harness import Call, Make
 
 SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
 ADAM: dict[str, Any] = {"lr": 1e-3}
@@ -36,10 +37,22 @@ PEERS = {
 def importable(kind: str) -> dict[str, Callable[..., torch.optim.Optimizer]]:
     """The public ones that are installed here."""
     found: dict[str, Callable[..., torch.optim.Optimizer]] = {}
-    for module, _, name in (path.rpartition(".") for path in PEERS.get(kind, ())):
+    for module, _, name in (path.rpartition(".") for path in PEERS[kind]):
         try:
             make = getattr(import_module(module), name)
         except Exception:  # whatever an extension built for another machine may raise
             continue
         found[f"{module.partition('.')[0]} {name}"] = make
     return found
+
+
+def peers(kind: str, **options: Any) -> dict[str, Make]:
+    """Their steps."""
+    return {label: partial(stepping, make, **options) for label, make in importable(kind).items()}
+
+
+def copy_of_memory(elements: int, device: torch.device | str = "cpu") -> Call:
+    """As many float32s read and written: 8 bytes of each."""
+    source = torch.randn(elements, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)

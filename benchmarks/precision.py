@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 import fused_opt
 
-from .contenders import ADAMW, importable, stepping
+from .contenders import ADAMW, importable, peers, stepping
 from .harness import Call, Case
 from .shapes import SHAPES
 from .targets import Target
@@ -58,7 +58,7 @@ def precision(model: str) -> list[Case]:
                 "bfloat16 states": partial(plain, state_dtype=torch.bfloat16),
                 "float32 states": plain,
                 "torch fused": partial(stepping, theirs, **ADAMW),
-                **{label: partial(stepping, make, **ADAMW) for label, make in importable("AdamW").items()},
+                **peers("AdamW", **ADAMW),
             },
             "torch fused",
             (Target("bfloat16 states", "time", 0.8, "float32 states"),) if large else (),

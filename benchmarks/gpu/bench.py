@@ -20,6 +20,7 @@ import torch
 from torch.nn import Parameter
 
 from ..cases import on_gpu
+from ..contenders import copy_of_memory
 from ..harness import Call, Case, quartiles, take_turns
 from ..machine import backends_here
 from ..targets import ON_GPU as TARGETS
@@ -29,7 +30,7 @@ from .clock import Clock, copies_for, launches, profiler_sees, synchronize
 
 WARM_UP = 1 if ON_CPU else 3
 TURNS, SECONDS, AT_MOST = (1, 0.0, 1.0) if ON_CPU else (8, 1.2, 6.0)  # so many turns and seconds, or the most seconds
-COPIED = 2**28 if not ON_CPU else 2**10  # float32s in the copy of memory: a gigabyte
+COPIED = 2**28 if not ON_CPU else 2**10  # float32s in the copy of memory, the ceiling: a gigabyte
 COPY = "copy of memory"
 COUNTED_MODEL = "ResNet-50"
 COUNTED = {(case, target.contender) for case, _, target in TARGETS if target.quantity == "launches"}
@@ -42,13 +43,6 @@ def parameters_of(gradients: Sequence[torch.Tensor]) -> list[Parameter]:
     for p, gradient in zip(parameters, gradients):
         p.grad = gradient
     return parameters
-
-
-def copy_of_memory() -> list[Call]:
-    """The ceiling: it reads and writes COPIED numbers."""
-    source = torch.randn(COPIED, device=DEVICE)
-    target = torch.empty_like(source)
-    return [lambda: target.copy_(source)]
 
 
 class Contenders:
@@ -91,7 +85,7 @@ class Contenders:
                 say(id=name, outcome="skipped", text=f"out of memory: {error}")
             except Exception as error:
                 fail(name, error)
-        self.calls[COPY] = copy_of_memory() * self.count
+        self.calls[COPY] = [copy_of_memory(COPIED, DEVICE)] * self.count
         self.host[COPY] = 1e-5
 
 

@@ -434,7 +434,9 @@ FUSED_OPT_FN void store_weights(const T* values, Bits<N>& bits, int place) {
   store(bits.tensor.p, values, bits, place);
 }
 
-// Block by block, for what is not done in one go. Not inlined: its frame would cost every small tensor.
+// Block by block, for what is not done in one go. Not inlined: its frame would cost every small tensor. The rule comes
+// by value: were its address passed on, the caller's loops would read its coefficients from memory, and not be
+// vectorized.
 template <class T, size_t... S, class Rule>
 __attribute__((noinline)) Squares update_blocks(const Rule rule, const Factors<T> by, const Tensor& tensor,
                                                 const StepArgs& args, const Layer& layer, int64_t begin, int64_t end,
