@@ -32,11 +32,11 @@ def train(ours: bool, seed: int, epochs: int, folder: str, resume: bool = False)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=8)
     model = nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(512, 10),
+        nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10),
     )  # fmt: skip
     optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     if ours:
-        optimizer = fused_opt.CLARS(model.parameters(), lr=1.0, averaging=fused_opt.EMA(0.8))  # changed
+        optimizer = fused_opt.CLARS(model.parameters(), lr=1.0, cap=1.0, averaging=fused_opt.EMA(0.8))  # changed
         optimizer.track_parts("microbatch")  # new
     loader = DataLoader(TensorDataset(data[0][:1024], data[1][:1024]), batch_size=64, shuffle=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
