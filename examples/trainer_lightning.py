@@ -70,7 +70,7 @@ class Clothes(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.network = nn.Sequential(
-            nn.Conv2d(1, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(1, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2),
             Residual(width, width, 1), Residual(width, 2 * width, 2), Residual(2 * width, 4 * width, 2),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 10),
         )  # fmt: skip
