@@ -46,7 +46,7 @@ def seen(python: str, torch: str, source: Path, wheel: Path, tests: list[str]) -
         pip = [programs / "python", "-m", "pip", "install"]
         try:
             run("environment", [python, "-m", "venv", folder], source)
-            run(f"torch {torch}", [*pip, f"torch=={torch}", "numpy", "pytest", "hypothesis"], source)
+            run(f"torch {torch}", [*pip, f"torch=={torch}", "numpy", "pytest", "hypothesis", "expecttest"], source)
             run("installation", [*pip, wheel], source)
             run("compiled core", [programs / "python", "-m", "fused_opt", "native"], source)
             return run("tests", [programs / "pytest", *tests, "--color=no", "--disable-warnings"], source)
