@@ -86,7 +86,7 @@ class Clothes(pl.LightningModule):
         if self.ours:
             self.batches.set_epoch(self.current_epoch)  # new
             return DataLoader(self.training_data, batch_sampler=self.batches)  # new
-        return DataLoader(self.training_data, batch_size=32, shuffle=True)
+        return DataLoader(self.training_data, batch_size=64, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.test_data, batch_size=600)
@@ -107,7 +107,7 @@ class Clothes(pl.LightningModule):
 def train(ours: bool, seed: int, epochs: int, data: list[TensorDataset], width: int) -> str:
     """What was measured, in words."""
     pl.seed_everything(seed, verbose=False)
-    schedule = fused_opt.CyclicalBatchSize(16, levels=3, width=1)  # new
+    schedule = fused_opt.CyclicalBatchSize(32, levels=3, width=1)  # new
     with tempfile.TemporaryDirectory() as folder:
         snapshots = SnapshotsCallback(schedule, folder)  # new
         model = Clothes(ours, schedule, data, width)
