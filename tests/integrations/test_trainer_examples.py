@@ -48,8 +48,8 @@ def as_fashion_mnist(folder):
 
 def test_lightning(monkeypatch, capsys, tmp_path):
     theirs, ours = printed("lightning", monkeypatch, capsys, "--data", str(as_fashion_mnist(tmp_path)))
-    assert "114 updates" in theirs  # three epochs of 38
-    assert "132 updates" in ours  # batches of 16, 32, 64: 75, 38 and 19
+    assert "57 updates" in theirs  # three epochs of 19
+    assert "67 updates" in ours  # batches of 32, 64, 128: 38, 19 and 10
     assert "of 1 snapshots" in ours
     assert min(float(number) for line in (theirs, ours) for number in re.findall(r"(\d+\.\d\d) %", line)) > 50
 
