@@ -252,6 +252,13 @@ def _grouped(
             entry.lr_scale, entry.decay_scale = scales.get(p, (1.0, 1.0))
             entries.append((entry, of_p))
             written.append([tensor for tensor in tensors if tensor is not local(p.grad)])
+    return _by_key(entries, written, specs), skipped
+
+
+def _by_key(
+    entries: Sequence[tuple[ParamEntry, str]], written: Sequence[Sequence[Tensor]], specs: Sequence[GroupSpec]
+) -> dict[_Key, list[ParamEntry]]:
+    """Parameters that are stepped together, of entries with their backends and the tensors that each step writes."""
     chosen: dict[_Key, list[ParamEntry]] = {}
     turns, within = _turns(written)
     for k in within:
@@ -265,7 +272,7 @@ def _grouped(
         on_device = backends.get(of_p).steps_on_device(entry.tensor)
         device, wide = (entry.tensor.device, entry.tensor.dtype == torch.float64) if on_device else (None, False)
         chosen.setdefault(_Key(turn or 0, of_p, specs[entry.group].rule, device, wide), []).append(entry)
-    return dict(sorted(chosen.items(), key=lambda item: item[0].turn)), skipped
+    return dict(sorted(chosen.items(), key=lambda item: item[0].turn))
 
 
 def _has_no_elements_yet(p: Tensor) -> bool:
