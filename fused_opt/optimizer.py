@@ -168,27 +168,31 @@ class FusedOptimizer(Checkpoints, WithGroups, WithLayers):
             return loss
         before, step = self._before, self._begin()
         if step is before and not step.binds:  # with other gradients: there is nothing to plan, to clip or to take back
-            step.run()
-            if self._states_are_known:
-                step.count_writes_to_states()
+            self._run(step)
             self._count(step)
             return loss
         with step:
-            if step.overflowed or not self._planned(step):
-                return loss
-            if self._parts is not None:
-                step.take_parts(self._parts)
-            step.complete_norms()
-            if step.clip():
-                if step.captured and self._buffers is not None:
-                    self._buffers.refuse_capture()
-                step.run()
-                if self._states_are_known:
-                    step.count_writes_to_states()
-                self._finish(step)
-            else:
-                self._skip(step)
+            if not step.overflowed and self._planned(step):
+                self._clip_and_run(step)
         return loss
+
+    def _clip_and_run(self, step: HostStep | DeviceStep) -> None:
+        """The step of what is planned, unless its gradients are to be skipped."""
+        if self._parts is not None:
+            step.take_parts(self._parts)
+        step.complete_norms()
+        if not step.clip():
+            self._skip(step)
+            return
+        if step.captured and self._buffers is not None:
+            self._buffers.refuse_capture()
+        self._run(step)
+        self._finish(step)
+
+    def _run(self, step: HostStep | DeviceStep) -> None:
+        step.run()
+        if self._states_are_known:
+            step.count_writes_to_states()
 
     def _begin(self) -> HostStep | DeviceStep:
         """This step's numbers, and the kept plan where it still fits.
