@@ -90,8 +90,9 @@ def test_lightning(name, options, backend, tmp_path):
 
 
 @pytest.fixture
-def accelerate():
-    """Accelerate keeps its state in singletons."""
+def accelerate(monkeypatch):
+    """Accelerate keeps its state in singletons, and transformers' trainer leaves its precision in the environment."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     library = pytest.importorskip("accelerate", exc_type=ImportError)
     yield library
     library.state.AcceleratorState._reset_state(reset_partial_state=True)
