@@ -1,20 +1,20 @@
-"""torch.optim's own functions, many tensors at a time: what "auto" takes where no compiled backend can step.
+"""torch's foreach operations, many tensors at a time: what "auto" takes where no compiled backend can step.
 
-Rules that torch.optim has are stepped so, as long as a step has neither trust ratio nor noise; anything else, and complex
-parameters, is stepped as the reference does it, tensor by tensor. 16-bit parameters are stepped in float32 and rounded once.
+The rules that torch.optim has are stepped so, in the operations and the order of its own foreach steps, as long as a step has
+neither trust ratio nor noise; anything else, and complex parameters, is stepped as the reference does it, tensor by tensor.
+16-bit parameters are stepped in float32 and rounded once.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from operator import is_
-from typing import Any
+from itertools import chain
+from operator import attrgetter, is_
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
-from torch.optim.sgd import sgd
 
 from ..rule import Rule
 from . import reference
@@ -24,40 +24,185 @@ from .reference import DEVICES, accumulate, standard, steps_on_device, unavailab
 __all__ = ["DEVICES", "REUSABLE", "accumulate", "bucket", "standard", "steps_on_device", "unavailable", "unsupported"]
 
 REUSABLE = True
-_MOST = 1 << 26  # elements that are converted at once
-_LARGE = 1 << 14  # from here on a CPU is faster tensor by tensor, which is torch's choice there
+_MOST = 1 << 26  # elements of one list, so that copies in another dtype take little memory
+_MOST_ON_CPU = 1 << 18  # so that what the next operation reads is still in the cache
+_ONE = torch.ones(
+    (), dtype=torch.float32, device="cpu"
+)  # torch makes one of every number that it adds to a tensor on the CPU
 
 
-def _sgd(group: Mapping[str, Any], tensors: Any, members: Sequence[ParamEntry], **shared: Any) -> None:
-    params, grads, *buffers = tensors
-    new = members[0].states_are_new
-    given: Any = [None] * len(params) if new or not buffers else list(buffers[0])
-    sgd(
-        params, grads, given, momentum=group["momentum"] if buffers else 0.0, dampening=group["dampening"],
-        nesterov=group["nesterov"], **shared,
-    )  # fmt: skip
-    if new and buffers:
-        torch._foreach_copy_(buffers[0], given)
-    for member in members:
-        member.states_are_new = False
+_Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 
 
-def _adam(group: Mapping[str, Any], tensors: Any, members: Sequence[ParamEntry], **shared: Any) -> None:
-    beta1, beta2 = group["betas"]
-    largest = tensors[4] if len(tensors) > 4 else []
-    steps: Any = [member.step for member in members]
-    shared |= {"amsgrad": bool(largest), "beta1": float(beta1), "beta2": float(beta2), "eps": float(group["eps"])}
-    p, g, m, v, *_ = tensors
-    adam(p, g, m, v, largest, steps, **shared)
+class _Numbers(NamedTuple):
+    """What a step does to the tensors of one list."""
+
+    group: Mapping[str, Any]
+    coefficients: Sequence[float]  # of the rule
+    step: float  # counted from 1
+    states_are_new: bool
+    lr: float
+    weight_decay: float
+    decoupled: bool
 
 
-_FUNCTIONS: dict[str, Callable[..., None]] = {"sgd": _sgd, "momentum_sgd": _sgd, "adam": _adam, "amsgrad": _adam}
+# What the weights move by: numerators, denominators (None: ones), and the rate, where bias corrections are. It is returned by
+# a rule's function of numbers, gradients and states, which renews the states.
+_Moves: TypeAlias = tuple[_Tensors, _Tensors | None, float]
+
+
+def _sgd(numbers: _Numbers, grads: _Tensors) -> _Moves:
+    return grads, None, numbers.lr
+
+
+def _momentum_sgd(numbers: _Numbers, grads: _Tensors, buffers: _Tensors) -> _Moves:
+    momentum, keep, nesterov = numbers.coefficients
+    if numbers.states_are_new:
+        torch._foreach_copy_(buffers, grads)
+    else:
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, grads, alpha=keep)
+    return torch._foreach_add(grads, buffers, alpha=nesterov) if nesterov else buffers, None, numbers.lr
+
+
+def _moments(numbers: _Numbers, grads: _Tensors, mean: _Tensors, square: _Tensors) -> None:
+    one_minus_beta1, beta2, one_minus_beta2, *_ = numbers.coefficients
+    torch._foreach_lerp_(mean, grads, one_minus_beta1)
+    torch._foreach_mul_(square, beta2)
+    torch._foreach_addcmul_(square, grads, grads, one_minus_beta2)
+
+
+def _adam(numbers: _Numbers, grads: _Tensors, mean: _Tensors, square: _Tensors, *largest: _Tensors) -> _Moves:
+    _moments(numbers, grads, mean, square)
+    if largest:
+        torch._foreach_maximum_(largest[0], square)
+    beta1, beta2 = map(float, numbers.group["betas"])
+    denominators = torch._foreach_sqrt(largest[0] if largest else square)
+    torch._foreach_div_(denominators, (1 - beta2**numbers.step) ** 0.5)
+    torch._foreach_add_(denominators, numbers.coefficients[-1])
+    return mean, denominators, numbers.lr / (1 - beta1**numbers.step)
+
+
+def _nadam(numbers: _Numbers, grads: _Tensors, mean: _Tensors, square: _Tensors) -> _Moves:
+    _moments(numbers, grads, mean, square)
+    of_gradient, of_momentum, unbias2, eps, _ = numbers.coefficients[3:]
+    denominators = torch._foreach_sqrt(square)
+    torch._foreach_mul_(denominators, unbias2)
+    torch._foreach_add_(denominators, eps)
+    numerators = torch._foreach_mul(grads, of_gradient)
+    torch._foreach_add_(numerators, mean, alpha=of_momentum)
+    return numerators, denominators, numbers.lr
+
+
+def _radam(numbers: _Numbers, grads: _Tensors, mean: _Tensors, square: _Tensors) -> _Moves:
+    _moments(numbers, grads, mean, square)
+    unbias1, rectified, eps = numbers.coefficients[3:]
+    if not rectified:
+        return mean, None, numbers.lr * unbias1
+    denominators = torch._foreach_sqrt(square)
+    torch._foreach_add_(denominators, eps)
+    return mean, denominators, numbers.lr * rectified
+
+
+def _adamax(numbers: _Numbers, grads: _Tensors, mean: _Tensors, largest: _Tensors) -> _Moves:
+    one_minus_beta1, beta2, unbias1, eps = numbers.coefficients
+    torch._foreach_lerp_(mean, grads, one_minus_beta1)
+    torch._foreach_mul_(largest, beta2)
+    sizes = torch._foreach_abs(grads)
+    torch._foreach_add_(sizes, eps)
+    torch._foreach_maximum_(largest, sizes)
+    return mean, largest, numbers.lr * unbias1
+
+
+def _adagrad(numbers: _Numbers, grads: _Tensors, total: _Tensors) -> _Moves:
+    decayed, eps = numbers.coefficients
+    torch._foreach_addcmul_(total, grads, grads)
+    denominators = torch._foreach_sqrt(total)
+    torch._foreach_add_(denominators, eps)
+    return grads, denominators, numbers.lr * decayed
+
+
+def _rmsprop(numbers: _Numbers, grads: _Tensors, square: _Tensors, *others: _Tensors) -> _Moves:
+    alpha, one_minus_alpha, eps, *momentum = numbers.coefficients
+    torch._foreach_mul_(square, alpha)
+    torch._foreach_addcmul_(square, grads, grads, one_minus_alpha)
+    if average := others[len(momentum) :]:  # behind the momentum buffers
+        torch._foreach_lerp_(average[0], grads, one_minus_alpha)
+        denominators = torch._foreach_addcmul(square, average[0], average[0], -1)
+        torch._foreach_sqrt_(denominators)
+    else:
+        denominators = torch._foreach_sqrt(square)
+    torch._foreach_add_(denominators, eps)
+    if not momentum:
+        return grads, denominators, numbers.lr
+    torch._foreach_mul_(others[0], momentum[0])
+    torch._foreach_addcdiv_(others[0], grads, denominators)
+    return others[0], None, numbers.lr
+
+
+_UPDATES: dict[str, Callable[..., _Moves]] = {
+    "sgd": _sgd,
+    "momentum_sgd": _momentum_sgd,
+    "adam": _adam,
+    "amsgrad": _adam,
+    "nadam": _nadam,
+    "radam": _radam,
+    "adamax": _adamax,
+    "adagrad": _adagrad,
+    **dict.fromkeys(("rmsprop", "centered_rmsprop", "momentum_rmsprop", "centered_momentum_rmsprop"), _rmsprop),
+}
+
+
+def _step(
+    numbers: _Numbers, update: Callable[..., _Moves], params: _Tensors, grads: _Tensors, *states: _Tensors
+) -> None:
+    if numbers.weight_decay and numbers.decoupled:
+        torch._foreach_mul_(params, 1 - numbers.lr * numbers.weight_decay)
+    elif numbers.weight_decay:
+        grads = torch._foreach_add(grads, params, alpha=numbers.weight_decay)
+    numerators, denominators, rate = update(numbers, grads, *states)
+    if denominators is None:
+        torch._foreach_add_(params, numerators, alpha=-rate)
+    else:
+        torch._foreach_addcdiv_(params, numerators, denominators, -rate)
+
+
+class _Together(NamedTuple):
+    """Parameters that are stepped with the same numbers, and what they are stepped with."""
+
+    row: int  # of the step's arguments
+    members: list[ParamEntry]
+    params: list[Tensor]
+    states: list[list[Tensor]]  # by slot
+    steps: list[Tensor]
+    dtype: torch.dtype  # of the arithmetic
+    converted: list[bool]  # parameters, gradients, and the states of every slot
+
+
+class _Alike:
+    """What tensors are asked to be, step after step: of the type, layout, dtype, device and shape of the first ones."""
+
+    def __init__(self, kinds: list[Any]) -> None:
+        self.kinds = kinds
+        self.times = 0
+        self.guard: Any = None
+
+    def are(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether they are; the guard of torch.compile asks more in a tenth of the time."""
+        if self.guard is not None and self.guard.check(*tensors):
+            return True
+        if _kinds(tensors) != self.kinds:
+            return False
+        self.times += 1
+        if self.times == 2:
+            self.guard = _guard(tensors)
+        return True
 
 
 class Bucket(reference.Bucket):
-    """Parameters that are stepped together as far as torch.optim can.
+    """Parameters that are stepped together as far as torch's foreach operations can.
 
-    It is kept from step to step, and so notices what is replaced.
+    It is kept from step to step, and so notices what is replaced; what it finds out about its tensors holds until then.
     """
 
     def __init__(
@@ -69,125 +214,173 @@ class Bucket(reference.Bucket):
     ) -> None:
         super().__init__(rule, members)
         self.groups = param_groups
-        self.function = _FUNCTIONS.get(rule.name)
-        self.seen = list(objects(param_groups, state))
-        self.kinds = [(_kind(m.tensor), m.tensor.grad is not None and _kind(m.tensor.grad)) for m in members]
+        self.update = _UPDATES.get(rule.name)
+        self.seen = objects(param_groups, state)
+        self.params = [member.tensor for member in members]
+        self.written = self.params + [tensor for member in members for tensor in member.states or ()]
+        self.alike = _Alike(_kinds(self.written))
+        self.planned = {i: _kinds([p.grad])[0] for i, p in enumerate(self.params) if p.grad is not None}
+        self.absent: list[bool] | None = None  # gradients, in the last step
+        self.present: list[ParamEntry] = []  # those that have one
+        self.alike_grads = _Alike([])
+        self.counting = True  # the keys change from step to step
+        self.keys: list[StepKey] = []
+        self.arranged: Any = None  # for which members, rows and arguments the next three hold
+        self.alone: list[tuple[ParamEntry, int]] = []
+        self.together: list[_Together] = []
+        self.ones: dict[int, float] = {}  # the ratios of the latter
 
     def collect_gradients(
         self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]
     ) -> list[StepKey] | None:
         """Find this step's gradients: the keys that ``run`` needs arguments for, or None: plan anew."""
-        found = list(objects(param_groups, state))
+        found = objects(param_groups, state)
         if len(found) != len(self.seen) or not all(map(is_, found, self.seen)):
             return None
-        self.active = []
+        grads = [p.grad for p in self.params]
+        absent = [g is None for g in grads]
+        if absent != self.absent and not self._select(absent):
+            return None
+        if not self.alike_grads.are([g for g in grads if g is not None]) or not self.alike.are(self.written):
+            return None
         self._norms.clear()
         self._parts = {}
-        keys: dict[StepKey, int] = {}
-        for member, (kind, of_grad) in zip(self.members, self.kinds):
-            if (grad := member.tensor.grad) is None:
-                continue
-            if member.states is None or _kind(grad) != of_grad or _kind(member.tensor) != kind:
-                return None
-            self.active.append((member, keys.setdefault(member.key(), len(keys))))
-        return list(keys)
+        if self.counting:
+            keys: dict[StepKey, int] = {}
+            self.active = [(member, keys.setdefault(member.key(), len(keys))) for member in self.present]
+            self.keys = list(keys)
+            self.counting = any(m.states_are_new or m.step is not None or m.scalar is not None for m in self.present)
+        return self.keys
+
+    def _select(self, absent: list[bool]) -> bool:
+        """Take the members that have a gradient; False: one had none, or no states, when this was planned."""
+        places = [i for i, none in enumerate(absent) if not none]
+        if any(i not in self.planned or self.members[i].states is None for i in places):
+            return False
+        self.absent, self.counting = absent, True
+        self.present = [self.members[i] for i in places]
+        self.alike_grads = _Alike([self.planned[i] for i in places])
+        return True
 
     @torch.no_grad()
     def run(self, args: Sequence[StepArgs]) -> None:
         """Step every parameter that has a gradient."""
-        self._ratios = {}
-        together: dict[tuple[Any, ...], list[ParamEntry]] = {}
-        able = [self._able(of_row) for of_row in args]
-        exempt = [math.inf if of_row.ratio is None else of_row.ratio.exempt for of_row in args]
-        for member, row in self.active:
-            p, g = member.tensor, member.tensor.grad
-            assert g is not None
-            plain = g.layout == torch.strided and not g._is_zerotensor() and not p.is_complex() and member.exact is None
-            plain = plain and not member.coded
-            plain = plain and not any([t.is_neg() for t in (p, *(member.states or ()))])  # noqa: C419  # of few
-            if able[row] and p.ndim <= exempt[row] and plain:
-                alike = (
-                    row,
-                    member.lr_scale,
-                    member.decay_scale,
-                    member.states_are_new,
-                    p.device,
-                    p.dtype,
-                    p.numel() > _LARGE,
-                )
-                together.setdefault(alike, []).append(member)
-            else:
-                self._step(member, args[row])
-                member.advance(args[row])
-        for (row, *_), members in together.items():
-            for some in _in_parts(members):
-                self._step_together(some, args[row])
+        of_rows = [(self._able(of_row), math.inf if of_row.ratio is None else of_row.ratio.exempt) for of_row in args]
+        if self.arranged != (of_rows, self.active):
+            self._arrange(of_rows)
+            self.arranged = of_rows, self.active
+        self._ratios = dict(self.ones)
+        for member, row in self.alone:
+            self._step(member, args[row])
+            member.advance(args[row])
+        for part in self.together:
+            self._step_together(part, args[part.row])
 
     def _able(self, args: StepArgs) -> bool:
-        """Whether torch.optim has a function for a step with these arguments."""
-        if self.function is None or args.cautious is not None or args.independent_decay or args.rounding is not None:
-            return False
-        if args.decoupled_decay and self.function is not _adam:
+        """Whether the operations of a list can step with these arguments."""
+        if self.update is None or args.cautious is not None or args.independent_decay or args.rounding is not None:
             return False
         return not (args.noise and args.noise.sigma)
 
-    def _step_together(self, members: Sequence[ParamEntry], args: StepArgs) -> None:
-        assert self.function is not None
-        self._ratios.update((member.index, 1.0) for member in members)
-        first = members[0]
-        p = first.tensor
-        given: Any = [[m.tensor for m in members], [m.tensor.grad for m in members]]
-        given += map(list, zip(*[m.states or () for m in members]))
-        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-        tensors = [
-            of_kind if all([t.dtype == dtype for t in of_kind]) else [t.to(dtype) for t in of_kind]  # noqa: C419
-            for of_kind in given
+    def _arrange(self, of_rows: Sequence[tuple[bool, float]]) -> None:
+        """Part the members into those that are stepped alone and those that are stepped together."""
+        self.alone, self.ones = [], {}
+        lists: dict[tuple[Any, ...], list[ParamEntry]] = {}
+        for member, row in self.active:
+            p, g = member.tensor, member.tensor.grad
+            assert g is not None
+            plain = g.layout == torch.strided and not g._is_zerotensor() and not p.is_complex()
+            plain = plain and member.exact is None and not member.coded
+            plain = plain and not any(t.is_neg() for t in (p, *(member.states or ())))
+            able, exempt = of_rows[row]
+            if not able or p.ndim > exempt or not plain:
+                self.alone.append((member, row))
+                continue
+            alike = row, member.lr_scale, member.decay_scale, p.device, p.dtype
+            self.ones[member.index] = 1.0
+            lists.setdefault(alike, []).append(member)
+        self.together = [_together(row, some) for (row, *_), members in lists.items() for some in _in_parts(members)]
+
+    def _step_together(self, part: _Together, args: StepArgs) -> None:
+        assert self.update is not None
+        first = part.members[0]
+        given: list[Any] = [part.params, [p.grad for p in part.params], *part.states]
+        tensors: list[Any] = [
+            [t.to(part.dtype) for t in of_kind] if converted else of_kind
+            for of_kind, converted in zip(given, part.converted)
         ]
-        nesterov = self.groups[first.group].get("nesterov")  # torch adds the momentum to the gradients themselves
-        if abs(args.grad_scale) != 1.0 or nesterov:
-            tensors[1] = list(torch._foreach_mul(tensors[1], abs(args.grad_scale)))
-        decay: dict[str, Any] = {"weight_decay": (args.coupled_decay + args.decoupled_decay) * first.decay_scale}
-        if self.function is _adam:
-            decay["decoupled_weight_decay"] = bool(args.decoupled_decay)
-        self.function(
-            self.groups[first.group], tensors, members, lr=args.lr * first.lr_scale, maximize=args.grad_scale < 0,
-            foreach=None if p.device.type == "cpu" and p.numel() > _LARGE else True, **decay,
-        )  # fmt: skip
-        for place, (of_kind, computed) in enumerate(zip(given, tensors)):
-            if place != 1 and of_kind is not computed:
-                torch._foreach_copy_(of_kind, computed)
+        if args.grad_scale != 1.0:
+            tensors[1] = list(torch._foreach_mul(tensors[1], args.grad_scale))
+        decay = float(args.coupled_decay + args.decoupled_decay) * first.decay_scale
+        lr, decoupled = float(args.lr) * first.lr_scale, bool(args.decoupled_decay)
+        step = self.keys[part.row][1]
+        numbers = _Numbers(
+            self.groups[first.group], args.coefficients, step, first.states_are_new, lr, decay, decoupled
+        )
+        _step(numbers, self.update, *tensors)
+        for place, converted in enumerate(part.converted):
+            if converted and place != 1:
+                torch._foreach_copy_(given[place], tensors[place])
+        if part.steps:
+            torch._foreach_add_(part.steps, _ONE if part.steps[0].is_cpu else 1)
+        for member in part.members:
+            member.states_are_new = False
+            if member.scalar is not None:
+                member.scalar.fill_(args.coefficients[-1])
         if args.fold is not None:
-            for member in members:
-                self._fold(member, args, member.tensor.to(dtype))
+            for member in part.members:
+                self._fold(member, args, member.tensor.to(part.dtype))
 
 
-def objects(param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> Iterator[Any]:
+def objects(param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> list[Any]:
     """What would make a bucket stale if it were replaced."""
-    for group in param_groups:
-        yield group
-        yield from group["params"]
-    for p, of_p in state.items():
-        yield p
-        yield from of_p.values()
+    of_groups = chain.from_iterable(group["params"] for group in param_groups)
+    return [*param_groups, *of_groups, *state, *chain.from_iterable(of_p.values() for of_p in state.values())]
 
 
-def _kind(tensor: Tensor) -> tuple[Any, ...]:
-    """What a bucket was made for; that memory overlaps it was asked then."""
-    lazily = tensor.is_neg(), tensor._is_zerotensor()  # another backend steps what is neither
-    return type(tensor), tensor.layout, tensor.dtype, tensor.device, tensor.shape, *lazily
+_look = attrgetter("layout", "dtype", "device", "shape")
+
+
+def _guard(tensors: Sequence[Tensor]) -> Any:
+    """Torch's own check that others are like these; None where this version has it not, or not for such tensors."""
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        sizes: Any = [list(t.shape) for t in tensors]
+        strides: Any = [list(t.stride()) for t in tensors]
+        return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    except (ImportError, AttributeError, RuntimeError, TypeError, ValueError, SystemError):
+        return None
+
+
+def _kinds(tensors: Sequence[Tensor]) -> list[Any]:
+    """What a bucket was made for; that memory overlaps it was asked then, and another backend steps what is not lazy."""
+    lazily = map(Tensor.is_neg, tensors), map(Tensor._is_zerotensor, tensors)
+    return list(zip(map(type, tensors), map(_look, tensors), *lazily))
 
 
 def _in_parts(members: Sequence[ParamEntry]) -> Iterator[list[ParamEntry]]:
-    """Runs of members of so many elements that converting them takes little memory."""
+    """Runs of members of so many elements as one list may have."""
+    most = _MOST_ON_CPU if members[0].tensor.device.type == "cpu" else _MOST
     part: list[ParamEntry] = []
     elements = 0
     for member in members:
-        if part and elements + member.tensor.numel() > _MOST:
+        if part and elements + member.tensor.numel() > most:
             yield part
             part, elements = [], 0
         part.append(member)
         elements += member.tensor.numel()
     yield part
+
+
+def _together(row: int, members: list[ParamEntry]) -> _Together:
+    params = [member.tensor for member in members]
+    states = [list(of_slot) for of_slot in zip(*[member.states or () for member in members])]
+    steps = [member.step for member in members if member.step is not None]
+    dtype = torch.float64 if params[0].dtype == torch.float64 else torch.float32
+    given: list[Any] = [params, [p.grad for p in params], *states]
+    converted = [any(t.dtype != dtype for t in of_kind) for of_kind in given]
+    return _Together(row, members, params, states, steps, dtype, converted)
 
 
 def bucket(

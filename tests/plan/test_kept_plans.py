@@ -204,3 +204,47 @@ def test_a_gradient_that_becomes_lazily_negated(n, backend):
         p.grad = gradient
         optimizer.step()
         assert_close(p, torch.full((n,), value))
+
+
+def _swap_weights(optimizer, p):
+    p.data = torch.linspace(1, 2, 6, dtype=torch.float64).view(3, 2)
+    p.grad = p.grad.double()
+
+
+def _swap_state(optimizer, p):
+    optimizer.state[p]["exp_avg"].data = torch.linspace(1, 2, 6, dtype=torch.bfloat16).view(3, 2)
+
+
+CHANGES = {
+    "nothing": lambda optimizer, p: None,
+    "gradient of other strides": lambda optimizer, p: setattr(p, "grad", torch.ones(2, 3).t()),
+    "gradient of zeros": lambda optimizer, p: setattr(p, "grad", torch._efficientzerotensor((3, 2))),
+    "gradient negated": lambda optimizer, p: setattr(p, "grad", torch._neg_view(torch.ones(3, 2))),
+    "no gradient": lambda optimizer, p: setattr(p, "grad", None),
+    "gradient of two": lambda optimizer, p: setattr(p, "grad", optimizer.param_groups[0]["params"][0].grad),
+    "weights": _swap_weights,
+    "state": _swap_state,
+}
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_changed_after_many_steps(change, guarded, monkeypatch):
+    """Steps of many tensors look at them by a guard of torch, where it has one; another torch may not."""
+    if not guarded:
+        monkeypatch.setattr("fused_opt.backends.foreach._guard", lambda tensors: None)
+    runs = []
+    for backend in ("foreach", "reference"):
+        first, p = torch.nn.Parameter(torch.zeros(3, 2)), torch.nn.Parameter(torch.linspace(0, 1, 6).view(3, 2))
+        optimizer = fused_opt.Adam([first, p], lr=0.5, weight_decay=0.1, backend=backend)
+        for step in range(7):
+            first.grad, p.grad = torch.ones(3, 2), torch.full_like(p, 1.0 + step)
+            if step == 4:
+                CHANGES[change](optimizer, p)
+            optimizer.step()
+            if step == 3 and backend == "foreach":
+                (bucket,) = optimizer._last.buckets
+                assert (bucket.alike.guard is not None) == (bucket.alike_grads.guard is not None) == guarded
+        runs.append([first, p, optimizer.state[p]["exp_avg"]])
+    assert_close(*runs, bound=1e-6)
+    assert runs[0][1].dtype == runs[1][1].dtype

@@ -158,7 +158,9 @@ def test_non_finite_gradients_stay_in_their_element(every_kernel):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("name", "options"), [case for case in CASES if case[0] in ("SGD", "Adam", "AdamW")], ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"), [case for case in CASES if case[0] in ("SGD", "Adam", "AdamW", "RMSprop")], ids=str
+)
 def test_without_a_compiled_backend_the_bits_are_torchs(name, options, dtype):
     ours = layouts(dtype, chunk=20_000)  # one tensor of those that are large
     theirs = clones(ours)
