@@ -1,13 +1,12 @@
-"""What is timed, as data: the tables of ``python -m benchmarks``, and the cases of ``python -m benchmarks.gpu``."""
+"""What is timed, as data: the tables of ``python -m benchmarks``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -15,8 +14,7 @@ import fused_opt
 from fused_opt import backends
 
 from . import shapes
-from .contenders import ADAM, ADAMW, MUON, SGD, copy_of_memory, importable, peers, stepping
-from .gpu import BACKENDS, ON_CPU
+from .contenders import ADAMW, MUON, SGD, copy_of_memory, foreach_lars, importable, pairs, peers, stepping
 from .harness import Call, Case, Make, Table, normal
 from .models import MODELS as TRAINED
 from .precision import precision
@@ -24,7 +22,6 @@ from .shapes import SHAPES, Shape
 from .targets import Target
 
 MATRIX = torch.ones(512, 512)
-NEVER = 10**9  # steps
 
 # Contenders: functions of parameters with gradients that return the call to time.
 
@@ -37,45 +34,6 @@ def clars_of_microbatches(parameters: list[Parameter]) -> Call:
     sum((p * normal(p.shape)).sum() for p in parameters).backward()
     parts.reset = lambda: None  # type: ignore[method-assign]
     return optimizer.step
-
-
-def clars_of_probe(parameters: list[Parameter], **options: Any) -> Call:
-    """CLARS where the norms of the gradient's parts are known, as they are after backwards that it has watched."""
-    optimizer = fused_opt.CLARS(parameters, **options)
-    optimizer.track_parts("probe").set(dict.fromkeys(parameters, 1.0))
-    return optimizer.step
-
-
-def layer_rates(parameters: list[Parameter], **options: Any) -> Call:
-    """A learning rate and a decay of its own for every parameter."""
-    optimizer = fused_opt.SGD(parameters, **options)
-    scales = {p: 1 + i / len(parameters) for i, p in enumerate(parameters)}
-    optimizer.scale_layers(lr=scales, weight_decay=scales)
-    return optimizer.step
-
-
-def pairs(parameters: list[Parameter]) -> list[tuple[Tensor, Tensor]]:
-    """Parameters and gradients as plain tensors."""
-    return [(p.data, p.grad) for p in parameters if p.grad is not None]
-
-
-def foreach_lars(of: list[Parameter]) -> Call:
-    """LARS from torch's multi-tensor operations, as one would write it without kernels."""
-    parameters, gradients = map(list, zip(*pairs(of)))
-    buffers = [torch.zeros_like(p) for p in parameters]
-    lr, momentum, decay = SGD["lr"], SGD["momentum"], SGD["weight_decay"]
-
-    @torch.no_grad()
-    def step() -> None:
-        weights, norms = torch._foreach_norm(parameters), torch._foreach_norm(gradients)
-        denominators = torch._foreach_add(norms, weights, alpha=decay)
-        ratios: list[Tensor] = list(torch._foreach_div(torch._foreach_mul(weights, 0.001 * lr), denominators))
-        directions = torch._foreach_add(gradients, parameters, alpha=decay)
-        torch._foreach_mul_(buffers, momentum)
-        torch._foreach_add_(buffers, directions)
-        torch._foreach_sub_(parameters, torch._foreach_mul(buffers, ratios))
-
-    return step
 
 
 def accumulate(parameters: list[Parameter]) -> Call:
@@ -141,9 +99,6 @@ def beside_a_copy(name: str, public: dict[str, Make], **options: Any) -> Case:
 def parallel_region() -> None:
     """Wake torch's threads, as a backward does just before a step."""
     torch.mm(MATRIX, MATRIX)
-
-
-# The tables of the CPU.
 
 
 def against_torch(name: str, options: dict[str, Any], faster: dict[str, float]) -> Table:
@@ -336,71 +291,3 @@ TABLES = [
         [case for name in TRAINED for count in (1, 2) for case in iterations(name, count)],
     ),
 ]
-
-
-# The cases of a GPU; their targets are in targets.py.
-
-MODELS = shapes.ON_GPU if not ON_CPU else {"ResNet-50": shapes.tiny(shapes.resnet50()[:2])}
-SGD_BYTES, ADAM_BYTES = 20, 28  # for each element and step, float32: read p, g and the states, write p and the states
-
-
-def ours(name: str, **options: Any) -> dict[str, Make]:
-    """One of our optimizers on every backend."""
-    return {f"{b} {name}": partial(stepping, getattr(fused_opt, name), backend=b, **options) for b in BACKENDS}
-
-
-def torchs(name: str, **options: Any) -> dict[str, Make]:
-    """Torch's, fused and foreach."""
-    make = getattr(torch.optim, name)
-    return {f"torch {kind} {name}": partial(stepping, make, **{kind: True}, **options) for kind in ("fused", "foreach")}
-
-
-def extras_of_sgd(b: str) -> dict[str, Make]:
-    """Everything that can be fused into a step of SGD."""
-    sgd = partial(stepping, fused_opt.SGD, backend=b, **SGD)
-    return {
-        f"{b} SGD": sgd,
-        f"{b} SGD, noise": partial(sgd, noise=fused_opt.WeightNoise(std=1e-6)),
-        f"{b} SGD, EMA between samples": partial(sgd, averaging=fused_opt.EMA(0.999, start=NEVER)),
-        f"{b} SGD, EMA": partial(sgd, averaging=fused_opt.EMA(0.999)),
-        f"{b} SGD, relative noise": partial(sgd, noise=fused_opt.WeightNoise(std=1e-6, relative=True)),
-        f"{b} SGD, clipping": partial(sgd, max_grad_norm=1.0),
-        f"{b} SGD, nonfinite skip": partial(sgd, nonfinite="skip"),
-        f"{b} SGD, layer rates": partial(layer_rates, backend=b, **SGD),
-    }
-
-
-def extras_of_adamw(b: str) -> dict[str, Make]:
-    """The same for AdamW."""
-    adamw = partial(stepping, fused_opt.AdamW, backend=b, **ADAMW)
-    return {
-        f"{b} AdamW": adamw,
-        f"{b} AdamW, noise": partial(adamw, noise=fused_opt.WeightNoise(std=1e-6)),
-        f"{b} AdamW, EMA": partial(adamw, averaging=fused_opt.EMA(0.999)),
-        f"{b} AdamW, clipping": partial(adamw, max_grad_norm=1.0),
-    }
-
-
-def layerwise() -> dict[str, Make]:
-    """LARS and CLARS beside SGD, on which they are to cost next to nothing, and beside their peers."""
-    contenders = {**ours("SGD", **SGD)}
-    for b in BACKENDS:
-        contenders[f"{b} CLARS"] = partial(clars_of_probe, backend=b, **SGD)
-        contenders[f"{b} LARS"] = partial(stepping, fused_opt.LARS, backend=b, **SGD)
-    return {**contenders, "foreach LARS": foreach_lars, **peers("LARS", **SGD)}
-
-
-def on_gpu() -> Iterator[Case]:
-    """All cases of a GPU, those with targets first."""
-    sgd, adamw, adam = (
-        {**ours(name, **options), **torchs(name, **options)}
-        for name, options in (("SGD", SGD), ("AdamW", ADAMW), ("Adam", ADAM))
-    )
-    lamb = {**ours("LAMB", **ADAMW), **torchs("AdamW", **ADAMW), **peers("LAMB", **ADAMW)}
-    first = [("SGD", sgd, SGD_BYTES), ("AdamW", adamw, ADAM_BYTES), ("LARS", layerwise(), SGD_BYTES)]
-    second = [(f"SGD with extras, {b}", extras_of_sgd(b), SGD_BYTES) for b in BACKENDS]
-    third = [(f"AdamW with extras, {b}", extras_of_adamw(b), ADAM_BYTES) for b in BACKENDS]
-    for cases in (first, [*second, ("LAMB", lamb, ADAM_BYTES)], [*third, ("Adam", adam, ADAM_BYTES)]):
-        for model, of_model in MODELS.items():
-            for name, contenders, budget in cases:
-                yield Case(name, of_model, contenders, model=model, budget=budget)

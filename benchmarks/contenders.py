@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 from .harness import Call, Make
@@ -56,3 +57,27 @@ def copy_of_memory(elements: int, device: torch.device | str = "cpu") -> Call:
     source = torch.randn(elements, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
+
+
+def pairs(parameters: list[Parameter]) -> list[tuple[Tensor, Tensor]]:
+    """Parameters and gradients as plain tensors."""
+    return [(p.data, p.grad) for p in parameters if p.grad is not None]
+
+
+def foreach_lars(of: list[Parameter]) -> Call:
+    """LARS from torch's multi-tensor operations, as one would write it without kernels."""
+    parameters, gradients = map(list, zip(*pairs(of)))
+    buffers = [torch.zeros_like(p) for p in parameters]
+    lr, momentum, decay = SGD["lr"], SGD["momentum"], SGD["weight_decay"]
+
+    @torch.no_grad()
+    def step() -> None:
+        weights, norms = torch._foreach_norm(parameters), torch._foreach_norm(gradients)
+        denominators = torch._foreach_add(norms, weights, alpha=decay)
+        ratios: list[Tensor] = list(torch._foreach_div(torch._foreach_mul(weights, 0.001 * lr), denominators))
+        directions = torch._foreach_add(gradients, parameters, alpha=decay)
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, directions)
+        torch._foreach_sub_(parameters, torch._foreach_mul(buffers, ratios))
+
+    return step

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from ..cases import on_gpu
 from ..contenders import copy_of_memory
 from ..harness import Call, Case, quartiles, take_turns
 from ..machine import backends_here
 from ..targets import ON_GPU as TARGETS
 from . import DEVICE, ON_CPU, UNUSABLE
+from .cases import on_gpu
 from .children import say
 from .clock import Clock, copies_for, launches, profiler_sees, synchronize
 

@@ -219,7 +219,7 @@ def test_targets_are_met_or_not_or_not_measured(gpu):
 
 
 def test_every_target_names_cases_that_there_are(gpu, monkeypatch):
-    cases, shapes = (importlib.import_module(f"benchmarks.{name}") for name in ("cases", "shapes"))
+    cases, shapes = (importlib.import_module(f"benchmarks.{name}") for name in ("gpu.cases", "shapes"))
     there = {(case.name, label) for case in cases.on_gpu() for label in case.contenders}
     for case, models, target in gpu["targets"].ON_GPU:
         assert {(case, target.contender), (case, target.of or target.contender)} <= there
