@@ -120,6 +120,16 @@ def against_torch(name: str, options: dict[str, Any], faster: dict[str, float]) 
     return Table(name.lower(), f"{name}({what}), one step, float32", cases)
 
 
+def without_kernels(name: str, key: str, options: dict[str, Any]) -> Case:
+    """What steps where no compiled backend can, beside torch's foreach step, which is its default on GPUs."""
+    contenders = {
+        "fused_opt": partial(stepping, getattr(fused_opt, name), backend="foreach", **options),
+        "torch foreach": partial(stepping, getattr(torch.optim, name), **options, foreach=True),
+    }
+    target = Target("fused_opt", "time", 1.1, "torch foreach")
+    return Case(f"{name}, {key}", SHAPES[key], contenders, "torch foreach", (target,))
+
+
 def of_small_tensors(name: str) -> Case:
     """One optimizer with its defaults, where torch has no fused step to compare with."""
     ours, theirs = getattr(fused_opt, name), getattr(torch.optim, name)
@@ -190,6 +200,16 @@ ours_sgd = partial(stepping, fused_opt.SGD, **SGD)
 TABLES = [
     against_torch("SGD", {"lr": 1e-3, "momentum": 0.9}, {"300 of 8x8": 10, "300 of 64x64": 5, "30 of 1024x1024": 1.2}),
     against_torch("AdamW", {"lr": 1e-3}, {"300 of 8x8": 15, "300 of 64x64": 5, "30 of 1024x1024": 1.1}),
+    Table(
+        "fallback",
+        "Without a compiled backend (backend='foreach'), one step, float32",
+        [
+            without_kernels(name, key, options)
+            for name, options in (("SGD", SGD), ("AdamW", ADAMW))
+            for key in ("300 of 8x8", "300 of 64x64", "30 of 1024x1024")
+        ]
+        + [without_kernels(name, "300 of 64x64", {}) for name in ("RMSprop", "Adamax", "Adagrad", "NAdam", "RAdam")],
+    ),
     Table(
         "rules",
         "Other rules, 300 tensors of 8x8, one step, float32",
