@@ -186,7 +186,9 @@ struct SumOfSquares {
   template <class T>
   FUSED_OPT_FN void add(const T* x, int64_t n) {
     const int64_t whole = n - n % kLanes;
+#pragma GCC unroll 4
     for (int64_t i = 0; i < whole; i += kLanes)
+#pragma GCC unroll 16
       for (int k = 0; k < kLanes / kDoubles; ++k) {
         const Doubles some = widened(x + i + k * kDoubles);
         lanes[k] += some * some;
@@ -237,12 +239,14 @@ FUSED_OPT_FN void draw_counters(const Draw& by, uint64_t begin, int64_t n, float
       ManyLanes::Word c2 = ManyLanes::splat(by.index), c3 = ManyLanes::splat(by.step);
       philox<ManyLanes>(c0, c1, c2, c3, static_cast<uint32_t>(by.seed), static_cast<uint32_t>(by.seed >> 32));
       const ManyLanes::Word* c[] = {&c0, &c1, &c2, &c3};
+#pragma GCC unroll 4
       for (int w = 0; w < 4; ++w) *reinterpret_cast<Halves*>(&words[w][k]) = evens(c[w]->a, c[w]->b);
     }
     alignas(64) float lanes[4][kCounters];
     for (int k = 0; k < kCounters; ++k) box_muller(words[0][k], words[1][k], lanes[0][k], lanes[1][k]);
     for (int k = 0; k < kCounters; ++k) box_muller(words[2][k], words[3][k], lanes[2][k], lanes[3][k]);
     for (int k = 0; k < kCounters; ++k)
+#pragma GCC unroll 4
       for (int lane = 0; lane < 4; ++lane) z[4 * (done + k) + lane] = lanes[lane][k];
   }
 }
