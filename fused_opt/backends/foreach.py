@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors as _flatten
+from torch._utils import _unflatten_dense_tensors as _unflatten
 
 from ..rule import Rule
 from . import reference
@@ -26,10 +28,8 @@ __all__ = ["DEVICES", "REUSABLE", "accumulate", "bucket", "standard", "steps_on_
 REUSABLE = True
 _MOST = 1 << 26  # elements of one list, so that copies in another dtype take little memory
 _MOST_ON_CPU = 1 << 18  # so that what the next operation reads is still in the cache
-_ONE = torch.ones(
-    (), dtype=torch.float32, device="cpu"
-)  # torch makes one of every number that it adds to a tensor on the CPU
-
+# Torch makes a tensor of every number that it adds to one on the CPU.
+_ONE = torch.ones((), dtype=torch.float32, device="cpu")
 
 _Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 
@@ -176,7 +176,7 @@ class _Together(NamedTuple):
     states: list[list[Tensor]]  # by slot
     steps: list[Tensor]
     dtype: torch.dtype  # of the arithmetic
-    converted: list[bool]  # parameters, gradients, and the states of every slot
+    converted: bool  # something is of another dtype
 
 
 class _Alike:
@@ -296,7 +296,8 @@ class Bucket(reference.Bucket):
             if not able or p.ndim > exempt or not plain:
                 self.alone.append((member, row))
                 continue
-            alike = row, member.lr_scale, member.decay_scale, p.device, p.dtype
+            dtypes = p.dtype, g.dtype, *[state.dtype for state in member.states or ()]
+            alike = row, member.lr_scale, member.decay_scale, p.device, dtypes
             self.ones[member.index] = 1.0
             lists.setdefault(alike, []).append(member)
         self.together = [_together(row, some) for (row, *_), members in lists.items() for some in _in_parts(members)]
@@ -304,23 +305,20 @@ class Bucket(reference.Bucket):
     def _step_together(self, part: _Together, args: StepArgs) -> None:
         assert self.update is not None
         first = part.members[0]
-        given: list[Any] = [part.params, [p.grad for p in part.params], *part.states]
-        tensors: list[Any] = [
-            [t.to(part.dtype) for t in of_kind] if converted else of_kind
-            for of_kind, converted in zip(given, part.converted)
-        ]
-        if args.grad_scale != 1.0:
-            tensors[1] = list(torch._foreach_mul(tensors[1], args.grad_scale))
         decay = float(args.coupled_decay + args.decoupled_decay) * first.decay_scale
         lr, decoupled = float(args.lr) * first.lr_scale, bool(args.decoupled_decay)
         step = self.keys[part.row][1]
         numbers = _Numbers(
             self.groups[first.group], args.coefficients, step, first.states_are_new, lr, decay, decoupled
         )
-        _step(numbers, self.update, *tensors)
-        for place, converted in enumerate(part.converted):
-            if converted and place != 1:
-                torch._foreach_copy_(given[place], tensors[place])
+        for given in _pieces([part.params, [p.grad for p in part.params], *part.states]):
+            tensors: list[Any] = [[_flatten(of_kind).to(part.dtype)] for of_kind in given] if part.converted else given
+            if args.grad_scale != 1.0:
+                tensors[1] = torch._foreach_mul(tensors[1], args.grad_scale)
+            _step(numbers, self.update, *tensors)
+            for place, of_kind in enumerate(given):
+                if part.converted and place != 1:
+                    torch._foreach_copy_(of_kind, _unflatten(tensors[place][0].to(of_kind[0].dtype), of_kind))
         if part.steps:
             torch._foreach_add_(part.steps, _ONE if part.steps[0].is_cpu else 1)
         for member in part.members:
@@ -373,13 +371,24 @@ def _in_parts(members: Sequence[ParamEntry]) -> Iterator[list[ParamEntry]]:
     yield part
 
 
+def _pieces(given: list[Any]) -> list[Any]:
+    """Parameters, gradients and states as they are, but of a large tensor alone as much at a time as one list may have."""
+    p, written = given[0][0], [of_kind[0] for place, of_kind in enumerate(given) if place != 1]
+    if len(given[0]) > 1 or p.device.type != "cpu" or p.numel() <= _MOST_ON_CPU:
+        return [given]
+    if type(p) not in (Tensor, torch.nn.Parameter) or not all([t.is_contiguous() for t in written]):  # noqa: C419
+        return [given]
+    pieces = zip(*[tensor.reshape(-1).split(_MOST_ON_CPU) for (tensor,) in given])
+    return [[[tensor] for tensor in piece] for piece in pieces]
+
+
 def _together(row: int, members: list[ParamEntry]) -> _Together:
     params = [member.tensor for member in members]
     states = [list(of_slot) for of_slot in zip(*[member.states or () for member in members])]
     steps = [member.step for member in members if member.step is not None]
     dtype = torch.float64 if params[0].dtype == torch.float64 else torch.float32
-    given: list[Any] = [params, [p.grad for p in params], *states]
-    converted = [any(t.dtype != dtype for t in of_kind) for of_kind in given]
+    of_each: list[Any] = [params[0], params[0].grad, *[of_slot[0] for of_slot in states]]
+    converted = any(tensor.dtype != dtype for tensor in of_each)
     return _Together(row, members, params, states, steps, dtype, converted)
 
 

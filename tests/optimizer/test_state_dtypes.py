@@ -148,6 +148,24 @@ def test_what_is_refused(form, message):
         fused_opt.AdamW([torch.nn.Parameter(torch.ones(3))], state_dtype=form)
 
 
+def test_parameters_alike_whose_states_are_not(every_kernel):
+    """Each keeps its own dtype, and every digit of it."""
+    runs = []
+    for forms in ([torch.bfloat16, torch.float32], [torch.float32]):
+        parameters = [torch.nn.Parameter(torch.linspace(0.1, 1, 7).bfloat16()) for _ in forms]
+        optimizer = fused_opt.SGD(parameters, lr=0.1, momentum=0.9, backend=every_kernel)
+        for step in range(3):
+            for p, form in zip(parameters, forms):
+                p.grad = torch.full_like(p, 0.3 + step)
+                if step == 1:
+                    state = optimizer.state[p]
+                    state["momentum_buffer"] = state["momentum_buffer"].to(form)
+            optimizer.step()
+        runs.append(optimizer.state[parameters[-1]]["momentum_buffer"])
+    assert runs[0].dtype == torch.float32
+    assert torch.equal(*runs)
+
+
 def test_a_state_of_another_shape_changes_nothing(backend):
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = fused_opt.AdamW([p], state_dtype=torch.bfloat16, backend=backend)

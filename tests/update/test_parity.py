@@ -162,7 +162,8 @@ def test_non_finite_gradients_stay_in_their_element(every_kernel):
     ("name", "options"), [case for case in CASES if case[0] in ("SGD", "Adam", "AdamW", "RMSprop")], ids=str
 )
 def test_without_a_compiled_backend_the_bits_are_torchs(name, options, dtype):
-    ours = layouts(dtype, chunk=20_000)  # one tensor of those that are large
+    large = torch.nn.Parameter(torch.randn(3, 100_007, dtype=dtype))  # more than is stepped at once
+    ours = [*layouts(dtype, chunk=20_000), large]
     theirs = clones(ours)
     optimizer = getattr(fused_opt, name)(ours, backend="foreach", **options)
     oracle = oracle_of(name)(theirs, foreach=True, **options)
