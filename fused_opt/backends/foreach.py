@@ -225,7 +225,7 @@ class Bucket(reference.Bucket):
         self.alike_grads = _Alike([])
         self.counting = True  # the keys change from step to step
         self.keys: list[StepKey] = []
-        self.arranged: Any = None  # for which members, rows and arguments the next three hold
+        self.arranged: Any = None  # for which rows and arguments the next three hold
         self.alone: list[tuple[ParamEntry, int]] = []
         self.together: list[_Together] = []
         self.ones: dict[int, float] = {}  # the ratios of the latter
@@ -257,7 +257,7 @@ class Bucket(reference.Bucket):
         places = [i for i, none in enumerate(absent) if not none]
         if any(i not in self.planned or self.members[i].states is None for i in places):
             return False
-        self.absent, self.counting = absent, True
+        self.absent, self.counting, self.arranged = absent, True, None
         self.present = [self.members[i] for i in places]
         self.alike_grads = _Alike([self.planned[i] for i in places])
         return True
@@ -266,9 +266,10 @@ class Bucket(reference.Bucket):
     def run(self, args: Sequence[StepArgs]) -> None:
         """Step every parameter that has a gradient."""
         of_rows = [(self._able(of_row), math.inf if of_row.ratio is None else of_row.ratio.exempt) for of_row in args]
-        if self.arranged != (of_rows, self.active):
+        arranged = of_rows, [row for _, row in self.active]
+        if arranged != self.arranged:
             self._arrange(of_rows)
-            self.arranged = of_rows, self.active
+            self.arranged = arranged
         self._ratios = dict(self.ones)
         for member, row in self.alone:
             self._step(member, args[row])

@@ -248,3 +248,17 @@ def test_what_is_changed_after_many_steps(change, guarded, monkeypatch):
         runs.append([first, p, optimizer.state[p]["exp_avg"]])
     assert_close(*runs, bound=1e-6)
     assert runs[0][1].dtype == runs[1][1].dtype
+
+
+def test_gradients_that_come_in_turns(every_kernel):
+    """Every time as many, of other parameters."""
+    runs = []
+    for backend in (every_kernel, "reference"):
+        parameters = [torch.nn.Parameter(torch.linspace(0, 1, n)) for n in (4, 4, 6)]
+        optimizer = fused_opt.Adam(parameters, lr=0.5, backend=backend)
+        for step in range(9):
+            for i, p in enumerate(parameters):
+                p.grad = torch.ones_like(p) if step < 2 or i == step % 3 else None
+            optimizer.step()
+        runs.append(parameters)
+    assert_close(*runs, bound=1e-6)
