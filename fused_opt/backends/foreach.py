@@ -8,10 +8,10 @@ neither trust ratio nor noise; anything else, and complex parameters, is stepped
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch._utils import _unflatten_dense_tensors as _unflatten
 
 from ..rule import Rule
 from . import reference
+from .foreach_updates import UPDATES, Numbers, step
 from .interface import ParamEntry, StepArgs, StepKey
 from .reference import DEVICES, accumulate, standard, steps_on_device, unavailable, unsupported
 
@@ -30,141 +31,6 @@ _MOST = 1 << 26  # elements of one list, so that copies in another dtype take li
 _MOST_ON_CPU = 1 << 18  # so that what the next operation reads is still in the cache
 # Torch makes a tensor of every number that it adds to one on the CPU.
 _ONE = torch.ones((), dtype=torch.float32, device="cpu")
-
-_Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
-
-
-class _Numbers(NamedTuple):
-    """What a step does to the tensors of one list."""
-
-    group: Mapping[str, Any]
-    coefficients: Sequence[float]  # of the rule
-    step: float  # counted from 1
-    states_are_new: bool
-    lr: float
-    weight_decay: float
-    decoupled: bool
-
-
-# What the weights move by: numerators, denominators (None: ones), and the rate, where bias corrections are. It is returned by
-# a rule's function of numbers, gradients and states, which renews the states.
-_Moves: TypeAlias = tuple[_Tensors, _Tensors | None, float]
-
-
-def _sgd(numbers: _Numbers, grads: _Tensors) -> _Moves:
-    return grads, None, numbers.lr
-
-
-def _momentum_sgd(numbers: _Numbers, grads: _Tensors, buffers: _Tensors) -> _Moves:
-    momentum, keep, nesterov = numbers.coefficients
-    if numbers.states_are_new:
-        torch._foreach_copy_(buffers, grads)
-    else:
-        torch._foreach_mul_(buffers, momentum)
-        torch._foreach_add_(buffers, grads, alpha=keep)
-    return torch._foreach_add(grads, buffers, alpha=nesterov) if nesterov else buffers, None, numbers.lr
-
-
-def _moments(numbers: _Numbers, grads: _Tensors, mean: _Tensors, square: _Tensors) -> None:
-    one_minus_beta1, beta2, one_minus_beta2, *_ = numbers.coefficients
-    torch._foreach_lerp_(mean, grads, one_minus_beta1)
-    torch._foreach_mul_(square, beta2)
-    torch._foreach_addcmul_(square, grads, grads, one_minus_beta2)
-
-
-def _adam(numbers: _Numbers, grads: _Tensors, mean: _Tensors, square: _Tensors, *largest: _Tensors) -> _Moves:
-    _moments(numbers, grads, mean, square)
-    if largest:
-        torch._foreach_maximum_(largest[0], square)
-    beta1, beta2 = map(float, numbers.group["betas"])
-    denominators = torch._foreach_sqrt(largest[0] if largest else square)
-    torch._foreach_div_(denominators, (1 - beta2**numbers.step) ** 0.5)
-    torch._foreach_add_(denominators, numbers.coefficients[-1])
-    return mean, denominators, numbers.lr / (1 - beta1**numbers.step)
-
-
-def _nadam(numbers: _Numbers, grads: _Tensors, mean: _Tensors, square: _Tensors) -> _Moves:
-    _moments(numbers, grads, mean, square)
-    of_gradient, of_momentum, unbias2, eps, _ = numbers.coefficients[3:]
-    denominators = torch._foreach_sqrt(square)
-    torch._foreach_mul_(denominators, unbias2)
-    torch._foreach_add_(denominators, eps)
-    numerators = torch._foreach_mul(grads, of_gradient)
-    torch._foreach_add_(numerators, mean, alpha=of_momentum)
-    return numerators, denominators, numbers.lr
-
-
-def _radam(numbers: _Numbers, grads: _Tensors, mean: _Tensors, square: _Tensors) -> _Moves:
-    _moments(numbers, grads, mean, square)
-    unbias1, rectified, eps = numbers.coefficients[3:]
-    if not rectified:
-        return mean, None, numbers.lr * unbias1
-    denominators = torch._foreach_sqrt(square)
-    torch._foreach_add_(denominators, eps)
-    return mean, denominators, numbers.lr * rectified
-
-
-def _adamax(numbers: _Numbers, grads: _Tensors, mean: _Tensors, largest: _Tensors) -> _Moves:
-    one_minus_beta1, beta2, unbias1, eps = numbers.coefficients
-    torch._foreach_lerp_(mean, grads, one_minus_beta1)
-    torch._foreach_mul_(largest, beta2)
-    sizes = torch._foreach_abs(grads)
-    torch._foreach_add_(sizes, eps)
-    torch._foreach_maximum_(largest, sizes)
-    return mean, largest, numbers.lr * unbias1
-
-
-def _adagrad(numbers: _Numbers, grads: _Tensors, total: _Tensors) -> _Moves:
-    decayed, eps = numbers.coefficients
-    torch._foreach_addcmul_(total, grads, grads)
-    denominators = torch._foreach_sqrt(total)
-    torch._foreach_add_(denominators, eps)
-    return grads, denominators, numbers.lr * decayed
-
-
-def _rmsprop(numbers: _Numbers, grads: _Tensors, square: _Tensors, *others: _Tensors) -> _Moves:
-    alpha, one_minus_alpha, eps, *momentum = numbers.coefficients
-    torch._foreach_mul_(square, alpha)
-    torch._foreach_addcmul_(square, grads, grads, one_minus_alpha)
-    if average := others[len(momentum) :]:  # behind the momentum buffers
-        torch._foreach_lerp_(average[0], grads, one_minus_alpha)
-        denominators = torch._foreach_addcmul(square, average[0], average[0], -1)
-        torch._foreach_sqrt_(denominators)
-    else:
-        denominators = torch._foreach_sqrt(square)
-    torch._foreach_add_(denominators, eps)
-    if not momentum:
-        return grads, denominators, numbers.lr
-    torch._foreach_mul_(others[0], momentum[0])
-    torch._foreach_addcdiv_(others[0], grads, denominators)
-    return others[0], None, numbers.lr
-
-
-_UPDATES: dict[str, Callable[..., _Moves]] = {
-    "sgd": _sgd,
-    "momentum_sgd": _momentum_sgd,
-    "adam": _adam,
-    "amsgrad": _adam,
-    "nadam": _nadam,
-    "radam": _radam,
-    "adamax": _adamax,
-    "adagrad": _adagrad,
-    **dict.fromkeys(("rmsprop", "centered_rmsprop", "momentum_rmsprop", "centered_momentum_rmsprop"), _rmsprop),
-}
-
-
-def _step(
-    numbers: _Numbers, update: Callable[..., _Moves], params: _Tensors, grads: _Tensors, *states: _Tensors
-) -> None:
-    if numbers.weight_decay and numbers.decoupled:
-        torch._foreach_mul_(params, 1 - numbers.lr * numbers.weight_decay)
-    elif numbers.weight_decay:
-        grads = torch._foreach_add(grads, params, alpha=numbers.weight_decay)
-    numerators, denominators, rate = update(numbers, grads, *states)
-    if denominators is None:
-        torch._foreach_add_(params, numerators, alpha=-rate)
-    else:
-        torch._foreach_addcdiv_(params, numerators, denominators, -rate)
 
 
 class _Together(NamedTuple):
@@ -214,7 +80,7 @@ class Bucket(reference.Bucket):
     ) -> None:
         super().__init__(rule, members)
         self.groups = param_groups
-        self.update = _UPDATES.get(rule.name)
+        self.update = UPDATES.get(rule.name)
         self.seen = objects(param_groups, state)
         self.params = [member.tensor for member in members]
         self.written = self.params + [tensor for member in members for tensor in member.states or ()]
@@ -308,15 +174,15 @@ class Bucket(reference.Bucket):
         first = part.members[0]
         decay = float(args.coupled_decay + args.decoupled_decay) * first.decay_scale
         lr, decoupled = float(args.lr) * first.lr_scale, bool(args.decoupled_decay)
-        step = self.keys[part.row][1]
-        numbers = _Numbers(
-            self.groups[first.group], args.coefficients, step, first.states_are_new, lr, decay, decoupled
+        count = self.keys[part.row][1]
+        numbers = Numbers(
+            self.groups[first.group], args.coefficients, count, first.states_are_new, lr, decay, decoupled
         )
         for given in _pieces([part.params, [p.grad for p in part.params], *part.states]):
             tensors: list[Any] = [[_flatten(of_kind).to(part.dtype)] for of_kind in given] if part.converted else given
             if args.grad_scale != 1.0:
                 tensors[1] = torch._foreach_mul(tensors[1], args.grad_scale)
-            _step(numbers, self.update, *tensors)
+            step(numbers, self.update, *tensors)
             for place, of_kind in enumerate(given):
                 if part.converted and place != 1:
                     torch._foreach_copy_(of_kind, _unflatten(tensors[place][0].to(of_kind[0].dtype), of_kind))

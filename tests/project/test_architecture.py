@@ -37,6 +37,7 @@ ORDER = [
     ["fused_opt.parts"],
     ["fused_opt.groups", "fused_opt.keywords"],
     ["fused_opt.backends.matrices"],
+    ["fused_opt.backends.foreach_updates"],
     ["fused_opt.backends.foreach"],
     ["fused_opt.backends.native", "fused_opt.backends.reference", "fused_opt.backends.triton"],
     ["fused_opt.extras"],
