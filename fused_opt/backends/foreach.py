@@ -20,7 +20,7 @@ from torch._utils import _unflatten_dense_tensors as _unflatten
 
 from ..rule import Rule
 from . import reference
-from .foreach_updates import UPDATES, Numbers, step
+from .foreach_updates import FUSED, UPDATES, Numbers, fused_in_16_bits, step
 from .interface import ParamEntry, StepArgs, StepKey
 from .reference import DEVICES, accumulate, standard, steps_on_device, unavailable, unsupported
 
@@ -31,6 +31,8 @@ _MOST = 1 << 26  # elements of one list, so that copies in another dtype take li
 _MOST_ON_CPU = 1 << 18  # so that what the next operation reads is still in the cache
 # Torch makes a tensor of every number that it adds to one on the CPU.
 _ONE = torch.ones((), dtype=torch.float32, device="cpu")
+_PLAIN = Tensor, torch.nn.Parameter
+_SIXTEEN_BITS = torch.bfloat16, torch.float16
 
 
 class _Together(NamedTuple):
@@ -43,6 +45,7 @@ class _Together(NamedTuple):
     steps: list[Tensor]
     dtype: torch.dtype  # of the arithmetic
     converted: bool  # something is of another dtype
+    fusible: bool  # by torch's fused step
 
 
 class _Alike:
@@ -164,13 +167,16 @@ class Bucket(reference.Bucket):
                 self.alone.append((member, row))
                 continue
             dtypes = p.dtype, g.dtype, *[state.dtype for state in member.states or ()]
-            alike = row, member.lr_scale, member.decay_scale, p.device, dtypes
+            alike = row, member.lr_scale, member.decay_scale, p.device, dtypes, _fusible(self.rule, member)
             self.ones[member.index] = 1.0
             lists.setdefault(alike, []).append(member)
-        self.together = [_together(row, some) for (row, *_), members in lists.items() for some in _in_parts(members)]
+        self.together = [
+            _together(row, fusible, some)
+            for (row, *_, fusible), members in lists.items()
+            for some in _in_parts(members)
+        ]
 
     def _step_together(self, part: _Together, args: StepArgs) -> None:
-        assert self.update is not None
         first = part.members[0]
         decay = float(args.coupled_decay + args.decoupled_decay) * first.decay_scale
         lr, decoupled = float(args.lr) * first.lr_scale, bool(args.decoupled_decay)
@@ -178,14 +184,11 @@ class Bucket(reference.Bucket):
         numbers = Numbers(
             self.groups[first.group], args.coefficients, count, first.states_are_new, lr, decay, decoupled
         )
-        for given in _pieces([part.params, [p.grad for p in part.params], *part.states]):
-            tensors: list[Any] = [[_flatten(of_kind).to(part.dtype)] for of_kind in given] if part.converted else given
-            if args.grad_scale != 1.0:
-                tensors[1] = torch._foreach_mul(tensors[1], args.grad_scale)
-            step(numbers, self.update, *tensors)
-            for place, of_kind in enumerate(given):
-                if part.converted and place != 1:
-                    torch._foreach_copy_(of_kind, _unflatten(tensors[place][0].to(of_kind[0].dtype), of_kind))
+        scale, decays_itself = args.grad_scale, bool(decay and decoupled)  # of torch's fused steps only Adam's does
+        if part.fusible and abs(scale) == 1 and (self.update is UPDATES["adam"] or not decays_itself):
+            FUSED[self.rule.name](numbers, scale < 0, part.params, [p.grad for p in part.params], *part.states)
+        else:
+            self._step_in_pieces(part, numbers, scale)
         if part.steps:
             torch._foreach_add_(part.steps, _ONE if part.steps[0].is_cpu else 1)
         for member in part.members:
@@ -195,6 +198,18 @@ class Bucket(reference.Bucket):
         if args.fold is not None:
             for member in part.members:
                 self._fold(member, args, member.tensor.to(part.dtype))
+
+    def _step_in_pieces(self, part: _Together, numbers: Numbers, grad_scale: float) -> None:
+        """Operation by operation, as many elements at a time as one list may have."""
+        assert self.update is not None
+        for given in _pieces([part.params, [p.grad for p in part.params], *part.states]):
+            tensors: list[Any] = [[_flatten(of_kind).to(part.dtype)] for of_kind in given] if part.converted else given
+            if grad_scale != 1.0:
+                tensors[1] = torch._foreach_mul(tensors[1], grad_scale)
+            step(numbers, self.update, *tensors)
+            for place, of_kind in enumerate(given):
+                if part.converted and place != 1:
+                    torch._foreach_copy_(of_kind, _unflatten(tensors[place][0].to(of_kind[0].dtype), of_kind))
 
 
 def objects(param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> list[Any]:
@@ -220,8 +235,23 @@ def _guard(tensors: Sequence[Tensor]) -> Any:
 
 def _kinds(tensors: Sequence[Tensor]) -> list[Any]:
     """What a bucket was made for; that memory overlaps it was asked then, and another backend steps what is not lazy."""
+    strides = [t.stride() if t.layout == torch.strided else () for t in tensors]
     lazily = map(Tensor.is_neg, tensors), map(Tensor._is_zerotensor, tensors)
-    return list(zip(map(type, tensors), map(_look, tensors), *lazily))
+    return list(zip(map(type, tensors), map(_look, tensors), strides, *lazily))
+
+
+def _fusible(rule: Rule, member: ParamEntry) -> bool:
+    """Whether torch's fused step, which walks memory, can step it.
+
+    In 32 and 64 bits its last bits depend on where in its tensor an element is, so that it is for 16 bits alone.
+    """
+    p = member.tensor
+    if p.dtype not in _SIXTEEN_BITS or not fused_in_16_bits(rule.name, p.device.type):
+        return False
+    tensors: list[Any] = [p, p.grad, *(member.states or ())]
+    dense = p.is_contiguous() or p.is_contiguous(memory_format=torch.channels_last)
+    as_it_is = all(type(t) in _PLAIN and t.dtype == p.dtype and t.stride() == p.stride() for t in tensors)
+    return dense and as_it_is and not tensors[1].is_neg()
 
 
 def _in_parts(members: Sequence[ParamEntry]) -> Iterator[list[ParamEntry]]:
@@ -243,20 +273,20 @@ def _pieces(given: list[Any]) -> list[Any]:
     p, written = given[0][0], [of_kind[0] for place, of_kind in enumerate(given) if place != 1]
     if len(given[0]) > 1 or p.device.type != "cpu" or p.numel() <= _MOST_ON_CPU:
         return [given]
-    if type(p) not in (Tensor, torch.nn.Parameter) or not all([t.is_contiguous() for t in written]):  # noqa: C419
+    if type(p) not in _PLAIN or not all([t.is_contiguous() for t in written]):  # noqa: C419
         return [given]
     pieces = zip(*[tensor.reshape(-1).split(_MOST_ON_CPU) for (tensor,) in given])
     return [[[tensor] for tensor in piece] for piece in pieces]
 
 
-def _together(row: int, members: list[ParamEntry]) -> _Together:
+def _together(row: int, fusible: bool, members: list[ParamEntry]) -> _Together:
     params = [member.tensor for member in members]
     states = [list(of_slot) for of_slot in zip(*[member.states or () for member in members])]
     steps = [member.step for member in members if member.step is not None]
     dtype = torch.float64 if params[0].dtype == torch.float64 else torch.float32
     of_each: list[Any] = [params[0], params[0].grad, *[of_slot[0] for of_slot in states]]
     converted = any(tensor.dtype != dtype for tensor in of_each)
-    return _Together(row, members, params, states, steps, dtype, converted)
+    return _Together(row, members, params, states, steps, dtype, converted, fusible)
 
 
 def bucket(

@@ -155,20 +155,3 @@ def test_non_finite_gradients_stay_in_their_element(every_kernel):
         optimizer.step()
         assert not p[42].isfinite()
         assert p.isfinite().sum() == 99
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(
-    ("name", "options"), [case for case in CASES if case[0] in ("SGD", "Adam", "AdamW", "RMSprop")], ids=str
-)
-def test_without_a_compiled_backend_the_bits_are_torchs(name, options, dtype):
-    large = torch.nn.Parameter(torch.randn(3, 100_007, dtype=dtype))  # more than is stepped at once
-    ours = [*layouts(dtype, chunk=20_000), large]
-    theirs = clones(ours)
-    optimizer = getattr(fused_opt, name)(ours, backend="foreach", **options)
-    oracle = oracle_of(name)(theirs, foreach=True, **options)
-    train(optimizer, ours)
-    train(oracle, theirs)
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
-    set_gradients(theirs, 3)
-    assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours, theirs))  # torch's own adds to them
