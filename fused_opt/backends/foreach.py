@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors as _flatten
 from torch._utils import _unflatten_dense_tensors as _unflatten
 
 from ..rule import Rule
 from . import reference
-from .foreach_updates import FUSED, UPDATES, Numbers, fused_in_16_bits, step
+from .foreach_updates import FUSED, UPDATES, Numbers, Tensors, fused_in_16_bits, step
 from .interface import ParamEntry, StepArgs, StepKey
 from .reference import DEVICES, accumulate, standard, steps_on_device, unavailable, unsupported
 
@@ -29,10 +29,15 @@ __all__ = ["DEVICES", "REUSABLE", "accumulate", "bucket", "standard", "steps_on_
 REUSABLE = True
 _MOST = 1 << 26  # elements of one list, so that copies in another dtype take little memory
 _MOST_ON_CPU = 1 << 18  # so that what the next operation reads is still in the cache
-# Torch makes a tensor of every number that it adds to one on the CPU.
-_ONE = torch.ones((), dtype=torch.float32, device="cpu")
 _PLAIN = Tensor, torch.nn.Parameter
 _SIXTEEN_BITS = torch.bfloat16, torch.float16
+
+
+class _Copies(NamedTuple):
+    """Memory for the copies of tensors in the arithmetic's dtype."""
+
+    flat: Tensor
+    shaped: Tensors  # the same, as the tensors
 
 
 class _Together(NamedTuple):
@@ -46,6 +51,7 @@ class _Together(NamedTuple):
     dtype: torch.dtype  # of the arithmetic
     converted: bool  # something is of another dtype
     fusible: bool  # by torch's fused step
+    wide: list[_Copies]  # by slot, where they are kept
 
 
 class _Alike:
@@ -98,6 +104,7 @@ class Bucket(reference.Bucket):
         self.alone: list[tuple[ParamEntry, int]] = []
         self.together: list[_Together] = []
         self.ones: dict[int, float] = {}  # the ratios of the latter
+        self.scratch: dict[torch.dtype, list[Tensor]] = {}  # of the CPU, for copies of one list
 
     def collect_gradients(
         self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]
@@ -184,13 +191,19 @@ class Bucket(reference.Bucket):
         numbers = Numbers(
             self.groups[first.group], args.coefficients, count, first.states_are_new, lr, decay, decoupled
         )
-        scale, decays_itself = args.grad_scale, bool(decay and decoupled)  # of torch's fused steps only Adam's does
-        if part.fusible and abs(scale) == 1 and (self.update is UPDATES["adam"] or not decays_itself):
-            FUSED[self.rule.name](numbers, scale < 0, part.params, [p.grad for p in part.params], *part.states)
+        scale = args.grad_scale
+        as_torch_has_it = abs(scale) == 1 and (self.update is UPDATES["adam"] or not (decay and decoupled))
+        fused = FUSED.get(self.rule.name) if as_torch_has_it else None
+        given = [part.params, [p.grad for p in part.params], *part.states]
+        if fused and part.fusible:
+            fused(numbers, scale < 0, *given)
         else:
-            self._step_in_pieces(part, numbers, scale)
-        if part.steps:
-            torch._foreach_add_(part.steps, _ONE if part.steps[0].is_cpu else 1)
+            for piece in _pieces(given):
+                self._step_piece(part, numbers, scale, fused, piece)
+        if part.steps and part.steps[0].is_cpu:  # where adding to a number takes five times as long
+            torch._foreach_copy_(part.steps, [part.steps[0].new_full((), count)] * len(part.steps))
+        elif part.steps:
+            torch._foreach_add_(part.steps, 1)
         for member in part.members:
             member.states_are_new = False
             if member.scalar is not None:
@@ -199,17 +212,37 @@ class Bucket(reference.Bucket):
             for member in part.members:
                 self._fold(member, args, member.tensor.to(part.dtype))
 
-    def _step_in_pieces(self, part: _Together, numbers: Numbers, grad_scale: float) -> None:
-        """Operation by operation, as many elements at a time as one list may have."""
+    def _step_piece(self, part: _Together, numbers: Numbers, scale: float, fused: Any, given: list[Any]) -> None:
+        """As many elements as one list may have, operation by operation unless they are copied."""
         assert self.update is not None
-        for given in _pieces([part.params, [p.grad for p in part.params], *part.states]):
-            tensors: list[Any] = [[_flatten(of_kind).to(part.dtype)] for of_kind in given] if part.converted else given
-            if grad_scale != 1.0:
-                tensors[1] = torch._foreach_mul(tensors[1], grad_scale)
-            step(numbers, self.update, *tensors)
-            for place, of_kind in enumerate(given):
-                if part.converted and place != 1:
-                    torch._foreach_copy_(of_kind, _unflatten(tensors[place][0].to(of_kind[0].dtype), of_kind))
+        wide = self._wide(part, given) if part.converted else []
+        for copies, of_kind in zip(wide, given):
+            torch._foreach_copy_(copies.shaped, of_kind)
+        tensors: list[Any] = [[copies.flat] for copies in wide] or given
+        if fused and wide and wide[0].flat.is_cpu:
+            fused(numbers, scale < 0, *tensors)
+        else:
+            grads = tensors[1] if scale == 1 else torch._foreach_mul(tensors[1], scale)
+            step(numbers, self.update, tensors[0], grads, *tensors[2:])
+        for place, copies in enumerate(wide):
+            if place != 1:
+                torch._foreach_copy_(given[place], copies.shaped)
+
+    def _wide(self, part: _Together, given: list[Any]) -> list[_Copies]:
+        """By slot; on the CPU the lists, which are short there, share memory that is kept."""
+        whole = given[0] is part.params
+        if whole and part.wide:
+            return part.wide
+        elements, device = sum(p.numel() for p in given[0]), given[0][0].device
+        kept = device.type == "cpu" and elements <= _MOST_ON_CPU
+        make = partial(torch.empty, dtype=part.dtype, device=device)
+        if kept and part.dtype not in self.scratch:
+            self.scratch[part.dtype] = [make(_MOST_ON_CPU) for _ in given]
+        flats = [flat[:elements] for flat in self.scratch[part.dtype]] if kept else [make(elements) for _ in given]
+        wide = [_Copies(flat, _unflatten(flat, of_kind)) for flat, of_kind in zip(flats, given)]
+        if whole and kept:
+            part.wide.extend(wide)
+        return wide
 
 
 def objects(param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> list[Any]:
@@ -286,7 +319,7 @@ def _together(row: int, fusible: bool, members: list[ParamEntry]) -> _Together:
     dtype = torch.float64 if params[0].dtype == torch.float64 else torch.float32
     of_each: list[Any] = [params[0], params[0].grad, *[of_slot[0] for of_slot in states]]
     converted = any(tensor.dtype != dtype for tensor in of_each)
-    return _Together(row, members, params, states, steps, dtype, converted, fusible)
+    return _Together(row, members, params, states, steps, dtype, converted, fusible, [])
 
 
 def bucket(
