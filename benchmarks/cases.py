@@ -17,7 +17,7 @@ from . import shapes
 from .contenders import ADAMW, MUON, SGD, copy_of_memory, foreach_lars, importable, pairs, peers, stepping
 from .harness import Call, Case, Make, Table, normal
 from .models import MODELS as TRAINED
-from .precision import precision
+from .precision import in_bfloat16, precision
 from .shapes import SHAPES, Shape
 from .targets import Target
 
@@ -120,14 +120,15 @@ def against_torch(name: str, options: dict[str, Any], faster: dict[str, float]) 
     return Table(name.lower(), f"{name}({what}), one step, float32", cases)
 
 
-def without_kernels(name: str, key: str, options: dict[str, Any]) -> Case:
+def without_kernels(name: str, key: str, options: dict[str, Any], start: Callable[..., Call] = stepping) -> Case:
     """What steps where no compiled backend can, beside torch's foreach step, which is its default on GPUs."""
     contenders = {
-        "fused_opt": partial(stepping, getattr(fused_opt, name), backend="foreach", **options),
-        "torch foreach": partial(stepping, getattr(torch.optim, name), **options, foreach=True),
+        "fused_opt": partial(start, getattr(fused_opt, name), backend="foreach", **options),
+        "torch foreach": partial(start, getattr(torch.optim, name), **options, foreach=True),
     }
     target = Target("fused_opt", "time", 1.1, "torch foreach")
-    return Case(f"{name}, {key}", SHAPES[key], contenders, "torch foreach", (target,))
+    case = f"{name}, {key}" if start is stepping else f"{name}, bfloat16, {key}"
+    return Case(case, SHAPES[key], contenders, "torch foreach", (target,))
 
 
 def of_small_tensors(name: str) -> Case:
@@ -202,13 +203,18 @@ TABLES = [
     against_torch("AdamW", {"lr": 1e-3}, {"300 of 8x8": 15, "300 of 64x64": 5, "30 of 1024x1024": 1.1}),
     Table(
         "fallback",
-        "Without a compiled backend (backend='foreach'), one step, float32",
+        "Without a compiled backend (backend='foreach'), one step",
         [
             without_kernels(name, key, options)
             for name, options in (("SGD", SGD), ("AdamW", ADAMW))
             for key in ("300 of 8x8", "300 of 64x64", "30 of 1024x1024")
         ]
-        + [without_kernels(name, "300 of 64x64", {}) for name in ("RMSprop", "Adamax", "Adagrad", "NAdam", "RAdam")],
+        + [without_kernels(name, "300 of 64x64", {}) for name in ("RMSprop", "Adamax", "Adagrad", "NAdam", "RAdam")]
+        + [
+            without_kernels(name, key, options, in_bfloat16)
+            for name, options in (("SGD", SGD), ("AdamW", ADAMW), ("RMSprop", {}))
+            for key in ("300 of 64x64", "30 of 1024x1024")
+        ],
     ),
     Table(
         "rules",
