@@ -2,7 +2,7 @@
 
 The rules that torch.optim has are stepped so, in the operations and the order of its own foreach steps, as long as a step has
 neither trust ratio nor noise; anything else, and complex parameters, is stepped as the reference does it, tensor by tensor.
-16-bit parameters are stepped in float32 and rounded once.
+16-bit parameters are stepped in float32 and rounded once, by torch's fused step where it does so, else in copies.
 """
 
 from __future__ import annotations

@@ -217,9 +217,9 @@ def _swap_state(optimizer, p):
 
 CHANGES = {
     "nothing": lambda optimizer, p: None,
-    "gradient of other strides": lambda optimizer, p: setattr(p, "grad", torch.ones(2, 3).t()),
-    "gradient of zeros": lambda optimizer, p: setattr(p, "grad", torch._efficientzerotensor((3, 2))),
-    "gradient negated": lambda optimizer, p: setattr(p, "grad", torch._neg_view(torch.ones(3, 2))),
+    "gradient of other strides": lambda optimizer, p: setattr(p, "grad", torch.arange(6.0).to(p.dtype).view(2, 3).t()),
+    "gradient of zeros": lambda optimizer, p: setattr(p, "grad", torch._efficientzerotensor((3, 2), dtype=p.dtype)),
+    "gradient negated": lambda optimizer, p: setattr(p, "grad", torch._neg_view(torch.ones_like(p))),
     "no gradient": lambda optimizer, p: setattr(p, "grad", None),
     "gradient of two": lambda optimizer, p: setattr(p, "grad", optimizer.param_groups[0]["params"][0].grad),
     "weights": _swap_weights,
@@ -227,18 +227,19 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=str)
 @pytest.mark.parametrize("guarded", [True, False])
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_is_changed_after_many_steps(change, guarded, monkeypatch):
+def test_what_is_changed_after_many_steps(change, guarded, dtype, bound, monkeypatch):
     """Steps of many tensors look at them by a guard of torch, where it has one; another torch may not."""
     if not guarded:
         monkeypatch.setattr("fused_opt.backends.foreach._guard", lambda tensors: None)
     runs = []
     for backend in ("foreach", "reference"):
-        first, p = torch.nn.Parameter(torch.zeros(3, 2)), torch.nn.Parameter(torch.linspace(0, 1, 6).view(3, 2))
+        first, p = (torch.nn.Parameter(x.view(3, 2).to(dtype)) for x in (torch.zeros(6), torch.linspace(0, 1, 6)))
         optimizer = fused_opt.Adam([first, p], lr=0.5, weight_decay=0.1, backend=backend)
         for step in range(7):
-            first.grad, p.grad = torch.ones(3, 2), torch.full_like(p, 1.0 + step)
+            first.grad, p.grad = torch.ones_like(first), torch.arange(6.0).add(step).view(3, 2).to(p.dtype)
             if step == 4:
                 CHANGES[change](optimizer, p)
             optimizer.step()
@@ -246,7 +247,7 @@ def test_what_is_changed_after_many_steps(change, guarded, monkeypatch):
                 (bucket,) = optimizer._last.buckets
                 assert (bucket.alike.guard is not None) == (bucket.alike_grads.guard is not None) == guarded
         runs.append([first, p, optimizer.state[p]["exp_avg"]])
-    assert_close(*runs, bound=1e-6)
+    assert_close(*runs, bound=bound)
     assert runs[0][1].dtype == runs[1][1].dtype
 
 

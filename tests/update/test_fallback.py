@@ -3,6 +3,7 @@
 import pytest
 import torch
 from rules import CASES, OF_TORCH
+from support.compare import distance
 from support.parameters import clones, layouts, set_gradients
 
 import fused_opt
@@ -35,18 +36,41 @@ def test_the_bits_are_torchs(name, options, dtype):
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours, theirs))  # torch's own adds to them
 
 
+@pytest.fixture
+def fused_in_32_bits(monkeypatch):
+    """The dtypes in which torch's fused steps are right in every version of torch, in the place of 16 bits."""
+    monkeypatch.setattr(foreach, "_SIXTEEN_BITS", (torch.float32, torch.float64))
+    monkeypatch.setattr(foreach, "fused_in_16_bits", lambda rule, device: True)
+
+
 @wide
 @cases_of("SGD", "Adam", "AdamW", "Adagrad")
-def test_torchs_fused_steps_are_given_what_torch_gives_them(name, options, dtype, monkeypatch):
-    """In dtypes in which they are right in every version of torch."""
-    monkeypatch.setattr(foreach, "_SIXTEEN_BITS", (dtype,))
-    monkeypatch.setattr(foreach, "fused_in_16_bits", lambda rule, device: True)
+def test_torchs_fused_steps_are_given_what_torch_gives_them(name, options, dtype, fused_in_32_bits, monkeypatch):
     monkeypatch.setattr(foreach, "step", None)  # operation by operation
     ours = [p for p in layouts(dtype, chunk=300) if p.is_contiguous() or p.ndim == 4]
     theirs = clones(ours)
     train(getattr(fused_opt, name)(ours, backend="foreach", **options), ours)
     train(getattr(torch.optim, name)(theirs, fused=True, **options), theirs)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+def test_what_lies_between_the_elements_stays(fused_in_32_bits):
+    memory = torch.ones(6)
+    p = torch.nn.Parameter(memory[::2])
+    p.grad = torch.ones(6)[::2]
+    fused_opt.SGD([p], lr=0.5, backend="foreach").step()
+    assert memory.tolist() == [0.5, 1.0] * 3
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
+@pytest.mark.parametrize("decay", ["coupled", "decoupled"])
+def test_decay_where_torchs_fused_steps_have_it_or_not(name, decay, fused_in_32_bits):
+    runs = []
+    for backend in ("foreach", "reference"):
+        runs.append(layouts(chunk=300))
+        options = {"lr": 0.1, "weight_decay": 0.5, "decay": decay}
+        train(getattr(fused_opt, name)(runs[-1], backend=backend, **options), runs[-1])
+    assert distance(*runs) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
