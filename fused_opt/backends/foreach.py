@@ -2,7 +2,8 @@
 
 The rules that torch.optim has are stepped so, in the operations and the order of its own foreach steps, as long as a step has
 neither trust ratio nor noise; anything else, and complex parameters, is stepped as the reference does it, tensor by tensor.
-16-bit parameters are stepped in float32 and rounded once, by torch's fused step where it does so, else in copies.
+16-bit parameters are stepped in float32 and rounded once, by torch's fused steps or in copies; where neither is as fast as
+torch.optim's operations, by operations, each of which computes in float32 and rounds what it stores.
 """
 
 from __future__ import annotations
@@ -20,7 +21,17 @@ from torch._utils import _unflatten_dense_tensors as _unflatten
 
 from ..rule import Rule
 from . import reference
-from .foreach_updates import FUSED, UPDATES, Numbers, Tensors, fused_in_16_bits, step
+from .foreach_updates import (
+    DECOUPLED,
+    FUSED,
+    SIXTEEN_BITS,
+    UPDATES,
+    Numbers,
+    Tensors,
+    by_operations_in_16_bits,
+    fused_in_16_bits,
+    step,
+)
 from .interface import ParamEntry, StepArgs, StepKey
 from .reference import DEVICES, accumulate, standard, steps_on_device, unavailable, unsupported
 
@@ -29,8 +40,8 @@ __all__ = ["DEVICES", "REUSABLE", "accumulate", "bucket", "standard", "steps_on_
 REUSABLE = True
 _MOST = 1 << 26  # elements of one list, so that copies in another dtype take little memory
 _MOST_ON_CPU = 1 << 18  # so that what the next operation reads is still in the cache
+_LONGEST_ON_CPU = 1 << 22  # of a list that is stepped in pieces of so many, or whole where the cache gains nothing
 _PLAIN = Tensor, torch.nn.Parameter
-_SIXTEEN_BITS = torch.bfloat16, torch.float16
 
 
 class _Copies(NamedTuple):
@@ -50,8 +61,10 @@ class _Together(NamedTuple):
     steps: list[Tensor]
     dtype: torch.dtype  # of the arithmetic
     converted: bool  # something is of another dtype
+    by_operations: bool  # in 16 bits, where torch.optim has the step
     fusible: bool  # by torch's fused step
     wide: list[_Copies]  # by slot, where they are kept
+    runs: list[slice]  # that fit in the cache
 
 
 class _Alike:
@@ -178,9 +191,9 @@ class Bucket(reference.Bucket):
             self.ones[member.index] = 1.0
             lists.setdefault(alike, []).append(member)
         self.together = [
-            _together(row, fusible, some)
+            part
             for (row, *_, fusible), members in lists.items()
-            for some in _in_parts(members)
+            for part in _together(self.rule.name, row, fusible, members)
         ]
 
     def _step_together(self, part: _Together, args: StepArgs) -> None:
@@ -192,30 +205,35 @@ class Bucket(reference.Bucket):
             self.groups[first.group], args.coefficients, count, first.states_are_new, lr, decay, decoupled
         )
         scale = args.grad_scale
-        as_torch_has_it = abs(scale) == 1 and (self.update is UPDATES["adam"] or not (decay and decoupled))
+        as_torch_has_it = abs(scale) == 1 and (self.rule.name in DECOUPLED or not (decay and decoupled))
         fused = FUSED.get(self.rule.name) if as_torch_has_it else None
         given = [part.params, [p.grad for p in part.params], *part.states]
         if fused and part.fusible:
             fused(numbers, scale < 0, *given)
         else:
-            for piece in _pieces(given):
-                self._step_piece(part, numbers, scale, fused, piece)
+            copied = part.converted and not (part.by_operations and as_torch_has_it)
+            whole = not copied and (part.by_operations or (self.rule.name == "sgd" and not decay))
+            for piece in [given] if whole else _pieces(given, part.runs):
+                self._step_piece(part, numbers, scale, fused, piece, copied)
         if part.steps and part.steps[0].is_cpu:  # where adding to a number takes five times as long
             torch._foreach_copy_(part.steps, [part.steps[0].new_full((), count)] * len(part.steps))
         elif part.steps:
             torch._foreach_add_(part.steps, 1)
-        for member in part.members:
-            member.states_are_new = False
-            if member.scalar is not None:
-                member.scalar.fill_(args.coefficients[-1])
+        if first.states_are_new or first.scalar is not None:
+            for member in part.members:
+                member.states_are_new = False
+                if member.scalar is not None:
+                    member.scalar.fill_(args.coefficients[-1])
         if args.fold is not None:
             for member in part.members:
                 self._fold(member, args, member.tensor.to(part.dtype))
 
-    def _step_piece(self, part: _Together, numbers: Numbers, scale: float, fused: Any, given: list[Any]) -> None:
-        """As many elements as one list may have, operation by operation unless they are copied."""
+    def _step_piece(
+        self, part: _Together, numbers: Numbers, scale: float, fused: Any, given: list[Any], copied: bool
+    ) -> None:
+        """What fits in the cache, or a whole list."""
         assert self.update is not None
-        wide = self._wide(part, given) if part.converted else []
+        wide = self._wide(part, given) if copied else []
         for copies, of_kind in zip(wide, given):
             torch._foreach_copy_(copies.shaped, of_kind)
         tensors: list[Any] = [[copies.flat] for copies in wide] or given
@@ -230,7 +248,7 @@ class Bucket(reference.Bucket):
 
     def _wide(self, part: _Together, given: list[Any]) -> list[_Copies]:
         """By slot; on the CPU the lists, which are short there, share memory that is kept."""
-        whole = given[0] is part.params
+        whole = len(given[0]) == len(part.params) and given[0][0] is part.params[0]
         if whole and part.wide:
             return part.wide
         elements, device = sum(p.numel() for p in given[0]), given[0][0].device
@@ -279,7 +297,7 @@ def _fusible(rule: Rule, member: ParamEntry) -> bool:
     In 32 and 64 bits its last bits depend on where in its tensor an element is, so that it is for 16 bits alone.
     """
     p = member.tensor
-    if p.dtype not in _SIXTEEN_BITS or not fused_in_16_bits(rule.name, p.device.type):
+    if p.dtype not in SIXTEEN_BITS or not fused_in_16_bits(rule.name, p.device.type):
         return False
     tensors: list[Any] = [p, p.grad, *(member.states or ())]
     dense = p.is_contiguous() or p.is_contiguous(memory_format=torch.channels_last)
@@ -287,39 +305,48 @@ def _fusible(rule: Rule, member: ParamEntry) -> bool:
     return dense and as_it_is and not tensors[1].is_neg()
 
 
-def _in_parts(members: Sequence[ParamEntry]) -> Iterator[list[ParamEntry]]:
-    """Runs of members of so many elements as one list may have."""
-    most = _MOST_ON_CPU if members[0].tensor.device.type == "cpu" else _MOST
-    part: list[ParamEntry] = []
-    elements = 0
-    for member in members:
-        if part and elements + member.tensor.numel() > most:
-            yield part
-            part, elements = [], 0
-        part.append(member)
-        elements += member.tensor.numel()
-    yield part
+def _runs(tensors: Sequence[Tensor], most: int) -> Iterator[slice]:
+    """Runs of tensors of so many elements together, or of one that has more."""
+    start = elements = 0
+    for place, tensor in enumerate(tensors):
+        if place > start and elements + tensor.numel() > most:
+            yield slice(start, place)
+            start, elements = place, 0
+        elements += tensor.numel()
+    yield slice(start, len(tensors))
 
 
-def _pieces(given: list[Any]) -> list[Any]:
-    """Parameters, gradients and states as they are, but of a large tensor alone as much at a time as one list may have."""
-    p, written = given[0][0], [of_kind[0] for place, of_kind in enumerate(given) if place != 1]
-    if len(given[0]) > 1 or p.device.type != "cpu" or p.numel() <= _MOST_ON_CPU:
-        return [given]
-    if type(p) not in _PLAIN or not all([t.is_contiguous() for t in written]):  # noqa: C419
-        return [given]
-    pieces = zip(*[tensor.reshape(-1).split(_MOST_ON_CPU) for (tensor,) in given])
-    return [[[tensor] for tensor in piece] for piece in pieces]
+def _pieces(given: list[Any], runs: list[slice]) -> Iterator[list[Any]]:
+    """Parameters, gradients and states in these runs, and of a tensor that is larger than a run as much at a time."""
+    for run in runs:
+        some = [of_kind[run] for of_kind in given] if len(runs) > 1 else given
+        p = some[0][0]
+        count = math.ceil(p.numel() / _MOST_ON_CPU) if p.is_cpu and type(p) in _PLAIN else 1
+        if count > 1 and all(of_kind[0].is_contiguous() for place, of_kind in enumerate(some) if place != 1):
+            for piece in zip(*[tensor.reshape(-1).chunk(count) for (tensor,) in some]):
+                yield [[tensor] for tensor in piece]
+        else:
+            yield some
 
 
-def _together(row: int, fusible: bool, members: list[ParamEntry]) -> _Together:
-    params = [member.tensor for member in members]
-    states = [list(of_slot) for of_slot in zip(*[member.states or () for member in members])]
-    steps = [member.step for member in members if member.step is not None]
-    dtype = torch.float64 if params[0].dtype == torch.float64 else torch.float32
-    of_each: list[Any] = [params[0], params[0].grad, *[of_slot[0] for of_slot in states]]
-    converted = any(tensor.dtype != dtype for tensor in of_each)
-    return _Together(row, members, params, states, steps, dtype, converted, fusible, [])
+def _together(rule: str, row: int, fusible: bool, members: list[ParamEntry]) -> Iterator[_Together]:
+    """Lists of members that are alike."""
+    p, on_cpu = members[0].tensor, members[0].tensor.is_cpu
+    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+    of_one: list[Any] = [p, p.grad, *(members[0].states or ())]
+    converted = any(tensor.dtype != dtype for tensor in of_one)
+    by_operations = p.dtype in SIXTEEN_BITS and all(tensor.dtype == p.dtype for tensor in of_one)
+    by_operations = by_operations and not fused_in_16_bits(rule, p.device.type)
+    by_operations = by_operations and by_operations_in_16_bits(rule, p.dtype)
+    short = converted and not by_operations
+    most, most_at_once = (_MOST_ON_CPU if short else _LONGEST_ON_CPU, _MOST_ON_CPU) if on_cpu else (_MOST, _MOST)
+    for run in _runs([member.tensor for member in members], most):
+        some = members[run]
+        params = [member.tensor for member in some]
+        states = [list(of_slot) for of_slot in zip(*[member.states or () for member in some])]
+        steps = [member.step for member in some if member.step is not None]
+        runs = list(_runs(params, most_at_once))
+        yield _Together(row, some, params, states, steps, dtype, converted, by_operations, fusible, [], runs)
 
 
 def bucket(
