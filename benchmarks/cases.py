@@ -120,14 +120,15 @@ def against_torch(name: str, options: dict[str, Any], faster: dict[str, float]) 
     return Table(name.lower(), f"{name}({what}), one step, float32", cases)
 
 
-def without_kernels(name: str, key: str, options: dict[str, Any], start: Callable[..., Call] = stepping) -> Case:
+def without_kernels(what: str, key: str, options: dict[str, Any], start: Callable[..., Call] = stepping) -> Case:
     """What steps where no compiled backend can, beside torch's foreach step, which is its default on GPUs."""
+    name = what.split()[0]
     contenders = {
         "fused_opt": partial(start, getattr(fused_opt, name), backend="foreach", **options),
         "torch foreach": partial(start, getattr(torch.optim, name), **options, foreach=True),
     }
     target = Target("fused_opt", "time", 1.1, "torch foreach")
-    case = f"{name}, {key}" if start is stepping else f"{name}, bfloat16, {key}"
+    case = f"{what}, {key}" if start is stepping else f"{what}, bfloat16, {key}"
     return Case(case, SHAPES[key], contenders, "torch foreach", (target,))
 
 
@@ -197,6 +198,13 @@ def iterations(name: str, count: int) -> list[Case]:
     ]
 
 
+OTHERS = "RMSprop", "Adamax", "Adagrad", "NAdam", "RAdam"
+WITHOUT_KERNELS: dict[str, dict[str, Any]] = {
+    "SGD": SGD,
+    "SGD of Nesterov": {**SGD, "nesterov": True},
+    "SGD alone": {"lr": SGD["lr"]},
+    "AdamW": ADAMW,
+}
 ours_sgd = partial(stepping, fused_opt.SGD, **SGD)
 TABLES = [
     against_torch("SGD", {"lr": 1e-3, "momentum": 0.9}, {"300 of 8x8": 10, "300 of 64x64": 5, "30 of 1024x1024": 1.2}),
@@ -205,21 +213,21 @@ TABLES = [
         "fallback",
         "Without a compiled backend (backend='foreach'), one step",
         [
-            without_kernels(name, key, options)
-            for name, options in (("SGD", SGD), ("AdamW", ADAMW))
+            without_kernels(what, key, options)
+            for what, options in WITHOUT_KERNELS.items()
             for key in ("300 of 8x8", "300 of 64x64", "30 of 1024x1024")
         ]
-        + [without_kernels(name, "300 of 64x64", {}) for name in ("RMSprop", "Adamax", "Adagrad", "NAdam", "RAdam")]
+        + [without_kernels(what, "300 of 64x64", {}) for what in OTHERS]
         + [
-            without_kernels(name, key, options, in_bfloat16)
-            for name, options in (("SGD", SGD), ("AdamW", ADAMW), ("RMSprop", {}))
+            without_kernels(what, key, options, in_bfloat16)
+            for what, options in {**WITHOUT_KERNELS, **{key: {} for key in OTHERS}}.items()
             for key in ("300 of 64x64", "30 of 1024x1024")
         ],
     ),
     Table(
         "rules",
         "Other rules, 300 tensors of 8x8, one step, float32",
-        list(map(of_small_tensors, ("RMSprop", "Adamax", "Adagrad", "NAdam", "RAdam"))),
+        list(map(of_small_tensors, OTHERS)),
     ),
     Table(
         "muon",
