@@ -338,8 +338,9 @@ def _together(rule: str, row: int, fusible: bool, members: list[ParamEntry]) -> 
     by_operations = p.dtype in SIXTEEN_BITS and all(tensor.dtype == p.dtype for tensor in of_one)
     by_operations = by_operations and not fused_in_16_bits(rule, p.device.type)
     by_operations = by_operations and by_operations_in_16_bits(rule, p.dtype)
-    short = converted and not by_operations
-    most, most_at_once = (_MOST_ON_CPU if short else _LONGEST_ON_CPU, _MOST_ON_CPU) if on_cpu else (_MOST, _MOST)
+    most = most_at_once = _MOST_ON_CPU if on_cpu else _MOST
+    if on_cpu and (by_operations or not converted):
+        most = _LONGEST_ON_CPU // 4 if by_operations and rule != "sgd" else _LONGEST_ON_CPU  # a quarter with new memory
     for run in _runs([member.tensor for member in members], most):
         some = members[run]
         params = [member.tensor for member in some]

@@ -38,13 +38,6 @@ def _ones(of: Tensors) -> Tensors:
     return [of[0].new_ones(())] * len(of)
 
 
-def _sums(tensors: Tensors, others: Tensors, factor: float) -> Tensors:
-    """Of each and so many times the other."""
-    if _rounds_factors(tensors):
-        return torch._foreach_addcmul(tensors, others, _ones(tensors), factor)
-    return torch._foreach_add(tensors, others, alpha=factor)
-
-
 def _move(params: Tensors, rate: float, numerators: Tensors, denominators: Tensors | None = None) -> None:
     if denominators is not None:
         torch._foreach_addcdiv_(params, numerators, denominators, -rate)
@@ -71,7 +64,7 @@ def _momentum_sgd(numbers: Numbers, params: Tensors, grads: Tensors, buffers: Te
     if not nesterov:
         _move(params, numbers.lr, buffers)
     elif params[0].dtype in SIXTEEN_BITS:
-        _move(params, numbers.lr, _sums(grads, buffers, nesterov))
+        _move(params, numbers.lr, torch._foreach_add(grads, buffers, alpha=nesterov))
     else:  # torch.optim adds to the gradients themselves; a sum in new memory takes longer than to move twice
         _move(params, numbers.lr, grads)
         _move(params, numbers.lr * nesterov, buffers)
@@ -146,10 +139,11 @@ def _rmsprop(numbers: Numbers, params: Tensors, grads: Tensors, square: Tensors,
         denominators = torch._foreach_sqrt(square)
     torch._foreach_add_(denominators, eps)
     if not momentum:
-        return _move(params, numbers.lr, grads, denominators)
+        _move(params, numbers.lr, grads, denominators)
+        return
     torch._foreach_mul_(others[0], momentum[0])
     torch._foreach_addcdiv_(others[0], grads, denominators)
-    return _move(params, numbers.lr, others[0])
+    torch._foreach_add_(params, others[0], alpha=-numbers.lr)  # in 16 bits to the bit of torch.optim's
 
 
 UPDATES: dict[str, Callable[..., None]] = {
@@ -170,7 +164,7 @@ def step(numbers: Numbers, update: Callable[..., None], params: Tensors, grads: 
     if numbers.weight_decay and numbers.decoupled:
         torch._foreach_mul_(params, 1 - numbers.lr * numbers.weight_decay)
     elif numbers.weight_decay:
-        grads = _sums(grads, params, numbers.weight_decay)
+        grads = torch._foreach_add(grads, params, alpha=numbers.weight_decay)
     update(numbers, params, grads, *states)
 
 
