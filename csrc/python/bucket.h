@@ -65,7 +65,7 @@ struct Parameter {
   PyObject* gradient = nullptr;  // the last one, which is most often the next one, too: to prefetch, never to follow
   double count = 0, scalar_now = 1;
   bool stepped = false;  // in the last step
-  int64_t version = -1;  // autograd's count of writes, as the last step left it
+  Writes writes;         // since the last step
 };
 
 // What is the same on every device.
@@ -141,8 +141,7 @@ class Bucket {
       tensor.active = !grad.is_none();
       if (!tensor.active) continue;
       ++active_;
-      if (is_known(layer.weight_norm2) && version_now(parameter.tensor) != parameter.version)
-        layer.weight_norm2 = kUnknown;
+      if (is_known(layer.weight_norm2) && parameter.writes.by_others(parameter.tensor)) layer.weight_norm2 = kUnknown;
       if (!parameter.g || !is_plain(grad.ptr()) || !parameter.g->matches(grad.ptr(), &tensor.g.data) ||
           !parameter.p.unmoved(parameter.tensor.ptr()) || (state && !states_are_unmoved(parameter)))
         return py::none();
@@ -210,8 +209,7 @@ class Bucket {
     if (!stepped) return;
     parameter.states_are_new = false;
     if (!parameter.exclusive) layer.weight_norm2 = kUnknown;
-    if (is_known(layer.weight_norm2))
-      parameter.version = version_now(parameter.tensor);  // the step's own write is counted
+    if (is_known(layer.weight_norm2)) parameter.writes.expect(parameter.tensor);
   }
 
   // Ratios, and NaN for parameters that the last step has left alone.

@@ -104,29 +104,30 @@ class Looks {
     return here;
   }
 
-  // Remember some parameters' weights as they are.
+  // Remember some parameters' weights as a step has left them.
   void remember(const py::list& which) {
     if (which.size() != parameters_.size()) throw py::value_error("one bool for every parameter");
     for (size_t t = 0; t < parameters_.size(); ++t)
-      parameters_[t].version =
-          PyList_GET_ITEM(which.ptr(), t) == Py_True ? version_now(parameters_[t].tensor) : kForgotten;
+      if (PyList_GET_ITEM(which.ptr(), t) == Py_True)
+        parameters_[t].writes.expect(parameters_[t].tensor);
+      else
+        parameters_[t].writes.forget();
   }
   // The places of those of them to which autograd has counted a write since then.
-  std::vector<size_t> written() const {
+  std::vector<size_t> written() {
     std::vector<size_t> places;
     for (size_t t = 0; t < parameters_.size(); ++t)
-      if (parameters_[t].version != kForgotten && parameters_[t].version != version_now(parameters_[t].tensor))
+      if (parameters_[t].writes.expects() && parameters_[t].writes.by_others(parameters_[t].tensor))
         places.push_back(t);
     return places;
   }
 
  private:
-  static constexpr int64_t kForgotten = -1;
   static constexpr intptr_t kNowhere = -1;  // in place of the address of a gradient that is not there
   struct Parameter {
     py::object tensor;
     View p, g;
-    int64_t version = kForgotten;
+    Writes writes;
   };
   std::vector<Parameter> parameters_;
   std::vector<Held> others_;

@@ -46,6 +46,32 @@ int64_t version_now(const py::object& tensor) {
   return PyLong_AsLongLong(version_of(tensor.ptr()).ptr());
 }
 
+// Tells whether a tensor was written by anyone but the steps, from autograd's count of writes.
+class Writes {
+ public:
+  // After a step, which has counted one write. Reading the count takes a Python number; where the last step has added
+  // one, it is taken to be one more. If anything else was written, or another view of the same buffer, which shares the
+  // count, then the count is higher, and `by_others` will say so.
+  void expect(const py::object& tensor) {
+    const int64_t next = expected_ + 1;
+    expected_ = by_one_ ? next : version_now(tensor);
+    by_one_ = expected_ == next;
+  }
+  void forget() { *this = Writes(); }
+  bool expects() const { return expected_ != kNothing; }
+  // Since the last call of `expect`.
+  bool by_others(const py::object& tensor) {
+    const bool as_expected = version_now(tensor) == expected_;
+    by_one_ &= as_expected;
+    return !as_expected;
+  }
+
+ private:
+  static constexpr int64_t kNothing = -2;  // one more is no count, either
+  int64_t expected_ = kNothing;
+  bool by_one_ = false;  // the last step has added one
+};
+
 // Whether its data pointer is that of its elements; that of a subclass may not be.
 bool is_plain(PyObject* tensor) {
   return Py_IS_TYPE(tensor, plain_types[0]) || Py_IS_TYPE(tensor, plain_types[1]);

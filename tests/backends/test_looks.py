@@ -4,6 +4,7 @@ from array import array
 
 import pytest
 import torch
+from torch.autograd.graph import increment_version
 
 from fused_opt.backends import native
 from fused_opt.backends.triton import looks as in_python
@@ -79,6 +80,33 @@ def test_writes_are_noticed(module):
     with torch.no_grad():
         a.add_(1)
     assert looks.written() == [0]
+
+
+@each
+def test_writes_beside_those_of_steps_are_noticed(module):
+    """Also where parameters that are views of one buffer share a count."""
+    buffer = torch.ones(4)
+    a, b, c = parameters = [torch.nn.Parameter(p) for p in (buffer[:2], buffer[2:], torch.ones(2))]
+    for p in parameters:
+        p.grad = torch.ones(2)
+    looks = module.Looks(parameters, [])
+
+    def written_after_a_step_of(*stepped):
+        increment_version(stepped)
+        looks.remember([any(p is one for one in stepped) for p in parameters])
+        return looks.written()
+
+    assert [written_after_a_step_of(a, b, c) for _ in range(4)] == [[]] * 4
+    with torch.no_grad():
+        c.add_(1)
+    assert looks.written() == [2]
+    with torch.no_grad():
+        a.add_(1)
+    assert looks.written() == [0, 1, 2]
+    assert [written_after_a_step_of(a, b, c) for _ in range(3)] == [[]] * 3
+    assert [written_after_a_step_of(a, c) for _ in range(3)] == [[]] * 3
+    assert written_after_a_step_of(b) == []
+    assert [written_after_a_step_of(a, b, c) for _ in range(3)] == [[]] * 3
 
 
 @each

@@ -64,7 +64,7 @@ class Looks:
         return None if all(self._here) else self._here
 
     def remember(self, which: Sequence[bool]) -> None:
-        """Remember some parameters' weights as they are."""
+        """Remember some parameters' weights as a step has left them."""
         self._versions = [p._version if one else None for p, one in zip(self._parameters, which)]
 
     def written(self) -> list[int]:
