@@ -23,6 +23,7 @@ void DeviceBuffer::sync(size_t bytes, void* stream) {
   captured_ |= machine_.capturing(stream);
   size_t first = 0, last = bytes;
   if (!captured_) {
+    if (!std::memcmp(now_.data(), last_.data(), bytes)) return;
     const auto same = [&](size_t at) { return !std::memcmp(&now_[at], &last_[at], 8); };
     while (first < last && same(first)) first += 8;
     while (last > first && same(last - 8)) last -= 8;

@@ -81,14 +81,14 @@ class DeviceBucket : public Bucket {
 
   // Of shards, see cuda/bucket.h: three float64 for every tensor.
   void keep_norms(uintptr_t at) { bucket_->keep_norms(reinterpret_cast<Norms*>(at)); }
-  void sum_norms(const py::sequence& args, const Scalars& scalars, bool gradients, bool directions) {
+  void sum_norms(const py::list& args, const Scalars& scalars, bool gradients, bool directions) {
     read_args(args);
     bucket_->sum_norms(table_.tensors, table_.layers, args_, read(scalars), gradients, directions, device_.stream());
   }
 
   // args: with rates and decays that may be tensors. known: where the norms of whole tensors are, or 0. counts: see
   // count_writes.
-  void run(const py::sequence& args, const Scalars& scalars, uintptr_t known, const py::function& counts) {
+  void run(const py::list& args, const Scalars& scalars, uintptr_t known, const py::function& counts) {
     count_writes(counts);
     read_args(args);
     bucket_->run(table_.tensors, table_.layers, args_, read(scalars), device_.stream(),
@@ -107,10 +107,11 @@ class DeviceBucket : public Bucket {
   }
 
  private:
-  void read_args(const py::sequence& args) {
-    if (args.size() != keys_.size()) throw py::value_error("one StepArgs for every key of collect_gradients()");
+  void read_args(const py::list& args) {
+    if (are_kept(args)) return;
     void* const stream = device_.stream();
     args_.clear();
+    bool fixed = true;  // no rate is in a tensor, which may move, and no count is told
     const bool capturing = bucket_->capturing(stream);
     std::set<int> groups;
     for (const auto& of_row : args) {
@@ -118,12 +119,14 @@ class DeviceBucket : public Bucket {
       cuda::Row& row = args_.emplace_back();
       row.args = read_step_args(of_row, kRules[rule_], &row.lr, &row.decay);
       const std::optional<Counts> counts = read_schedule(of_row, row.args, row.schedule);
+      fixed &= !counts && !row.lr.data && !row.decay.data;
       if (!counts) continue;
       row.group = group;
       row.advances = groups.insert(group).second;
       if (capturing) captured_.insert(group);
       if (is_known(static_cast<double>(counts->steps))) bucket_->set_counts(group, row.schedule, *counts, stream);
     }
+    if (fixed) keep(args);
   }
   static cuda::DeviceScalars read(const Scalars& scalars) {
     const auto [found_inf, grad_scale, norm2, max_norm] = scalars;

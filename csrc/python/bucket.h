@@ -212,6 +212,18 @@ class Bucket {
     if (is_known(layer.weight_norm2)) parameter.writes.expect(parameter.tensor);
   }
 
+  // Whether a step's arguments are the objects that were kept last; if not, none are kept any more.
+  bool are_kept(const py::list& args) {
+    if (args.size() != keys_.size()) throw py::value_error("one StepArgs for every key of collect_gradients()");
+    const auto is = [](const auto& given, const auto& kept) { return given.ptr() == kept.ptr(); };
+    if (std::equal(args.begin(), args.end(), kept_.begin(), kept_.end(), is)) return true;
+    kept_.clear();
+    return false;
+  }
+  void keep(const py::list& args) {
+    for (const auto& of_row : args) kept_.push_back(py::reinterpret_borrow<py::object>(of_row));
+  }
+
   // Ratios, and NaN for parameters that the last step has left alone.
   std::vector<double> of_stepped(std::vector<double> ratios) const {
     for (size_t t = 0; t < parameters_.size(); ++t)
@@ -284,8 +296,9 @@ class Bucket {
   std::deque<std::pair<ShardLayout, std::vector<int64_t>>> shards_;
   const Seen seen_;
   std::vector<Key> keys_, told_keys_;
-  py::object told_;             // told_keys_ as Python's
-  std::map<Key, size_t> rows_;  // where keys_ has a key
+  py::object told_;               // told_keys_ as Python's
+  std::map<Key, size_t> rows_;    // where keys_ has a key
+  std::vector<py::object> kept_;  // arguments of the step before, where they say the same once more
   size_t active_ = 0;
   py::list everything_;
 };
@@ -364,19 +377,12 @@ class CPUBucket : public Bucket {
 
  private:
   void read_args(const py::list& args) {
-    if (args.size() != keys_.size()) throw py::value_error("one StepArgs for every key of collect_gradients()");
-    if (std::equal(args.begin(), args.end(), read_.begin(), read_.end(),
-                   [](const auto& given, const auto& before) { return given.ptr() == before.ptr(); }))
-      return;
+    if (are_kept(args)) return;
     table_.args.clear();
-    read_.clear();
-    for (const auto& of_row : args) {
-      table_.args.push_back(read_step_args(of_row, kRules[rule_]));
-      read_.push_back(py::reinterpret_borrow<py::object>(of_row));
-    }
+    for (const auto& of_row : args) table_.args.push_back(read_step_args(of_row, kRules[rule_]));
+    keep(args);
   }
 
-  std::vector<py::object> read_;  // what table_.args says, to tell whether it is told again
   const cpu::Kernel* kernel_;
 };
 

@@ -140,6 +140,28 @@ def test_a_step_waits_for_nothing(name, options, on_gpu):
     assert optimizer._plan is plan
 
 
+@pytest.mark.parametrize("rates", [(0.5, 2.0), None], ids=["a rate in a tensor", "noise of a count"])
+def test_arguments_that_are_given_once_more_are_read_once_more(rates, on_gpu):
+    """The same objects: the rate is where its tensor is by then, and the noise that of the count that they say."""
+    p, lr, noise = torch.nn.Parameter(torch.zeros(5)), 1.0, fused_opt.WeightNoise(std=1.0)
+    if rates is not None:
+        lr, rates, noise = torch.tensor(lr), [torch.tensor(rate) for rate in rates], None
+    optimizer = fused_opt.SGD([p], lr=lr, noise=noise, backend="native")
+    p.grad, moved = torch.ones(5), []
+    for _ in range(2):
+        optimizer.step()
+    (bucket,), (args,) = optimizer._plan.buckets, optimizer._before._made
+    for turn in range(2):
+        before = p.detach().clone()
+        if rates is not None:
+            lr.data = rates[turn]
+        bucket.collect_gradients(optimizer.param_groups, None)
+        bucket.run(args)
+        moved.append(p.detach() - before)
+    expected = 0.0 if rates is None else (rates[1] - rates[0]).item()
+    torch.testing.assert_close(moved[0] - moved[1], torch.full((5,), expected))
+
+
 def test_clipping_is_of_all_groups_together(on_gpu):
     """Two rules, one of them in two arithmetics, are three launches, and one norm."""
 
