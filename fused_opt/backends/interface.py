@@ -183,6 +183,23 @@ class DeviceScalars(NamedTuple):
     norm2: Tensor | None = None  # the sum of squares of all gradients, float64, to be clipped
     max_norm: float = 0.0  # to this norm
 
+    def on(self, device: torch.device) -> DeviceScalars:
+        """The same as the kernels of a device read them: to be kept until they have."""
+        if self.found_inf is self.grad_scale is None:
+            return self
+        found_inf, grad_scale = (
+            None if scalar is None else scalar.to(device, torch.float32, non_blocking=True)
+            for scalar in (self.found_inf, self.grad_scale)
+        )
+        return self._replace(found_inf=found_inf, grad_scale=grad_scale)
+
+    def addresses(self) -> tuple[int, int, int, float]:
+        """Of those that there are, 0 for others, and the norm to clip to."""
+        if self.found_inf is self.grad_scale is self.norm2 is None:
+            return 0, 0, 0, 0.0
+        found_inf, grad_scale, norm2 = (0 if scalar is None else scalar.data_ptr() for scalar in self[:3])
+        return found_inf, grad_scale, norm2, self.max_norm
+
 
 @dataclass
 class ParamEntry:

@@ -227,7 +227,7 @@ class GPUBucket(_Bucket):
     ) -> list[StepKey] | None:
         """As of every bucket; the norms of whole tensors are those of the step before."""
         self._whole = None
-        return super().collect_gradients(param_groups, state)
+        return self.core.collect_gradients(param_groups, state)
 
     def set_part_norms(self, norms: Sequence[PartNorms | None]) -> None:
         """For every member the sum of its gradient's parts' norms and the gradient's sum of squares, where known."""
@@ -279,16 +279,8 @@ class GPUBucket(_Bucket):
 
     def _on_device(self, scalars: DeviceScalars | None) -> tuple[int, int, int, float]:
         """The addresses of a step's scalars on this device, 0 for those that there are not, and the norm to clip to."""
-        if scalars is None:
-            return 0, 0, 0, 0.0
-        self._scalars = [  # kept until the next step's
-            None if scalar is None else scalar.to(self.device, torch.float32, non_blocking=True)
-            for scalar in (scalars.found_inf, scalars.grad_scale)
-        ]
-        found_inf, grad_scale, norm2 = (
-            0 if scalar is None else scalar.data_ptr() for scalar in (*self._scalars, scalars.norm2)
-        )
-        return found_inf, grad_scale, norm2, scalars.max_norm
+        self._scalars = (scalars or DeviceScalars()).on(self.device)  # kept until the next step's
+        return self._scalars.addresses()
 
     def run(self, args: Sequence[StepArgs], scalars: DeviceScalars | None = None) -> None:
         """Queue the step of every parameter that has a gradient."""

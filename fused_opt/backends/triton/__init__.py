@@ -164,7 +164,7 @@ class Bucket:
         # Of groups, by slot: steps as the device has them after what the host has queued; what samples and periods may be.
         self.known: dict[int, tuple[int, set[tuple[int, int]]]] = {}
         self.whole: Tensor | None = None  # the norms of the whole tensors in the coming step
-        self.scalars: list[Tensor | None] = []  # kept until the next step's
+        self.scalars = DeviceScalars()  # kept until the next step's
         # What a step was told last, and how it is sent; None: it may be another number next time.
         self.told: tuple[Sequence[StepArgs] | None, list[arguments.Row]] = None, []
 
@@ -234,18 +234,8 @@ class Bucket:
 
     def _on_device(self, scalars: DeviceScalars | None) -> Scalars:
         """Where a step's scalars are on this device."""
-        known = 0 if self.whole is None else self.whole.data_ptr()
-        if scalars is None or scalars.found_inf is scalars.grad_scale is scalars.norm2 is None:
-            self.scalars = []
-            return Scalars(known=known)
-        self.scalars = [
-            None if scalar is None else scalar.to(self.device, torch.float32, non_blocking=True)
-            for scalar in (scalars.found_inf, scalars.grad_scale)
-        ]
-        found_inf, grad_scale, norm2 = (
-            0 if scalar is None else scalar.data_ptr() for scalar in (*self.scalars, scalars.norm2)
-        )
-        return Scalars(found_inf, grad_scale, norm2, scalars.max_norm, known)
+        self.scalars = (scalars or DeviceScalars()).on(self.device)
+        return Scalars(*self.scalars.addresses(), 0 if self.whole is None else self.whole.data_ptr())
 
     def _rows(self, args: Sequence[StepArgs]) -> list[arguments.Row]:
         """The arguments as they are sent; a rate or a decay that is on the device stays there."""
@@ -273,7 +263,7 @@ class Bucket:
         on_device = self._on_device(scalars)
         if captured:
             self._check_capture(rows)
-            device.keep(*self.scalars, self.rates, None if scalars is None else scalars.norm2)
+            device.keep(self.scalars, self.rates)
         stepped = [table.run(rows, on_device) for table in self.tables]
         for row in rows if any(stepped) and not captured else ():
             if (counted := row.args.counted) is not None and row.advances:
