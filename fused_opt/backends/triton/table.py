@@ -97,7 +97,7 @@ class Table:
         self.kept = self.nobody  # of whom those sums are, as the last step left the weights
         self.needs_key: Any = None
         self.wanted_of: list[bool] | None = None
-        self.together_of: Sequence[int] | None = None
+        self.passes_of: Sequence[int] | None = None
         self.flags_of: Sequence[Row] | None = None
         self.packed: dict[int, tuple[Sequence[Any], bytes]] = {}  # pieces of what was sent
         self.compiled: dict[Any, Any] = {}  # by Triton, for arguments like these and what differs in them
@@ -232,8 +232,8 @@ class Table:
         self.compiled[key] = device.launch(launched, self.device, self.chunks, *arguments) or launched
 
     def _sum(self, tables: tuple[Tensor, ...], wanted: int, total: bool = False, masked: bool = False) -> None:
-        """Sum what the words say of every tensor, as far as it is in the bits of `wanted`."""
-        differs = total, int(wanted), masked  # Triton's compiler takes no Norm in a condition
+        """Sum what the words say of every tensor, as far as it is in these bits: Triton's compiler takes no Norm."""
+        differs = total, wanted, masked
         self._launch(
             kernel.norms, differs, *tables, self.of_weights[self.turn], *self.of_others, len(self.members), self.rule,
             self.at_step, self.types, self.arithmetic, self.coefficients, *differs, self.exact_type,
@@ -241,22 +241,21 @@ class Table:
 
     def _sum_all(self, tables: tuple[Tensor, ...], wanted: Sequence[int], rows: Sequence[Row]) -> None:
         """Sum whatever is wanted, in two passes where a mask's scale enters directions."""
-        if wanted is not self.together_of:
-            self.together_of, self.together = wanted, reduce(or_, set(wanted))
-        if not (together := self.together):
-            return
-        masked = any(row.masked for row in rows)
-        directions = int(together & Norm.DIRECTION) if together & Norm.AGREEMENT else 0
-        self._sum(tables, together & ~directions, masked=masked)
-        if directions:
-            self._sum(tables, directions, masked=masked)
+        if wanted is not self.passes_of:
+            together = int(reduce(or_, set(wanted)))
+            second = together & Norm.DIRECTION.value if together & Norm.AGREEMENT.value else 0
+            self.passes_of, self.passes = wanted, [bits for bits in (together & ~second, second) if bits]
+        for bits in self.passes:
+            self._sum(tables, bits, masked=any([row.masked for row in rows]))  # noqa: C419  # of few
 
     def sum_gradients(self, norm2: Tensor, add: bool) -> None:
         """Put the sum of squares of the gradients into ``norm2``, or add it to what is there."""
         wanted = [Norm.GRADIENT * (row >= 0 and not is_known(known)) for row, known in zip(self.rows, self.grad2)]
         known2 = sum(known for row, known in zip(self.rows, self.grad2) if row >= 0 and is_known(known))
         if any(wanted):
-            self._sum(self._send(self.ahead, wanted, (), Scalars(), norm2.data_ptr(), add), Norm.GRADIENT, total=True)
+            self._sum(
+                self._send(self.ahead, wanted, (), Scalars(), norm2.data_ptr(), add), Norm.GRADIENT.value, total=True
+            )
             self.summed |= Norm.GRADIENT
         elif not add:
             norm2.zero_()
