@@ -103,10 +103,11 @@ def _radam(numbers: Numbers, params: Tensors, grads: Tensors, mean: Tensors, squ
     _moments(numbers, grads, mean, square)
     unbias1, rectified, eps = numbers.coefficients[3:]
     if not rectified:
-        return _move(params, numbers.lr * unbias1, mean)
+        _move(params, numbers.lr * unbias1, mean)
+        return
     denominators = torch._foreach_sqrt(square)
     torch._foreach_add_(denominators, eps)
-    return _move(params, numbers.lr * rectified, mean, denominators)
+    _move(params, numbers.lr * rectified, mean, denominators)
 
 
 def _adamax(numbers: Numbers, params: Tensors, grads: Tensors, mean: Tensors, largest: Tensors) -> None:
