@@ -213,6 +213,23 @@ def test_an_overflow_that_the_host_does_not_see(name, options, on_gpu):
     assert optimizer.param_groups[0]["steps"] == 5  # counts what was asked for
 
 
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [({"grad_scale": 4.0}, 0.75), ({"found_inf": 1.0}, 1.0), ({"found_inf": 0.0}, 0.0)],
+    ids=str,
+)
+def test_numbers_of_a_scaler_in_float64_are_read(numbers, expected, on_gpu):
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer, p.grad = fused_opt.SGD([p], lr=1.0, backend="native"), torch.zeros(3)
+    optimizer.step()  # makes the plan, by which the host reads nothing
+    for name, number in numbers.items():
+        setattr(optimizer, name, torch.tensor(number, dtype=torch.float64))
+    p.grad.fill_(1.0)
+    with nobody_waits():
+        optimizer.step()
+    assert p.tolist() == [expected] * 3
+
+
 @pytest.mark.parametrize("extra", [{"noise": fused_opt.WeightNoise(0.1)}, {"averaging": fused_opt.EMA(0.9)}], ids=str)
 def test_where_the_host_counts_it_looks_at_the_overflow(extra, on_gpu):
     p = torch.nn.Parameter(torch.ones(3))
